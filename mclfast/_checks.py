@@ -1,0 +1,149 @@
+"""Argument checks. Each raises one line naming the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(value: Any) -> str:
+    """A short description of a wrong value for an error message."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return repr(value)
+    return type(value).__name__
+
+
+def unknown_name(argument: str, got: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not in a registry, with the closest known name."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(got), names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return ValueError(f"{argument}: expected one of {', '.join(names)}; got {got!r}{hint}")
+
+
+def check_positive(argument: str, value: float) -> float:
+    """A finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument}: expected a number > 0, got {describe(value)}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{argument}: expected a finite number > 0, got {value!r}")
+    return float(value)
+
+
+def check_embeddings(argument: str, value: Any, shape: Sequence[int | str]) -> Tensor:
+    """A floating-point tensor whose shape matches ``shape``; letters stand for any size >= 1."""
+    wanted = "[" + ", ".join(map(str, shape)) + "]"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a tensor {wanted}, got {describe(value)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{argument}: expected a float16, bfloat16, float32 or float64 tensor, "
+            f"got {describe(value)}"
+        )
+    fits = value.dim() == len(shape) and all(
+        size >= 1 if isinstance(want, str) else size == want
+        for size, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{argument}: expected shape {wanted}, got {list(value.shape)}")
+    return value
+
+
+def check_same(argument: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """The same device and dtype as another tensor argument."""
+    for attribute in ("device", "dtype"):
+        got, want = getattr(value, attribute), getattr(like, attribute)
+        if got != want:
+            raise ValueError(
+                f"{argument}: expected {attribute} {want} as {like_name} has, got {got}"
+            )
+
+
+def check_labels(labels: Any, batch: int, device: torch.device) -> Tensor:
+    """Integer class labels [B] on the embeddings' device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected an integer tensor [{batch}], got {describe(labels)}")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels: expected an integer tensor [{batch}], got {describe(labels)}")
+    if labels.shape != (batch,):
+        raise ValueError(f"labels: expected shape [{batch}], got {list(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(
+            f"labels: expected device {device} as embeddings has, got {labels.device}"
+        )
+    return labels
+
+
+def stack_nodes(embeddings: Any, *, stages: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """Brings a public ``embeddings`` argument into one tensor, network-major.
+
+    Args:
+        embeddings: [M, L, B, D] or networks of stages of [B, D] with ``stages``;
+            [M, B, D] or networks of [B, D] without.
+
+    Returns:
+        ([N, B, D], the network index of each node)
+    """
+    if isinstance(embeddings, Tensor):
+        letters = ["M", "L", "B", "D"] if stages else ["M", "B", "D"]
+        check_embeddings("embeddings", embeddings, letters)
+        per_network = embeddings.shape[1] if stages else 1
+        networks = tuple(m for m in range(embeddings.shape[0]) for _ in range(per_network))
+        return embeddings.reshape(-1, *embeddings.shape[-2:]), networks
+
+    kind = "networks of stages of [B, D] tensors" if stages else "[B, D] tensors, one per network"
+    if not isinstance(embeddings, (list, tuple)) or not embeddings:
+        raise TypeError(
+            f"embeddings: expected a tensor or a sequence of {kind}, got {describe(embeddings)}"
+            + (" of length 0" if isinstance(embeddings, (list, tuple)) else "")
+        )
+    nodes: list[Tensor] = []
+    owner: list[int] = []
+    for m, network in enumerate(embeddings):
+        if stages and (not isinstance(network, (list, tuple)) or not network):
+            raise TypeError(
+                f"embeddings[{m}]: expected a non-empty sequence of [B, D] tensors, one per "
+                f"stage, got {describe(network)}"
+            )
+        for k, node in enumerate(network if stages else [network]):
+            name = f"embeddings[{m}][{k}]" if stages else f"embeddings[{m}]"
+            check_embeddings(name, node, list(nodes[0].shape) if nodes else ["B", "D"])
+            if nodes:
+                check_same(name, node, "the first node", nodes[0])
+            nodes.append(node)
+            owner.append(m)
+    return torch.stack(nodes), tuple(owner)
+
+
+def check_rows(row_start: int, row_count: int | None, batch: int) -> tuple[int, int]:
+    """A slice of the anchors that lies inside the batch."""
+    if not isinstance(row_start, int) or not 0 <= row_start < batch:
+        raise ValueError(f"row_start: expected an integer in [0, {batch}), got {row_start!r}")
+    count = batch - row_start if row_count is None else row_count
+    if not isinstance(count, int) or not 1 <= count <= batch - row_start:
+        raise ValueError(
+            f"row_count: expected an integer in [1, {batch - row_start}], got {row_count!r}"
+        )
+    return row_start, count
+
+
+def check_pair_weights(weights: Any, nodes: Tensor) -> Tensor | None:
+    """Pair weights [N, N, B] on the embeddings' device, or None."""
+    if weights is None:
+        return None
+    count, batch = nodes.shape[:2]
+    check_embeddings("pair_weights", weights, [count, count, batch])
+    if weights.device != nodes.device:
+        raise ValueError(
+            f"pair_weights: expected device {nodes.device} as embeddings has, got {weights.device}"
+        )
+    return weights

@@ -1,0 +1,273 @@
+"""The losses as functions: validate, choose a backend, call it.
+
+Embeddings are expected to have unit norm; nothing here normalises them. Statistics are computed in
+float32 or wider and results come in that dtype (float32, or float64 for float64 inputs), under
+autocast too. Every function is differentiable to second order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mclfast import _backend, reference
+from mclfast._checks import (
+    check_embeddings,
+    check_labels,
+    check_pair_weights,
+    check_positive,
+    check_rows,
+    check_same,
+    stack_nodes,
+)
+from mclfast.types import MCLRows, MCLTerms
+
+Nodes = Tensor | Sequence[Sequence[Tensor]]
+Networks = Tensor | Sequence[Tensor]
+
+
+def _rows(
+    nodes: Tensor,
+    networks: tuple[int, ...],
+    labels: Tensor,
+    temperature: float,
+    kl_temperature: float,
+    backend: str,
+    row_start: int = 0,
+    row_count: int | None = None,
+) -> MCLRows:
+    check_labels(labels, nodes.shape[1], nodes.device)
+    check_positive("temperature", temperature)
+    check_positive("kl_temperature", kl_temperature)
+    row_start, row_count = check_rows(row_start, row_count, nodes.shape[1])
+    _backend.resolve(backend)
+    with torch.autocast(nodes.device.type, enabled=False):
+        return reference.mcl_rows(
+            nodes,
+            networks,
+            labels,
+            temperature=temperature,
+            kl_temperature=kl_temperature,
+            row_start=row_start,
+            row_count=row_count,
+        )
+
+
+def mcl_rows(
+    embeddings: Nodes,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    row_start: int = 0,
+    row_count: int | None = None,
+    backend: str = "auto",
+) -> MCLRows:
+    """Per-anchor rows of the four mutual contrastive terms for every node and pair of nodes.
+
+    With ``S_ab = E_a @ E_b.T / temperature``, ``P(r)`` the other samples of r's class and T the
+    ``kl_temperature``:
+
+    * ``vcl[a, r] = logsumexp(S_aa[r, c != r]) - S_aa[r, P(r)].mean()``
+    * ``icl[a, b, r]``: the same with ``S_ab``
+    * ``soft_vcl[a, b, r] = T**2 * kl(softmax(S_bb[r] / T) || softmax(S_aa[r] / T))``, b detached
+    * ``soft_icl[a, b, r] = T**2 * kl(softmax(S_ba[r] / T) || softmax(S_ab[r] / T))``, S_ba detached
+
+    Rows of pairs inside one network are zero. An anchor without a positive has zero ``vcl`` and
+    ``icl`` rows and ``valid`` False.
+
+    Args:
+        embeddings: [M, L, B, D] unit-norm, or a sequence (networks) of sequences (stages) of
+            [B, D]; networks may differ in their number of stages. N nodes, network-major.
+        labels: [B] integers.
+        temperature: divides the cosine similarities, > 0.
+        kl_temperature: softens the distributions the soft terms compare, > 0.
+        row_start, row_count: compute only these anchors (R of them) against the whole batch; all
+            of them by default. A batch spread over processes gives each its own slice.
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        MCLRows(vcl [N, R], soft_vcl [N, N, R], icl [N, N, R], soft_icl [N, N, R], valid [R]).
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        RuntimeError: the backend asked for is not available here.
+
+    Source: MCL, arXiv 2104.12565, section 3; layer-wise, arXiv 2207.11518, section 3.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=True)
+    return _rows(
+        nodes, networks, labels, temperature, kl_temperature, backend, row_start, row_count
+    )
+
+
+def mcl_loss(
+    embeddings: Networks,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> MCLTerms:
+    """Mutual contrastive learning between M networks, one embedding each.
+
+    Equals ``rows.mean(-1).sum()`` of each family of :func:`mcl_rows` with one stage per network:
+    sums over networks (vcl) and ordered pairs (the others), means over the batch.
+
+    Args:
+        embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
+        labels: [B] integers.
+        temperature, kl_temperature, backend: as in :func:`mcl_rows`.
+
+    Returns:
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 2104.12565, equations 4 to 9; published weights 0.1, 1, 0.1, 1.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=False)
+    return reference.mcl_terms(
+        _rows(nodes, networks, labels, temperature, kl_temperature, backend)
+    )
+
+
+def layerwise_mcl_loss(
+    embeddings: Nodes,
+    labels: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> MCLTerms:
+    """Layer-wise mutual contrastive learning: every stage of a network with every stage of its peers.
+
+    With ``u = pair_weights + pair_weights.transpose(0, 1)``, zero inside one network, and the rows
+    of :func:`mcl_rows`: ``icl = (u * rows.icl).sum() / B``, the soft terms alike, and
+    ``vcl = (u.sum(1) * rows.vcl).sum() / B`` (the published scale: sums over ordered pairs).
+
+    Args:
+        embeddings: [M, L, B, D] unit-norm, or a sequence (networks) of sequences (stages) of [B, D].
+        labels: [B] integers.
+        pair_weights: [N, N, B] weight of each pair of nodes for each sample (N = all stages of all
+            networks, network-major), as a :class:`mclfast.LayerMatcher` gives; None for ones.
+        temperature, kl_temperature, backend: as in :func:`mcl_rows`.
+
+    Returns:
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 2207.11518, section 3.3; published weights 0.1, 1, 0.1, 1 on CIFAR-100.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=True)
+    weights = check_pair_weights(pair_weights, nodes)
+    rows = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
+    with torch.autocast(nodes.device.type, enabled=False):
+        return reference.layerwise_mcl_terms(rows, networks, weights)
+
+
+def supcon_loss(
+    embeddings: Tensor, labels: Tensor, *, temperature: float = 0.1, backend: str = "auto"
+) -> Tensor:
+    """Supervised contrastive loss, mean over the batch.
+
+    Equals, with ``S = embeddings @ embeddings.T / temperature``, the mean over anchors r of
+    ``logsumexp(S[r, c != r]) - S[r, positives].mean()``; an anchor without a positive counts 0.
+
+    Args:
+        embeddings: [B, D] unit-norm.
+        labels: [B] integers.
+        temperature: > 0.
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        0-dim.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 2004.11362, equation 2 (L_out).
+    """
+    check_embeddings("embeddings", embeddings, ["B", "D"])
+    check_labels(labels, embeddings.shape[0], embeddings.device)
+    check_positive("temperature", temperature)
+    _backend.resolve(backend)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return reference.supcon_loss(embeddings, labels, temperature=temperature)
+
+
+def info_nce_loss(
+    a: Tensor, b: Tensor, *, temperature: float = 0.1, backend: str = "auto"
+) -> Tensor:
+    """Symmetric InfoNCE of two views (the CLIP form).
+
+    Equals, with ``S = a @ b.T / temperature`` and ``t = arange(B)``,
+    ``(cross_entropy(S, t) + cross_entropy(S.T, t)) / 2``.
+
+    Args:
+        a, b: [B, D] unit-norm; row r of ``b`` is the positive of row r of ``a``.
+        temperature: > 0.
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        0-dim.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 1807.03748, equation 4; symmetric form arXiv 2103.00020, figure 3.
+    """
+    check_embeddings("a", a, ["B", "D"])
+    check_embeddings("b", b, list(a.shape))
+    check_same("b", b, "a", a)
+    check_positive("temperature", temperature)
+    _backend.resolve(backend)
+    with torch.autocast(a.device.type, enabled=False):
+        return reference.info_nce_loss(a, b, temperature=temperature)
+
+
+def similarity_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> Tensor:
+    """KL between the similarity distributions of two sets of embeddings, mean over the batch.
+
+    Equals, with ``S(x) = x @ x.T / temperature`` and T the ``kl_temperature``,
+    ``T**2 * kl_div(log_softmax(S(student) / T), softmax(S(teacher) / T), reduction="batchmean")``.
+    The factor T**2 keeps the gradient's scale when T changes. The teacher gets no gradient.
+
+    Args:
+        student: [B, D] unit-norm.
+        teacher: [B, D'] unit-norm; its width may differ.
+        temperature: divides the cosine similarities, > 0.
+        kl_temperature: > 0.
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        0-dim.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 2104.12565, equation 8 (soft VCL of one ordered pair).
+    """
+    check_embeddings("student", student, ["B", "D"])
+    check_embeddings("teacher", teacher, [student.shape[0], "D"])
+    check_same("teacher", teacher, "student", student)
+    check_positive("temperature", temperature)
+    check_positive("kl_temperature", kl_temperature)
+    _backend.resolve(backend)
+    with torch.autocast(student.device.type, enabled=False):
+        return reference.similarity_kl_loss(
+            student, teacher, temperature=temperature, kl_temperature=kl_temperature
+        )

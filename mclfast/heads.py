@@ -1,0 +1,30 @@
+"""Projection heads: pooled feature -> unit-norm embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mclfast.normalize import unit_norm
+
+
+class ProjectionHead(nn.Module):
+    """Linear, ReLU, Linear, L2 normalisation; [B, in_dim] -> [B, dim] unit-norm, float32 or wider.
+
+    Args:
+        in_dim: width of the pooled feature.
+        dim: width of the embedding.
+        eps: smallest norm divided by, see :func:`mclfast.normalize.unit_norm`.
+
+    Source: MCL, arXiv 2104.12565, section 3.1 (dim 128).
+    """
+
+    def __init__(self, in_dim: int, dim: int = 128, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(in_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.eps = eps
+
+    def forward(self, feature: Tensor) -> Tensor:
+        projected = self.layers(feature)
+        with torch.autocast(projected.device.type, enabled=False):
+            return unit_norm(projected, self.eps)

@@ -1,0 +1,50 @@
+"""What the in-batch losses return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class MCLRows(NamedTuple):
+    """Per-anchor rows of the four terms for N nodes (node = one stage of one network).
+
+    Rows of node pairs inside one network are zero: pairs exist between networks only.
+
+    Attributes:
+        vcl: [N, R], supervised contrastive row of each node with itself.
+        soft_vcl: [N, N, R], entry [a, b]: KL from node b's (teacher) intra similarities to node a's.
+        icl: [N, N, R], entry [a, b]: supervised contrastive row with anchors of a, contrast of b.
+        soft_icl: [N, N, R], entry [a, b]: KL from the similarities b -> a (teacher) to a -> b.
+        valid: [R] bool, whether the anchor has a positive. Rows of ``vcl`` and ``icl`` are zero
+            where it has none; sum over rows / ``valid.sum()`` renormalises.
+    """
+
+    vcl: Tensor
+    soft_vcl: Tensor
+    icl: Tensor
+    soft_icl: Tensor
+    valid: Tensor
+
+
+class MCLTerms(NamedTuple):
+    """The four scalar terms of mutual contrastive learning, each 0-dim.
+
+    Attributes:
+        vcl: vanilla contrastive learning, inside each network.
+        soft_vcl: KL between the intra-network similarity distributions of peers.
+        icl: interactive contrastive learning, anchors of one network against a peer.
+        soft_icl: KL between the two inter-network similarity distributions of a pair.
+    """
+
+    vcl: Tensor
+    soft_vcl: Tensor
+    icl: Tensor
+    soft_icl: Tensor
+
+    def weighted_sum(self, vcl: float, soft_vcl: float, icl: float, soft_icl: float) -> Tensor:
+        """``vcl * self.vcl + soft_vcl * self.soft_vcl + icl * self.icl + soft_icl * self.soft_icl``."""
+        return (
+            vcl * self.vcl + soft_vcl * self.soft_vcl + icl * self.icl + soft_icl * self.soft_icl
+        )

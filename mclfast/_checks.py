@@ -25,9 +25,11 @@ def describe(value: Any) -> str:
 def unknown_name(argument: str, got: object, known: Iterable[str]) -> ValueError:
     """The error for a name that is not in a registry, with the closest known name."""
     names = sorted(known)
-    close = difflib.get_close_matches(str(got), names, n=1)
+    close = difflib.get_close_matches(str(got).lower(), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return ValueError(f"{argument}: expected one of {', '.join(names)}; got {got!r}{hint}")
+    # A long list is of no help to one who has mistyped.
+    expected = "a known name" if close and len(names) > 12 else f"one of {', '.join(names)}"
+    return ValueError(f"{argument}: expected {expected}; got {got!r}{hint}")
 
 
 def check_positive(argument: str, value: float) -> float:

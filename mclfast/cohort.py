@@ -86,7 +86,8 @@ class Cohort(nn.Module):
         outputs = [network(images) for network in self.networks]
         features = tuple(tuple(out.features) for out in outputs)
         embeddings = tuple(
-            tuple(head(f) for head, f in zip(heads, stages, strict=True))  # type: ignore[arg-type]
+            tuple(head(f) for head, f in zip(heads.children(), stages, strict=True))
+            # Without projection heads this is empty.
             for heads, stages in zip(self.projections, features, strict=False)
         )
         return PeerOutputs(features, tuple(tuple(out.logits) for out in outputs), embeddings)

@@ -144,14 +144,14 @@ def layerwise_mcl_loss(
     kl_temperature: float = 3.0,
     backend: str = "auto",
 ) -> MCLTerms:
-    """Layer-wise mutual contrastive learning: every stage of a network with every stage of its peers.
+    """Layer-wise mutual contrastive learning: every stage with every stage of the peers.
 
     With ``u = pair_weights + pair_weights.transpose(0, 1)``, zero inside one network, and the rows
     of :func:`mcl_rows`: ``icl = (u * rows.icl).sum() / B``, the soft terms alike, and
     ``vcl = (u.sum(1) * rows.vcl).sum() / B`` (the published scale: sums over ordered pairs).
 
     Args:
-        embeddings: [M, L, B, D] unit-norm, or a sequence (networks) of sequences (stages) of [B, D].
+        embeddings: [M, L, B, D] unit-norm, or networks of stages of [B, D].
         labels: [B] integers.
         pair_weights: [N, N, B] weight of each pair of nodes for each sample (N = all stages of all
             networks, network-major), as a :class:`mclfast.LayerMatcher` gives; None for ones.

@@ -86,7 +86,7 @@ class InfoNCELoss(_Loss):
     """Module twin of :func:`mclfast.info_nce_loss`.
 
     Examples:
-        >>> InfoNCELoss(temperature=0.07)(image_embeddings, text_embeddings).backward()  # [B, D] each
+        >>> InfoNCELoss(temperature=0.07)(images, texts).backward()       # [B, D] each
     """
 
     def __init__(self, temperature: float = 0.1, backend: str = "auto") -> None:

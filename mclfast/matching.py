@@ -44,12 +44,11 @@ class LayerMatcher(nn.Module):
         if got != want:
             raise ValueError(f"features: expected {want} stages per network, got {got}")
         projected = []
-        for m, (stages, layers) in enumerate(zip(features, self.proj, strict=True)):
-            for k, (feature, layer) in enumerate(zip(stages, layers, strict=True)):  # type: ignore[arg-type]
-                check_embeddings(
-                    f"features[{m}][{k}]", feature, ["B", self.feature_dims[m][k]]
-                )
-                projected.append(layer(feature))
+        layers = (layer for stages in self.proj for layer in stages.children())
+        for m, stages in enumerate(features):
+            for k, feature in enumerate(stages):
+                check_embeddings(f"features[{m}][{k}]", feature, ["B", self.feature_dims[m][k]])
+                projected.append(next(layers)(feature))
         with torch.autocast(projected[0].device.type, enabled=False):
             nodes = torch.stack([unit_norm(p) for p in projected])
             return torch.sigmoid(torch.einsum("arp,brp->abr", nodes, nodes))

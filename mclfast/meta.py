@@ -152,7 +152,7 @@ def _gradient_along(
     *,
     with_params: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradient of <g, direction>, g the objective's gradient, for parameters and hyperparameters."""
+    """Gradient of <g, direction> for parameters and hyperparameters; g: objective's gradient."""
     leaves = _leaves(names, values)
     grads = torch.autograd.grad(
         objective(leaves), list(leaves.values()), create_graph=True, allow_unused=True

@@ -158,7 +158,7 @@ def supcon_loss(embeddings: Tensor, labels: Tensor, *, temperature: float) -> Te
 
 
 def info_nce_loss(a: Tensor, b: Tensor, *, temperature: float) -> Tensor:
-    """Symmetric InfoNCE: row r of ``a`` against all of ``b`` with b[r] positive, and back, averaged."""
+    """Symmetric InfoNCE: a[r] against all of b with b[r] positive, and back; the mean of both."""
     logits = similarity_logits(wide(a), wide(b), temperature)
     partitions = logits.logsumexp(1) + logits.logsumexp(0)
     return (partitions / 2 - logits.diagonal()).mean()

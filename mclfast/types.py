@@ -14,7 +14,7 @@ class MCLRows(NamedTuple):
 
     Attributes:
         vcl: [N, R], supervised contrastive row of each node with itself.
-        soft_vcl: [N, N, R], entry [a, b]: KL from node b's (teacher) intra similarities to node a's.
+        soft_vcl: [N, N, R], entry [a, b]: KL from b's (teacher) intra similarities to a's.
         icl: [N, N, R], entry [a, b]: supervised contrastive row with anchors of a, contrast of b.
         soft_icl: [N, N, R], entry [a, b]: KL from the similarities b -> a (teacher) to a -> b.
         valid: [R] bool, whether the anchor has a positive. Rows of ``vcl`` and ``icl`` are zero
@@ -44,7 +44,7 @@ class MCLTerms(NamedTuple):
     soft_icl: Tensor
 
     def weighted_sum(self, vcl: float, soft_vcl: float, icl: float, soft_icl: float) -> Tensor:
-        """``vcl * self.vcl + soft_vcl * self.soft_vcl + icl * self.icl + soft_icl * self.soft_icl``."""
+        """The terms, each times its weight, added up; 0-dim."""
         return (
             vcl * self.vcl + soft_vcl * self.soft_vcl + icl * self.icl + soft_icl * self.soft_icl
         )

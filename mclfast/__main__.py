@@ -1,0 +1,8 @@
+"""``python -m mclfast`` is the console script ``mclfast``."""
+
+import sys
+
+from mclfast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

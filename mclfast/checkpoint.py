@@ -1,0 +1,52 @@
+"""Checkpoints that hold everything a run changes, written whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mclfast._files import replacing
+
+#: Raised when the layout of a checkpoint changes.
+FORMAT = 1
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically; the old one stays until the new one is complete."""
+    with replacing(path) as partial:
+        torch.save({"format": FORMAT, **state}, partial)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint; tensors and plain values only, no code is executed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or written by another version of the format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file {path}, found none")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"checkpoint: expected an intact file {path}, got: {reason}") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"checkpoint: expected format {FORMAT} in {path}, got {found}")
+    return state
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators; those of batches and augmentation follow from the step."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores what :func:`rng_state` gave."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

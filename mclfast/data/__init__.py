@@ -1,0 +1,102 @@
+"""Labelled image sets held in memory as uint8 tensors, their augmentation and batch samplers.
+
+Nothing here needs torchvision, and nothing is downloaded. `load` reads a set by name; a set of
+your own is a `Dataset` built from four tensors (see its docstring).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from mclfast._checks import unknown_name
+from mclfast.data.augment import Augmentation
+from mclfast.data.dataset import Dataset, ImageSet, channel_stats, limit_per_class
+from mclfast.data.sampler import BalancedSampler, ShuffleSampler
+
+__all__ = [
+    "Augmentation",
+    "BalancedSampler",
+    "Dataset",
+    "ImageSet",
+    "ShuffleSampler",
+    "available",
+    "channel_stats",
+    "limit_per_class",
+    "load",
+]
+
+_NAMES = ("digits", "digits-full", "cifar10", "cifar100", "folder")
+
+
+def available() -> list[str]:
+    """Names that `load` accepts."""
+    return list(_NAMES)
+
+
+def load(
+    name: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    train_per_class: int | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
+) -> Dataset:
+    """Reads a labelled image set by name.
+
+    Args:
+        name: one of `available()`. "digits" trains on few labels and tests on all the rest,
+            "digits-full" is an 80 / 20 split of the same images.
+        root: folder holding the CIFAR archive or extracted files, or the folders train and
+            test of "folder". The digits sets come with scikit-learn and do not read it.
+        train_per_class: keeps that many training images of every class, the test images stay.
+            For "digits" it sets the split itself (default 10) and the rest becomes the test set.
+        seed: which images `train_per_class` keeps. It is not the seed of a training run: leave
+            it alone to compare runs on the same images. "digits" has one split and ignores it.
+        image_size: side of the square images of "folder" (default 32). The other sets have one
+            size; naming another one is an error.
+
+    Returns:
+        The `Dataset`, images uint8 [N, C, H, W] and labels int64 [N], in CPU memory.
+
+    Raises:
+        ValueError: an unknown name, an unusable argument, or damaged data.
+        FileNotFoundError: the files are not under `root`.
+        ImportError: the reader of the set (scikit-learn, Pillow) is not installed.
+    """
+    if name not in _NAMES:
+        raise unknown_name("name", name, _NAMES)
+
+    if name == "folder":
+        from mclfast.data.folder import load_folder
+
+        dataset = load_folder(_required(root, "train/<class> and test/<class>"), image_size)
+    elif name in ("cifar10", "cifar100"):
+        from mclfast.data.cifar import CIFAR10, CIFAR100, load_cifar
+
+        source = CIFAR10 if name == "cifar10" else CIFAR100
+        _only_size(name, image_size, 32)
+        dataset = load_cifar(_required(root, source.archive), source)
+    else:
+        from mclfast.data import digits
+
+        _only_size(name, image_size, digits.IMAGE_SIZE)
+        if name == "digits":
+            return digits.load_few(10 if train_per_class is None else train_per_class)
+        dataset = digits.load_full()
+
+    if train_per_class is None:
+        return dataset
+    train = limit_per_class(dataset.train, train_per_class, dataset.num_classes, seed)
+    return replace(dataset, train=train)
+
+
+def _required(root: str | os.PathLike[str] | None, content: str) -> str | os.PathLike[str]:
+    if root is None:
+        raise ValueError(f"root: expected the folder holding {content}, got None")
+    return root
+
+
+def _only_size(name: str, image_size: int | None, expected: int) -> None:
+    if image_size not in (None, expected):
+        raise ValueError(f"image_size: expected {expected} or None for {name!r}, got {image_size}")

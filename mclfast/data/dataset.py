@@ -1,0 +1,250 @@
+"""The in-memory image set that every loader returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mclfast.data.augment import Augmentation
+
+
+# eq=False: comparing tensors element by element has no truth value; identity is what is left.
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images with their labels.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], on the device of the images.
+
+    Raises:
+        TypeError: a wrong dtype, or not a tensor.
+        ValueError: a wrong rank, different lengths or devices, or no image at all.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        _check_tensor("images", self.images, torch.uint8, 4, "[N, C, H, W]")
+        _check_tensor("labels", self.labels, torch.int64, 1, "[N]")
+        if len(self.images) != len(self.labels):
+            raise ValueError(
+                "images and labels: expected the same length, "
+                f"got {len(self.images)} and {len(self.labels)}"
+            )
+        if self.images.numel() == 0:
+            raise ValueError(
+                f"images: expected at least one pixel, got shape {list(self.images.shape)}"
+            )
+        if self.images.device != self.labels.device:
+            raise ValueError(
+                "images and labels: expected the same device, "
+                f"got {self.images.device} and {self.labels.device}"
+            )
+
+    def __len__(self) -> int:
+        """Number of images N."""
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set on `device`."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test set with what is needed to feed them to a network.
+
+    A set of your own:
+
+        mean, std = channel_stats(train_images)
+        dataset = Dataset(
+            name="mine",
+            train=ImageSet(train_images, train_labels),
+            test=ImageSet(test_images, test_labels),
+            num_classes=10,
+            class_names=tuple(str(i) for i in range(10)),
+            mean=mean,
+            std=std,
+            augmentation=Augmentation(pad=4, flip=True),
+        )
+
+    Attributes:
+        name: free text, for logs.
+        train: images uint8 [N, C, S, S], labels int64 [N].
+        test: images uint8 [N', C, S, S], labels int64 [N'].
+        num_classes: labels lie in [0, num_classes).
+        class_names: one name per class.
+        mean: mean of each channel, of pixels scaled to [0, 1]; C values.
+        std: standard deviation of each channel, on the same scale; C positive values.
+        augmentation: what to do to training images.
+
+    Raises:
+        ValueError: a label outside [0, num_classes), images of different or non-square shapes,
+            or a tuple of the wrong length.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    num_classes: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation = Augmentation()
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {self.num_classes}")
+        shapes = [list(split.images.shape[1:]) for split in (self.train, self.test)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"test.images: expected [N, *{shapes[0]}] as train, got {shapes[1]}")
+        if shapes[0][1] != shapes[0][2]:
+            raise ValueError(f"images: expected square images, got [C, H, W]={shapes[0]}")
+        lengths = {
+            "class_names": (len(self.class_names), self.num_classes),
+            "mean": (len(self.mean), self.in_channels),
+            "std": (len(self.std), self.in_channels),
+        }
+        for field, (got, expected) in lengths.items():
+            if got != expected:
+                raise ValueError(f"{field}: expected {expected} entries, got {got}")
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std: expected positive values, got {self.std}")
+        _check_labels("train.labels", self.train.labels, self.num_classes)
+        _check_labels("test.labels", self.test.labels, self.num_classes)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels C of every image."""
+        return self.train.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Side S of the square images, in pixels."""
+        return self.train.images.shape[2]
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same set with both splits on `device`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+def channel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of pixels scaled to [0, 1].
+
+    Args:
+        images: uint8 [N, C, H, W], not empty.
+
+    Returns:
+        The means and the standard deviations, C values each. A constant channel gets a standard
+        deviation of 1, so that dividing by it is harmless.
+
+    Raises:
+        TypeError: images are not uint8.
+        ValueError: images are not of rank 4, or empty.
+    """
+    _check_tensor("images", images, torch.uint8, 4, "[N, C, H, W]")
+    if images.numel() == 0:
+        raise ValueError(f"images: expected at least one pixel, got shape {list(images.shape)}")
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        # Exact, and needs no float copy of the whole set.
+        counts = torch.bincount(channel.reshape(-1), minlength=256).cpu()
+        share = counts.to(torch.float64) / channel.numel()
+        mean = (share * levels).sum()
+        std = (share * (levels - mean) ** 2).sum().sqrt()
+        means.append(float(mean))
+        stds.append(float(std) if (counts > 0).sum() > 1 else 1.0)
+    return tuple(means), tuple(stds)
+
+
+def class_ranks(labels: Tensor, num_classes: int, seed: int) -> Tensor:
+    """Position of every sample among those of its class, in a shuffled order fixed by `seed`.
+
+    Taking the samples with rank < k gives a stratified subset, and a smaller k gives a part of
+    the subset of a larger one.
+
+    Args:
+        labels: int64 [N], in [0, num_classes).
+        num_classes: number of classes.
+        seed: 0 to 2**32 - 1.
+
+    Returns:
+        int64 [N], on the CPU.
+
+    Raises:
+        ValueError: seed out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected a value in [0, 2**32), got {seed}")
+    labels = labels.cpu()
+    # NumPy promises that this legacy stream never changes; torch.randperm makes no such promise.
+    shuffled = torch.from_numpy(np.random.RandomState(seed).permutation(len(labels))).long()
+    order = shuffled[torch.argsort(labels[shuffled], stable=True)]
+    counts = torch.bincount(labels, minlength=num_classes)
+    starts = counts.cumsum(0) - counts
+    ranks = torch.empty_like(labels)
+    ranks[order] = torch.arange(len(labels)) - starts[labels[order]]
+    return ranks
+
+
+def limit_per_class(
+    image_set: ImageSet, per_class: int, num_classes: int, seed: int = 0
+) -> ImageSet:
+    """Keeps `per_class` images of every class, in their original order.
+
+    Args:
+        image_set: images [N, C, H, W], labels [N].
+        per_class: images to keep of each class, at least 1.
+        num_classes: number of classes.
+        seed: which images are kept; the same seed always keeps the same ones.
+
+    Returns:
+        A set of num_classes * per_class images.
+
+    Raises:
+        ValueError: per_class is not positive, a label is out of range, or a class has too few
+            images.
+    """
+    if per_class < 1:
+        raise ValueError(f"per_class: expected at least 1, got {per_class}")
+    _check_labels("labels", image_set.labels, num_classes)
+    counts = torch.bincount(image_set.labels.cpu(), minlength=num_classes)
+    smallest = int(counts.argmin())
+    if counts[smallest] < per_class:
+        raise ValueError(
+            f"per_class: expected at most {int(counts[smallest])}, the number of images of class "
+            f"{smallest}, got {per_class}"
+        )
+    keep = class_ranks(image_set.labels, num_classes, seed) < per_class
+    return select(image_set, keep)
+
+
+def select(image_set: ImageSet, keep: Tensor) -> ImageSet:
+    """The images with keep == True, in their order; keep is bool [N]."""
+    index = keep.nonzero().squeeze(1).to(image_set.labels.device)
+    return ImageSet(image_set.images[index], image_set.labels[index])
+
+
+def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, rank: int, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a {dtype} tensor, got {type(value).__name__}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+    if value.ndim != rank:
+        raise ValueError(f"{name}: expected {shape}, got shape {list(value.shape)}")
+
+
+def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(wrong):
+        position = int(wrong[0])
+        raise ValueError(
+            f"{name}: expected values in [0, {num_classes}), "
+            f"got {int(labels[position])} at position {position}"
+        )

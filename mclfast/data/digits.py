@@ -1,0 +1,98 @@
+"""The handwritten digits that come with scikit-learn: nothing to download."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mclfast.data.augment import Augmentation
+from mclfast.data.dataset import Dataset, ImageSet, channel_stats, class_ranks, select
+
+IMAGE_SIZE = 16
+_NUM_CLASSES = 10
+# One split for everybody, whatever the seed of the run.
+_SPLIT_SEED = 20210427
+
+
+def load_few(train_per_class: int = 10) -> Dataset:
+    """ "digits": few labels for training, all other images for testing.
+
+    Args:
+        train_per_class: training images of each class. The split is one fixed order of the
+            images, so that fewer training images are a part of more.
+
+    Returns:
+        Images uint8 [N, 1, 16, 16], 1797 in both splits together.
+
+    Raises:
+        ValueError: train_per_class leaves no training or no test image of some class.
+        ImportError: scikit-learn is not installed.
+    """
+    everything = _read()
+    largest = int(torch.bincount(everything.labels).min()) - 1
+    if not 1 <= train_per_class <= largest:
+        raise ValueError(
+            f"train_per_class: expected a value in [1, {largest}], got {train_per_class}"
+        )
+    ranks = class_ranks(everything.labels, _NUM_CLASSES, _SPLIT_SEED)
+    return _split("digits", everything, ranks < train_per_class)
+
+
+def load_full() -> Dataset:
+    """ "digits-full": 80 % of every class for training, 20 % for testing, a fixed split.
+
+    Returns:
+        Images uint8 [N, 1, 16, 16], 1797 in both splits together.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    everything = _read()
+    tested = (torch.bincount(everything.labels) + 2) // 5  # [10], a fifth, rounded
+    ranks = class_ranks(everything.labels, _NUM_CLASSES, _SPLIT_SEED)
+    return _split("digits-full", everything, ranks >= tested[everything.labels])
+
+
+def _split(name: str, everything: ImageSet, in_train: Tensor) -> Dataset:
+    # The statistics of all images, so that they do not depend on the split.
+    mean, std = channel_stats(everything.images)
+    return Dataset(
+        name=name,
+        train=select(everything, in_train),
+        test=select(everything, ~in_train),
+        num_classes=_NUM_CLASSES,
+        class_names=tuple(str(digit) for digit in range(_NUM_CLASSES)),
+        mean=tuple(round(value, 4) for value in mean),
+        std=tuple(round(value, 4) for value in std),
+        # A mirrored digit is another sign.
+        augmentation=Augmentation(pad=2),
+    )
+
+
+def _read() -> ImageSet:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            f"the digits come with scikit-learn: pip install scikit-learn ({error})"
+        ) from error
+    raw = load_digits()
+    levels = torch.from_numpy(raw.images).to(torch.int64)  # [N, 8, 8], 0..16
+    return ImageSet(_upsample(levels), torch.from_numpy(raw.target).to(torch.int64))
+
+
+def _upsample(levels: Tensor) -> Tensor:
+    """Bilinear, twice the side: levels int64 [N, 8, 8] in 0..16 -> uint8 [N, 1, 16, 16].
+
+    In integers, so that every machine gets the same bytes.
+    """
+    doubled = _double(_double(levels, 1), 2)  # weights sum to 4 * 4, so 0..256
+    return ((doubled * 255 + 128) // 256).to(torch.uint8).unsqueeze(1)
+
+
+def _double(x: Tensor, dim: int) -> Tensor:
+    """Linear interpolation at the quarter points along dim, times 4; edges are repeated."""
+    size = x.shape[dim]
+    before = x.index_select(dim, (torch.arange(size) - 1).clamp(min=0))
+    after = x.index_select(dim, (torch.arange(size) + 1).clamp(max=size - 1))
+    return torch.stack((3 * x + before, 3 * x + after), dim + 1).flatten(dim, dim + 1)

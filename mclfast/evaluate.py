@@ -1,0 +1,82 @@
+"""Accuracy of networks on a set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mclfast.cohort import Cohort
+from mclfast.data.augment import prepare
+from mclfast.data.dataset import Dataset, ImageSet
+
+
+class CohortAccuracy(NamedTuple):
+    """Accuracies in percent.
+
+    Attributes:
+        peers: of each network's own final classifier.
+        ensemble: of the mean of those classifiers' logits.
+        best_head: the best of all classifiers, auxiliary ones included (the published protocol
+            reports its maximum over the epochs).
+    """
+
+    peers: tuple[float, ...]
+    ensemble: float
+    best_head: float
+
+
+def batches(
+    images: ImageSet, data: Dataset, batch_size: int, device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images [b, C, H, W] and labels [b] in order, on ``device``."""
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        yield (
+            prepare(images.images[part].to(device), data.mean, data.std),
+            images.labels[part].to(device),
+        )
+
+
+@torch.no_grad()
+def _percent_correct(
+    module: nn.Module,
+    heads: Callable[[Tensor], Sequence[Tensor]],
+    images: ImageSet,
+    data: Dataset,
+    batch_size: int,
+) -> list[float]:
+    """Accuracy of every head; ``heads`` maps images to a sequence of logits."""
+    was_training = module.training
+    module.eval()
+    device = next(module.parameters()).device
+    try:
+        correct = [
+            torch.stack([(logits.argmax(1) == y).sum() for logits in heads(x)])
+            for x, y in batches(images, data, batch_size, device)
+        ]
+    finally:
+        module.train(was_training)
+    return (100.0 * torch.stack(correct).sum(0).double() / len(images)).tolist()
+
+
+def cohort_accuracy(cohort: Cohort, data: Dataset, *, batch_size: int = 256) -> CohortAccuracy:
+    """Accuracy of every peer of a cohort on the test set, in evaluation mode."""
+
+    def heads(x: Tensor) -> list[Tensor]:
+        outputs = cohort(x)
+        mean = torch.stack(outputs.final_logits).mean(0)
+        auxiliary = [logits for stages in outputs.logits for logits in stages[:-1]]
+        return [*outputs.final_logits, mean, *auxiliary]
+
+    found = _percent_correct(cohort, heads, data.test, data, batch_size)
+    count = len(cohort.networks)
+    peers, ensemble, auxiliary = found[:count], found[count], found[count + 1 :]
+    return CohortAccuracy(tuple(peers), ensemble, max(*peers, *auxiliary, 0.0))
+
+
+def accuracy(network: nn.Module, data: Dataset, *, batch_size: int = 256) -> float:
+    """Accuracy in percent of one network [b, C, H, W] -> logits on the test set."""
+    return _percent_correct(network, lambda x: [network(x)], data.test, data, batch_size)[0]

@@ -1,0 +1,90 @@
+"""One deployable backbone per peer: safetensors weights beside a small JSON description."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mclfast import models
+from mclfast._files import read_json, replacing, write_json
+from mclfast._version import __version__
+from mclfast.models.staged import StagedNetwork
+
+WEIGHTS, DESCRIPTION = "backbone.safetensors", "backbone.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A backbone read back, and what was said of it when it was written.
+
+    Attributes:
+        network: the bare network, in evaluation mode.
+        description: network name, input, normalisation, data set and recorded accuracy.
+    """
+
+    network: StagedNetwork
+    description: dict[str, Any]
+
+
+def export_backbone(
+    backbone: nn.Module, folder: Path, *, network: str, description: dict[str, Any]
+) -> Path:
+    """Writes the weights of a bare backbone and its description into ``folder``.
+
+    Args:
+        backbone: the network without auxiliary or projection heads.
+        folder: made if absent; an earlier export in it is replaced.
+        network: registered name, see ``mclfast.models.available``.
+        description: JSON values kept beside the weights; ``num_classes`` and ``in_channels`` are
+            needed to read the network back.
+
+    Returns:
+        The folder.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    with replacing(folder / WEIGHTS) as partial:
+        save_file(tensors, partial)
+    write_json(
+        folder / DESCRIPTION, {"network": network, "mclfast": __version__, **description}
+    )
+    return folder
+
+
+def load_backbone(folder: Path | str) -> Exported:
+    """Reads a backbone written by :func:`export_backbone`.
+
+    Raises:
+        FileNotFoundError: no export in the folder.
+        ValueError: a damaged file, an unknown network, or weights that do not fit it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    description = read_json(folder / DESCRIPTION, "export")
+    missing = {"network", "num_classes", "in_channels"} - description.keys()
+    if missing:
+        raise ValueError(
+            f"export: expected {', '.join(sorted(missing))} in {folder / DESCRIPTION}, got none"
+        )
+    network = models.create(
+        description["network"],
+        num_classes=description["num_classes"],
+        in_channels=description["in_channels"],
+    )
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"export: expected a file {folder / WEIGHTS}, found none")
+    try:
+        network.load_state_dict(load_file(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"export: expected intact weights of {description['network']} in "
+            f"{folder / WEIGHTS}, got: {reason}"
+        ) from None
+    return Exported(network.eval(), description)

@@ -1,0 +1,24 @@
+"""Baseline: every network learns from the labels alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mclfast.cohort import PeerOutputs
+from mclfast.methods.base import Method
+
+
+class Baseline(Method):
+    """Sum over networks of the cross entropy of their logits; the peers do not interact."""
+
+    def loss(self, outputs: PeerOutputs, labels: Tensor) -> dict[str, Tensor]:
+        total = sum_cross_entropy(outputs, labels)
+        return {"loss": total, "ce": total}
+
+
+def sum_cross_entropy(outputs: PeerOutputs, labels: Tensor) -> Tensor:
+    """Cross entropy of every classifier, summed over networks and stages, 0-dim."""
+    heads = [logits for stages in outputs.logits for logits in stages]
+    first, *rest = (cross_entropy(logits.float(), labels) for logits in heads)
+    return sum(rest, start=first)

@@ -1,0 +1,120 @@
+"""L-MCL: layer-wise mutual contrastive learning with learned layer matching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mclfast import functional
+from mclfast.aggregation import LogitAggregator
+from mclfast.cohort import PeerOutputs
+from mclfast.distillation import kd_loss
+from mclfast.matching import LayerMatcher
+from mclfast.methods.base import Method
+from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.types import MCLTerms
+
+
+class LayerwiseMCL(Method):
+    """The loss of arXiv 2207.11518 (section 3) for any number of networks.
+
+    ``sum CE(all heads) + sum_a CE(aggregate_a) + sum_a sum_b KD(final_a <- aggregate_b) + MCL``,
+    with MCL the four layer-wise terms weighted by the matcher. The matcher is trained by the
+    bilevel step only: in the ordinary step its weights are constants, in the inner objective they
+    are live, through the features too.
+    """
+
+    auxiliary_heads = True
+    projections = True
+
+    @dataclass
+    class Options:
+        temperature: float = field(
+            default=0.1, metadata={"help": "divides the cosine similarities"}
+        )
+        kl_temperature: float = field(
+            default=3.0, metadata={"help": "softens the similarity distributions compared"}
+        )
+        distill_temperature: float = field(
+            default=3.0, metadata={"help": "softens the logits in logit distillation"}
+        )
+        vcl_weight: float = field(
+            default=0.1, metadata={"help": "weight of the term inside networks"}
+        )
+        soft_vcl_weight: float = field(
+            default=1.0, metadata={"help": "weight of the KL between intra-network similarities"}
+        )
+        icl_weight: float = field(
+            default=0.1, metadata={"help": "weight of the term between networks"}
+        )
+        soft_icl_weight: float = field(
+            default=1.0, metadata={"help": "weight of the KL between inter-network similarities"}
+        )
+        matcher_dim: int = field(
+            default=128, metadata={"help": "width of the space the matcher compares stages in"}
+        )
+        backend: str = field(
+            default="auto", metadata={"help": "backend of the contrastive losses, see mclfast env"}
+        )
+
+    def __init__(
+        self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
+    ) -> None:
+        super().__init__(feature_dims, options)
+        self.matcher = LayerMatcher(feature_dims, self.options.matcher_dim)
+        self.aggregator = LogitAggregator(
+            [stages[-1] for stages in feature_dims], [len(stages) for stages in feature_dims]
+        )
+
+    def loss(self, outputs: PeerOutputs, labels: Tensor) -> dict[str, Tensor]:
+        aggregates = self.aggregator(outputs.features, outputs.logits)
+        with torch.no_grad():
+            pair_weights = self.matcher(outputs.features)
+        terms = self._terms(outputs, labels, pair_weights)
+        parts = {
+            "ce": sum_cross_entropy(outputs, labels),
+            "aggregate_ce": torch.stack(
+                [cross_entropy(z.float(), labels) for z in aggregates]
+            ).sum(),
+            "distill": torch.stack(
+                [
+                    kd_loss(student, teacher, self.options.distill_temperature)
+                    for student in outputs.final_logits
+                    for teacher in aggregates
+                ]
+            ).sum(),
+        }
+        total = torch.stack(list(parts.values())).sum() + self._weighted(terms)
+        return {"loss": total, **parts, **terms._asdict()}
+
+    def meta_parameters(self) -> list[nn.Parameter]:
+        return list(self.matcher.parameters())
+
+    def inner_loss(self, outputs: PeerOutputs, labels: Tensor) -> Tensor:
+        return self._weighted(self._terms(outputs, labels, self.matcher(outputs.features)))
+
+    def outer_loss(self, outputs: PeerOutputs, labels: Tensor) -> Tensor:
+        return sum_cross_entropy(outputs, labels)
+
+    def _terms(self, outputs: PeerOutputs, labels: Tensor, pair_weights: Tensor) -> MCLTerms:
+        return functional.layerwise_mcl_loss(
+            outputs.embeddings,
+            labels,
+            pair_weights,
+            temperature=self.options.temperature,
+            kl_temperature=self.options.kl_temperature,
+            backend=self.options.backend,
+        )
+
+    def _weighted(self, terms: MCLTerms) -> Tensor:
+        o = self.options
+        return terms.weighted_sum(
+            vcl=o.vcl_weight,
+            soft_vcl=o.soft_vcl_weight,
+            icl=o.icl_weight,
+            soft_icl=o.soft_icl_weight,
+        )

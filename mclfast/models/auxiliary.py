@@ -1,0 +1,112 @@
+"""Auxiliary heads: the one rule that builds them for every backbone.
+
+Source: topology of L-MCL (TPAMI 2023, arXiv 2207.11518). A head after stage k refines the map
+with fresh later stages, so that every stage ends in a feature of the same width.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from mclfast.models.staged import StagedNetwork, fresh_copy, global_average_pool
+
+
+class StageOutputs(NamedTuple):
+    """Outputs of a :class:`PeerNetwork`, from the head after stage 1 to the backbone itself.
+
+    Attributes:
+        features: one [B, D] per stage.
+        logits: one [B, C] per stage.
+    """
+
+    features: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
+
+
+class AuxiliaryHead(nn.Module):
+    """Fresh later stages, fresh tail, global average pool and a fresh linear classifier.
+
+    Nothing is shared with the backbone, whose device and dtype the head takes over.
+
+    Args:
+        backbone: network the head branches off; it is not changed.
+        stage_index: index from 0 of the stage whose map feeds the head.
+
+    Raises:
+        ValueError: ``stage_index`` has no later stage, or a stage or the tail cannot be
+            re-initialised (see :func:`mclfast.models.staged.fresh_copy`).
+    """
+
+    def __init__(self, backbone: StagedNetwork, stage_index: int) -> None:
+        super().__init__()
+        last = len(backbone.stages) - 1
+        if not 0 <= stage_index < last:
+            raise ValueError(
+                f"stage_index: expected a stage before the last, 0 <= index < {last}, "
+                f"got {stage_index}"
+            )
+        self.stages = nn.Sequential(*backbone.refinement(stage_index))
+        self.tail = fresh_copy(backbone.tail, backbone.init_weights)
+        weight = backbone.classifier.weight
+        self.classifier = nn.Linear(
+            backbone.feature_dim, backbone.num_classes, device=weight.device, dtype=weight.dtype
+        )
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map after the stage [B, c, h, w] -> feature [B, D] and logits [B, C]."""
+        feature = global_average_pool(self.tail(self.stages(x)))
+        return feature, self.classifier(feature)
+
+
+class PeerNetwork(nn.Module):
+    """One peer of a mutual-learning group: a backbone and its auxiliary heads.
+
+    Deploy ``peer.backbone`` alone; the heads serve training only.
+
+    Args:
+        backbone: used as it is, not copied.
+        auxiliary_heads: build one head per stage but the last; False for none.
+
+    Attributes:
+        backbone: the :class:`StagedNetwork`.
+        auxiliary: ``nn.ModuleList`` of heads in stage order, empty without heads.
+
+    Raises:
+        ValueError: ``backbone`` is not a StagedNetwork, or see :class:`AuxiliaryHead`.
+    """
+
+    def __init__(self, backbone: StagedNetwork, auxiliary_heads: bool = True) -> None:
+        super().__init__()
+        if not isinstance(backbone, StagedNetwork):
+            raise ValueError(
+                f"backbone: expected a StagedNetwork, got {type(backbone).__name__}; "
+                "adapt a module with mclfast.models.staged"
+            )
+        count = len(backbone.stages) - 1 if auxiliary_heads else 0
+        self.backbone = backbone
+        self.auxiliary = nn.ModuleList(AuxiliaryHead(backbone, index) for index in range(count))
+
+    @property
+    def num_stages(self) -> int:
+        """Number of outputs: the auxiliary heads and the backbone."""
+        return len(self.auxiliary) + 1
+
+    @property
+    def feature_dim(self) -> int:
+        """Width D of every feature."""
+        return self.backbone.feature_dim
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits C of every stage."""
+        return self.backbone.num_classes
+
+    def forward(self, x: Tensor) -> StageOutputs:
+        """[B, in_channels, H, W] -> ``num_stages`` features [B, D] and logits [B, C]."""
+        taps = self.backbone.forward_taps(x)
+        # The map of the last stage has no head: there the backbone answers itself.
+        outputs = [head(tap) for head, tap in zip(self.auxiliary, taps.maps, strict=False)]
+        outputs.append((taps.feature, taps.logits))
+        features, logits = zip(*outputs, strict=True)
+        return StageOutputs(features, logits)

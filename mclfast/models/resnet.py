@@ -1,0 +1,153 @@
+"""CIFAR ResNets: 3x3 stem, three stages of widths 16, 32 and 64, no max-pooling.
+
+Source: He et al., CVPR 2016 (arXiv 1512.03385), section 4.2 for basic blocks; the bottleneck
+form has expansion 4. Where a block changes the shape, the shortcut is a 1x1 convolution with
+batch norm. The in-place ReLUs follow a batch norm or a sum, whose backward passes do not read
+their outputs, so they are safe under double backward.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mclfast.models.staged import StagedNetwork
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """3x3 convolution without bias that keeps the map size at stride 1."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+def init_conv(module: nn.Module) -> None:
+    """Kaiming normal (fan out, ReLU) for a convolution; other modules keep their defaults."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; [B, in_channels, h, w] -> [B, width, h / stride, w / stride]."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, width, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = _shortcut(in_channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions; [B, in_channels, h, w] -> [B, 4 width, h / stride, ...]."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.shortcut = _shortcut(in_channels, width * self.expansion, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + self.shortcut(x), inplace=True)
+
+
+class CifarResNet(StagedNetwork):
+    """ResNet for small images, cut after each of its three stages.
+
+    Args:
+        block: :class:`BasicBlock` or :class:`Bottleneck`.
+        blocks_per_stage: n; the depth is 6n + 2 with basic blocks and 9n + 2 with bottlenecks.
+        num_classes: number of logits C.
+        in_channels: channels of the input image [B, in_channels, H, W], H and W at least 8.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        blocks_per_stage: int,
+        *,
+        num_classes: int = 100,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, 16)
+        self.bn1 = nn.BatchNorm2d(16)
+        wide = block.expansion
+        self.layer1 = _stage(block, 16, 16, blocks_per_stage, stride=1)
+        self.layer2 = _stage(block, 16 * wide, 32, blocks_per_stage, stride=2)
+        self.layer3 = _stage(block, 32 * wide, 64, blocks_per_stage, stride=2)
+        self.fc = nn.Linear(64 * wide, num_classes)
+        self.apply(self.init_weights)
+
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        return self.layer1, self.layer2, self.layer3
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return self.fc
+
+    def init_weights(self, module: nn.Module) -> None:
+        init_conv(module)
+
+    def stem_forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)), inplace=True)
+
+
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck],
+    in_channels: int,
+    width: int,
+    count: int,
+    stride: int,
+) -> nn.Sequential:
+    blocks: list[nn.Module] = [block(in_channels, width, stride)]
+    blocks += [block(width * block.expansion, width, 1) for _ in range(count - 1)]
+    return nn.Sequential(*blocks)
+
+
+def resnet8(*, num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-8: basic blocks, one per stage; for tests and quick trials."""
+    return CifarResNet(BasicBlock, 1, num_classes=num_classes, in_channels=in_channels)
+
+
+def resnet20(*, num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-20: basic blocks, three per stage."""
+    return CifarResNet(BasicBlock, 3, num_classes=num_classes, in_channels=in_channels)
+
+
+def resnet32(*, num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-32: basic blocks, five per stage."""
+    return CifarResNet(BasicBlock, 5, num_classes=num_classes, in_channels=in_channels)
+
+
+def resnet56(*, num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-56: basic blocks, nine per stage."""
+    return CifarResNet(BasicBlock, 9, num_classes=num_classes, in_channels=in_channels)
+
+
+def resnet110(*, num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-110: bottlenecks with expansion 4, twelve per stage."""
+    return CifarResNet(Bottleneck, 12, num_classes=num_classes, in_channels=in_channels)

@@ -1,0 +1,47 @@
+"""Recipes: YAML files with the settings of published runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mclfast._checks import unknown_name
+
+
+def folder() -> Path:
+    """Where the recipes lie: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def available() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def load(name: str) -> dict[str, Any]:
+    """Flat settings of a recipe, by its name or by the path of a YAML file.
+
+    Raises:
+        ValueError: unknown name, or a file that is not a YAML mapping.
+        FileNotFoundError: a path that does not exist.
+    """
+    import yaml
+
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in available():
+            raise unknown_name("recipe", name, available())
+        path = folder() / f"{name}.yaml"
+    elif not path.is_file():
+        raise FileNotFoundError(f"recipe: expected a file {path}, found none")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"recipe: expected YAML in {path}, got {problem}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(
+            f"recipe: expected `field: value` lines in {path}, got {type(values).__name__}"
+        )
+    return values

@@ -1,0 +1,433 @@
+"""The training loop, in the order things happen.
+
+    config = TrainConfig.from_values({"method": "lmcl", "data": "digits"})
+    result = train(config, "runs/mine")          # build, train, evaluate, checkpoint, export
+
+or with your own parts: ``Trainer(cohort, method, data, config, run_dir).fit()``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from mclfast import checkpoint, env, metrics, models, plots
+from mclfast._files import write_json, write_text
+from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.config import TrainConfig
+from mclfast.data import load as load_data
+from mclfast.data.augment import Augmentation, augment
+from mclfast.data.dataset import Dataset
+from mclfast.data.sampler import BalancedSampler, ShuffleSampler
+from mclfast.evaluate import cohort_accuracy
+from mclfast.export import export_backbone
+from mclfast.meta import bilevel_gradient
+from mclfast.methods import Method, method_class
+from mclfast.schedule import learning_rate
+
+CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
+RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run reached.
+
+    Attributes:
+        peers: final test accuracy in percent of each peer's own classifier, at the last epoch.
+        ensemble: of the mean of the peers' logits, at the last epoch.
+        published_protocol: best accuracy of any classifier of any peer at any epoch on the test
+            set, as the published code reports it. It selects on the test set: for comparison only.
+        seconds: training and evaluation time, over all resumed parts.
+        history: one record per epoch.
+    """
+
+    peers: tuple[float, ...]
+    ensemble: float
+    published_protocol: float
+    seconds: float
+    history: list[dict[str, float]]
+
+
+def train(
+    config: TrainConfig, run_dir: Path | str | None = None, *, progress: bool = True
+) -> RunResult:
+    """Builds everything that a config names and trains it, from the last checkpoint if any."""
+    return build(config, run_dir).fit(progress=progress)
+
+
+def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
+    """The trainer of a config; the seed fixes every initial weight."""
+    data = load_data(
+        config.data,
+        root=config.data_root,
+        train_per_class=config.train_per_class,
+        image_size=config.image_size,
+    )
+    torch.manual_seed(config.seed)
+    cls = method_class(config.method)
+    cohort = Cohort(
+        [
+            models.create(name, num_classes=data.num_classes, in_channels=data.in_channels)
+            for name in config.cohort
+        ],
+        auxiliary_heads=cls.auxiliary_heads,
+        projection_dim=config.projection_dim if cls.projections else None,
+    )
+    method = cls(cohort.feature_dims, config.options)
+    return Trainer(cohort, method, data, config, run_dir)
+
+
+class Trainer:
+    """Trains a cohort with a method; knows neither networks nor methods by name.
+
+    Args:
+        cohort: the peers.
+        method: says the loss; moved to the device with the cohort.
+        data: images and labels.
+        config: settings of the loop (its ``cohort`` and ``data`` names serve as labels here).
+        run_dir: folder for checkpoint, metrics, curves, result and exported backbones; a
+            checkpoint found in it is resumed. None writes nothing.
+
+    Raises:
+        ValueError: settings that cannot work on this data, or a checkpoint of other settings.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        method: Method,
+        data: Dataset,
+        config: TrainConfig,
+        run_dir: Path | str | None = None,
+    ) -> None:
+        if cohort.num_classes != data.num_classes:
+            raise ValueError(
+                f"cohort: expected {data.num_classes} classes as the data has, "
+                f"got {cohort.num_classes}"
+            )
+        self.config = config
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.device = select_device(config.device)
+        self.data = data.to(self.device)
+        self.cohort = cohort.to(self.device)
+        self.method = method.to(self.device)
+        self.sampler = self._sampler()
+        self.history: list[dict[str, float]] = []
+        self.step = 0
+
+        meta = self.method.meta_parameters()
+        meta_ids = {id(p) for p in meta}
+        own = [p for p in self.method.parameters() if id(p) not in meta_ids]
+        self.parameters = [*self.cohort.parameters(), *own]
+        self.optimizer = self._sgd(self.parameters)
+        self.meta_optimizer = self._sgd(meta) if meta else None
+        # Only fp16 underflows: with the scaler off, its methods do nothing.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+
+    def _sampler(self) -> BalancedSampler | ShuffleSampler:
+        c, images = self.config, self.data.train
+        if c.sampler == "shuffle":
+            return ShuffleSampler(len(images), batch_size=c.batch_size, seed=c.seed)
+        return BalancedSampler(
+            images.labels,
+            batch_size=c.batch_size,
+            images_per_class=c.images_per_class,
+            num_classes=self.data.num_classes,
+            seed=c.seed,
+        )
+
+    def _sgd(self, parameters: list[Any]) -> torch.optim.SGD:
+        c = self.config
+        return torch.optim.SGD(
+            parameters,
+            lr=c.lr,
+            momentum=c.momentum,
+            nesterov=c.nesterov,
+            weight_decay=c.weight_decay,
+        )
+
+    def fit(self, *, progress: bool = True, stop_after: int | None = None) -> RunResult:
+        """Trains to the last epoch, from the checkpoint in ``run_dir`` if there is one.
+
+        Args:
+            progress: show a progress bar with the time left.
+            stop_after: leave after this many epochs of this call, as an interruption would.
+
+        Raises:
+            FloatingPointError: the loss became infinite or NaN; the last checkpoint stays.
+        """
+        if self.run_dir is not None:
+            self._start_run_dir(self.run_dir)
+        first = len(self.history)
+        last = self.config.epochs if stop_after is None else first + stop_after
+        bar = self._progress_bar(progress)
+        try:
+            for epoch in range(first, min(last, self.config.epochs)):
+                started = time.perf_counter()
+                record = self._train_epoch(epoch, bar)
+                record |= self._evaluate()
+                before = self.history[-1]["seconds"] if self.history else 0.0
+                record["seconds"] = before + time.perf_counter() - started
+                self.history.append(record)
+                bar.set_postfix_str(
+                    f"loss {record['train_loss']:.3g}, test {record['acc_mean']:.1f} %"
+                )
+                if self.run_dir is not None:
+                    metrics.write_csv(self.run_dir / METRICS, self.history)
+                    checkpoint.save(self.run_dir / CHECKPOINT, self.state())
+        finally:
+            bar.close()
+        result = self._result()
+        if self.run_dir is not None and len(self.history) == self.config.epochs:
+            self._finish_run_dir(self.run_dir, result)
+        return result
+
+    def _train_epoch(self, epoch: int, bar: Any) -> dict[str, float]:
+        c = self.config
+        lr = learning_rate(c, epoch)
+        for optimizer in (self.optimizer, self.meta_optimizer):
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = lr
+        self.cohort.train()
+        self.method.train()
+        totals: dict[str, Tensor] = {}
+        for index in self.sampler.epoch(epoch).to(self.device):
+            images, labels = self._augmented(index)
+            parts = self.train_step(images, labels)
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+            if self.meta_optimizer and c.bilevel_every and self.step % c.bilevel_every == 0:
+                self.bilevel_step(images, labels, lr)
+            self.step += 1
+            bar.update()
+        # The one synchronisation with the device in an epoch.
+        means = {f"train_{k}": float(v) / len(self.sampler) for k, v in totals.items()}
+        if not math.isfinite(means["train_loss"]):
+            raise FloatingPointError(
+                f"lr: expected a finite training loss, got {means['train_loss']} in epoch "
+                f"{epoch}; try a smaller learning rate or clip_grad_norm (lr was {lr:.3g})"
+            )
+        return {"epoch": epoch + 1, "step": self.step, "lr": lr, **means}
+
+    def _augmented(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """One batch, a pure function of the seed and the step, so that a run can be resumed."""
+        digest = hashlib.blake2b(
+            f"augment {self.config.seed} {self.step}".encode(), digest_size=4
+        ).digest()
+        generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest, "little"))
+        images = augment(
+            self.data.train.images[index],
+            self.data.augmentation if self.config.augment else Augmentation(),
+            mean=self.data.mean,
+            std=self.data.std,
+            generator=generator,
+        )
+        return images, self.data.train.labels[index]
+
+    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
+        with self._autocast():
+            parts = self.method.loss(self.cohort(images), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(parts["loss"]).backward()
+        if self.config.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return parts
+
+    def bilevel_step(self, images: Tensor, labels: Tensor, lr: float) -> None:
+        """One SGD step of the method's meta parameters along the exact bilevel gradient.
+
+        Networks, their buffers and the ordinary optimiser stay as they are. In fp16 it runs in
+        fp32: its second-order gradients are not scaled against underflow.
+        """
+        assert self.meta_optimizer is not None
+        c = self.config
+        buffers = dict(self.cohort.named_buffers())
+
+        def objective(
+            loss: Callable[[PeerOutputs, Tensor], Tensor],
+        ) -> Callable[[dict[str, Tensor]], Tensor]:
+            def value(params: dict[str, Tensor]) -> Tensor:
+                # BatchNorm updates its statistics in place: on copies here.
+                copies = {name: b.clone() for name, b in buffers.items()}
+                return loss(functional_call(self.cohort, {**params, **copies}, images), labels)
+
+            return value
+
+        meta = self.method.meta_parameters()
+        with nullcontext() if c.amp == "fp16" else self._autocast():
+            result = bilevel_gradient(
+                objective(self.method.inner_loss),
+                objective(self.method.outer_loss),
+                dict(self.cohort.named_parameters()),
+                meta,
+                inner_steps=c.inner_steps,
+                outer_steps=c.outer_steps,
+                lr=lr,
+                momentum=c.momentum,
+                weight_decay=c.weight_decay,
+            )
+        for parameter, grad in zip(meta, result.grads, strict=True):
+            parameter.grad = grad
+        self.meta_optimizer.step()
+        self.meta_optimizer.zero_grad(set_to_none=True)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.amp == "off":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.config.amp == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+    def _evaluate(self) -> dict[str, float]:
+        found = cohort_accuracy(self.cohort, self.data, batch_size=self.config.eval_batch_size)
+        best = max([found.best_head, *(row["acc_best_head_so_far"] for row in self.history[-1:])])
+        return {
+            **{f"acc_peer{i}": accuracy for i, accuracy in enumerate(found.peers)},
+            "acc_mean": sum(found.peers) / len(found.peers),
+            "acc_ensemble": found.ensemble,
+            "acc_best_head_so_far": best,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training changes, as tensors and plain values."""
+        return {
+            "config": self.config.to_values(),
+            "cohort": self.cohort.state_dict(),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "meta_optimizer": self.meta_optimizer.state_dict() if self.meta_optimizer else None,
+            "scaler": self.scaler.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "step": self.step,
+            "history": self.history,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from what :meth:`state` gave."""
+        mine = self.config.to_values()
+        # Where a run computes, and how far, may change; what it computes may not.
+        free = {"device", "eval_batch_size"}
+        for name, value in state["config"].items():
+            if name not in free and mine.get(name) != value:
+                raise ValueError(
+                    f"{name}: expected {value!r} as in the checkpoint being resumed, "
+                    f"got {mine.get(name)!r}"
+                )
+        self.cohort.load_state_dict(state["cohort"])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.meta_optimizer:
+            self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        checkpoint.set_rng_state(state["rng"])
+        self.step, self.history = state["step"], state["history"]
+
+    def _start_run_dir(self, run_dir: Path) -> None:
+        import yaml
+
+        if (run_dir / CHECKPOINT).exists():
+            self.load_state(checkpoint.load(run_dir / CHECKPOINT, self.device))
+            return
+        write_text(run_dir / CONFIG, yaml.safe_dump(self.config.to_values(), sort_keys=False))
+        write_json(run_dir / ENVIRONMENT, env.report_dict())
+
+    def _finish_run_dir(self, run_dir: Path, result: RunResult) -> None:
+        names = self.config.cohort
+        write_json(
+            run_dir / RESULT,
+            {
+                "peers": result.peers,
+                "ensemble": result.ensemble,
+                "published_protocol": result.published_protocol,
+                "seconds": round(result.seconds, 2),
+            },
+        )
+        title = f"{self.config.method} on {self.config.data}, seed {self.config.seed}"
+        plots.run_curves(self.history, names, run_dir / CURVES, title)
+        for i in range(len(self.cohort.networks)):
+            self.export(i, run_dir / f"peer{i}")
+
+    def export(self, peer: int, folder: Path) -> Path:
+        """Writes one peer's bare backbone, see :func:`mclfast.export.export_backbone`."""
+        c = self.config
+        return export_backbone(
+            self.cohort.peers[peer].backbone,
+            folder,
+            network=c.cohort[peer],
+            description={
+                "num_classes": self.data.num_classes,
+                "in_channels": self.data.in_channels,
+                "image_size": self.data.image_size,
+                "mean": self.data.mean,
+                "std": self.data.std,
+                "class_names": self.data.class_names,
+                "data": c.data,
+                "data_root": c.data_root,
+                "train_per_class": c.train_per_class,
+                "eval_batch_size": c.eval_batch_size,
+                "method": c.method,
+                "seed": c.seed,
+                "epochs_trained": len(self.history),
+                "accuracy": self.history[-1][f"acc_peer{peer}"] if self.history else None,
+            },
+        )
+
+    def _result(self) -> RunResult:
+        row = self.history[-1]
+        return RunResult(
+            peers=tuple(row[f"acc_peer{i}"] for i in range(len(self.cohort.networks))),
+            ensemble=row["acc_ensemble"],
+            published_protocol=row["acc_best_head_so_far"],
+            seconds=row["seconds"],
+            history=self.history,
+        )
+
+    def _progress_bar(self, shown: bool) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.config.epochs * len(self.sampler),
+            initial=self.step,
+            disable=not shown,
+            desc=f"{self.config.method} seed {self.config.seed}",
+            unit="step",
+            # A line now and then where there is no terminal to redraw.
+            mininterval=0.2 if _stderr_is_terminal() else 10.0,
+        )
+
+
+def _stderr_is_terminal() -> bool:
+    import sys
+
+    return sys.stderr.isatty()
+
+
+def select_device(name: str) -> torch.device:
+    """The device a name stands for; "auto" takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one of {torch.cuda.device_count()} GPUs here, got {name!r}"
+        )
+    return device

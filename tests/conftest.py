@@ -1,0 +1,24 @@
+"""Fixtures and settings of all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if "OMP_NUM_THREADS" not in os.environ:
+    # Test processes that each take all cores slow one another down.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of the values recorded from the published implementations."""
+    folder = Path(os.environ.get("MCLFAST_GOLDEN", ROOT.parent / "shared" / "golden"))
+    if not folder.is_dir():
+        pytest.skip(f"no recorded values at {folder}; set MCLFAST_GOLDEN to their folder")
+    return folder

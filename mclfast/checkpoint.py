@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint: expected a file {path}, found none")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+    # A pickle is a program: what a damaged one raises has no common type.
+    except Exception as error:
         reason = str(error).split("\n", 1)[0]
         raise ValueError(f"checkpoint: expected an intact file {path}, got: {reason}") from None
     found = state.get("format") if isinstance(state, dict) else None
@@ -48,5 +48,6 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restores what :func:`rng_state` gave."""
     torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    # A run may go on with fewer GPUs than it was saved with, or with none.
+    for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda.cpu(), device)

@@ -83,9 +83,11 @@ def _train(known: argparse.Namespace, rest: list[str]) -> int:
     values |= _settings(known, rest, values)
     config = TrainConfig.from_values(values)
     run_dir = known.resume or known.run_dir or default_run_dir(config)
-    if not known.resume:
-        _claim(run_dir, known.overwrite)
-    return _train_and_report(config, run_dir, progress=not known.no_progress)
+    if not known.resume and not known.overwrite:
+        _refuse_old_run(run_dir)
+    return _train_and_report(
+        config, run_dir, replace=not known.resume, progress=not known.no_progress
+    )
 
 
 def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]
     from mclfast.config import TrainConfig, field_help, field_types
     from mclfast.methods import method_class
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _Parser(prog="mclfast train", add_help=False, allow_abbrev=False)
     first.add_argument("--method", default=values.get("method", TrainConfig.method))
     method = first.parse_known_args(rest)[0].method
     options = method_class(method).Options
@@ -136,13 +138,10 @@ def default_run_dir(config: Any) -> Path:
     return Path("runs") / f"{config.data}-{config.method}-{cohort}-seed{config.seed}"
 
 
-def _claim(run_dir: Path, overwrite: bool) -> None:
-    """Makes sure that a new run does not mix with an old one."""
-    from mclfast.train import CHECKPOINT, CONFIG, RESULT
+def _refuse_old_run(run_dir: Path) -> None:
+    from mclfast.train import CONFIG, RESULT
 
-    if not (run_dir / CONFIG).exists():
-        return
-    if not overwrite:
+    if (run_dir / CONFIG).exists():
         finished = (run_dir / RESULT).exists()
         remedy = "" if finished else f"--resume {run_dir}, "
         raise ValueError(
@@ -150,15 +149,28 @@ def _claim(run_dir: Path, overwrite: bool) -> None:
             f"{'a finished' if finished else 'an unfinished'} run; use {remedy}--overwrite or "
             "another --run-dir"
         )
-    for name in (CHECKPOINT, RESULT, CONFIG):
+
+
+def _remove_old_run(run_dir: Path) -> None:
+    """Removes what a run writes, so that a new one does not mix with it."""
+    from mclfast.export import DESCRIPTION, WEIGHTS
+    from mclfast.train import CHECKPOINT, CONFIG, CURVES, METRICS, RESULT
+
+    for name in (CHECKPOINT, RESULT, CURVES, METRICS, CONFIG):
         (run_dir / name).unlink(missing_ok=True)
+    for name in (DESCRIPTION, WEIGHTS):
+        for path in run_dir.glob(f"peer*/{name}"):
+            path.unlink()
 
 
-def _train_and_report(config: Any, run_dir: Path, *, progress: bool) -> int:
+def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bool) -> int:
     from mclfast.models import parameter_count
     from mclfast.train import CHECKPOINT, CURVES, METRICS, build
 
     trainer = build(config, run_dir)
+    if replace:
+        # Only now: settings that cannot work cost no old run.
+        _remove_old_run(run_dir)
     d = trainer.data
     print(
         f"{d.name}: {len(d.train)} training and {len(d.test)} test images, {d.num_classes} "
@@ -210,6 +222,11 @@ def _eval(known: argparse.Namespace, _: list[str]) -> int:
     for folder in folders:
         exported = load_backbone(folder)
         about = exported.description
+        needed = {"data", "data_root", "train_per_class", "image_size", "eval_batch_size"}
+        if missing := (needed | {"accuracy"}) - about.keys():
+            raise ValueError(
+                f"path: expected {', '.join(sorted(missing))} in {folder / DESCRIPTION}, got none"
+            )
         data = load_data(
             about["data"],
             root=known.data_root or about["data_root"],
@@ -220,9 +237,10 @@ def _eval(known: argparse.Namespace, _: list[str]) -> int:
             exported.network.to(device), data, batch_size=about["eval_batch_size"]
         )
         recorded = about["accuracy"]
+        shown = "nothing" if recorded is None else f"{recorded:.4f} %"
         print(
             f"{folder}: {about['network']} on {about['data']}: {found:.4f} % of "
-            f"{len(data.test)} test images (recorded in training: {recorded:.4f} %)"
+            f"{len(data.test)} test images (recorded in training: {shown})"
         )
     return 0
 

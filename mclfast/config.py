@@ -109,6 +109,8 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("bilevel_every", "outer_steps", "momentum", "weight_decay", "seed"):
             _at_least(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: expected a value < 2**63, got {self.seed}")
         for name in ("lr", "lr_decay"):
             check_positive(name, getattr(self, name))
         if self.clip_grad_norm is not None:
@@ -183,7 +185,7 @@ def _number(name: str, kind: type, value: Any) -> Any:
         number = kind(value)
         if kind is int and float(value) != number:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}: expected {what}, got {value!r}") from None
     return number
 

@@ -67,16 +67,13 @@ def load_backbone(folder: Path | str) -> Exported:
 
     folder = Path(folder)
     description = read_json(folder / DESCRIPTION, "export")
-    missing = {"network", "num_classes", "in_channels"} - description.keys()
-    if missing:
+    name, *counts = (description.get(k) for k in ("network", "num_classes", "in_channels"))
+    if not (isinstance(name, str) and all(isinstance(n, int) and n > 0 for n in counts)):
         raise ValueError(
-            f"export: expected {', '.join(sorted(missing))} in {folder / DESCRIPTION}, got none"
+            f"export: expected network, num_classes and in_channels in {folder / DESCRIPTION}, "
+            f"got {name!r}, {counts[0]!r} and {counts[1]!r}"
         )
-    network = models.create(
-        description["network"],
-        num_classes=description["num_classes"],
-        in_channels=description["in_channels"],
-    )
+    network = models.create(name, num_classes=counts[0], in_channels=counts[1])
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"export: expected a file {folder / WEIGHTS}, found none")
     try:
@@ -84,7 +81,6 @@ def load_backbone(folder: Path | str) -> Exported:
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"export: expected intact weights of {description['network']} in "
-            f"{folder / WEIGHTS}, got: {reason}"
+            f"export: expected intact weights of {name} in {folder / WEIGHTS}, got: {reason}"
         ) from None
     return Exported(network.eval(), description)

@@ -213,10 +213,15 @@ class Trainer:
             bar.update()
         # The one synchronisation with the device in an epoch.
         means = {f"train_{k}": float(v) / len(self.sampler) for k, v in totals.items()}
-        if not math.isfinite(means["train_loss"]):
+        # The last step of an epoch shows in no loss of it, but would in the checkpoint.
+        tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
+        if not (
+            math.isfinite(means["train_loss"])
+            and bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+        ):
             raise FloatingPointError(
-                f"lr: expected a finite training loss, got {means['train_loss']} in epoch "
-                f"{epoch}; try a smaller learning rate or clip_grad_norm (lr was {lr:.3g})"
+                f"lr: expected a finite loss and weights, got loss {means['train_loss']} in epoch "
+                f"{epoch + 1}; try a smaller learning rate or clip_grad_norm (lr was {lr:.3g})"
             )
         return {"epoch": epoch + 1, "step": self.step, "lr": lr, **means}
 
@@ -319,8 +324,8 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continues from what :meth:`state` gave."""
         mine = self.config.to_values()
-        # Where a run computes, and how far, may change; what it computes may not.
-        free = {"device", "eval_batch_size"}
+        # Where a run computes, and where its data lie, may change; what it computes may not.
+        free = {"device", "eval_batch_size", "data_root"}
         for name, value in state["config"].items():
             if name not in free and mine.get(name) != value:
                 raise ValueError(

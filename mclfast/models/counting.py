@@ -4,7 +4,6 @@ import copy
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -23,6 +22,9 @@ def macs(module: nn.Module, image_size: int, in_channels: int = 3) -> int:
     Returns:
         The multiply-adds, counted as one each (half the FLOPs).
     """
+    # Here, because it imports triton where that is installed.
+    from torch.utils.flop_counter import FlopCounterMode
+
     # Counting on a copy leaves the modes and buffers of the original alone.
     counted = copy.deepcopy(module).eval()
     like = next(counted.parameters(), torch.empty(0))

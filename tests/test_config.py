@@ -1,0 +1,252 @@
+"""Settings of a run: fields, coercions, checks, and the recipes that hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mclfast import methods, recipe
+from mclfast.config import TrainConfig, field_help, field_types
+
+# Every field away from its default, with the types that YAML gives.
+CHANGED: dict[str, Any] = {
+    "method": "lmcl",
+    "cohort": ["resnet20", "wrn_16_2", "resnet8"],
+    "data": "folder",
+    "data_root": "somewhere/else",
+    "image_size": 24,
+    "train_per_class": 5,
+    "seed": 7,
+    "epochs": 11,
+    "batch_size": 64,
+    "sampler": "shuffle",
+    "images_per_class": 4,
+    "augment": False,
+    "lr": 0.05,
+    "momentum": 0.8,
+    "nesterov": False,
+    "weight_decay": 1e-5,
+    "schedule": "multistep",
+    "milestones": [3, 9],
+    "lr_decay": 0.2,
+    "clip_grad_norm": 2.5,
+    "amp": "bf16",
+    "projection_dim": 32,
+    "bilevel_every": 5,
+    "inner_steps": 3,
+    "outer_steps": 2,
+    "eval_batch_size": 100,
+    "device": "cpu",
+    "temperature": 0.2,
+    "kl_temperature": 4.0,
+    "distill_temperature": 2.0,
+    "vcl_weight": 0.3,
+    "soft_vcl_weight": 0.4,
+    "icl_weight": 0.5,
+    "soft_icl_weight": 0.6,
+    "matcher_dim": 16,
+    "backend": "reference",
+}
+
+
+def read(**values: Any) -> TrainConfig:
+    return TrainConfig.from_values(values)
+
+
+def test_changed_values_cover_every_field():
+    names = [*field_types(TrainConfig), *field_types(methods.method_class("lmcl").Options)]
+    assert sorted(names) == sorted(CHANGED)
+    defaults = TrainConfig().to_values()
+    # "lmcl" is the default method, the other one has other options.
+    assert [n for n in names if CHANGED[n] == defaults[n]] == ["method"]
+
+
+@pytest.mark.parametrize("values", [{}, CHANGED, {"method": "baseline", "data_root": None}])
+def test_round_trip(values):
+    config = TrainConfig.from_values(values)
+    flat = config.to_values()
+    assert {name: flat[name] for name in values} == values
+    assert TrainConfig.from_values(flat) == config
+    assert TrainConfig.from_values(yaml.safe_load(yaml.safe_dump(flat))) == config
+    as_typed = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in flat.items()}
+    assert TrainConfig.from_values({k: str(v) for k, v in as_typed.items()}) == config
+
+
+def test_every_setting_has_help_and_one_meaning():
+    own = field_types(TrainConfig)
+    for name in methods.available():
+        options = methods.method_class(name).Options
+        assert not own.keys() & field_types(options).keys()
+        for cls in (TrainConfig, options):
+            assert all(field_help(cls)[field] for field in field_types(cls))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("cohort", "resnet8", ("resnet8",)),
+        ("cohort", " resnet8 , wrn_16_2", ("resnet8", "wrn_16_2")),
+        ("cohort", ["resnet20"], ("resnet20",)),
+        ("milestones", "3,5", (3, 5)),
+        ("milestones", "", ()),
+        ("milestones", [3, "5"], (3, 5)),
+        ("data_root", "none", None),
+        ("data_root", None, None),
+        ("data_root", Path("a") / "b", str(Path("a") / "b")),
+        ("image_size", "None", None),
+        ("image_size", "24", 24),
+        ("epochs", "3", 3),
+        ("epochs", 3.0, 3),
+        ("lr", 1, 1.0),
+        ("lr", "1e-3", 1e-3),
+        ("clip_grad_norm", "none", None),
+        ("augment", "no", False),
+        ("augment", "TRUE", True),
+        ("augment", 0, False),
+        ("augment", True, True),
+        ("amp", False, "off"),
+        ("amp", "off", "off"),
+        ("matcher_dim", "8", 8),
+        ("temperature", "0.5", 0.5),
+    ],
+)
+def test_coercion(name, given, expected):
+    config = read(**{name: given})
+    found = getattr(config.options if name in ("matcher_dim", "temperature") else config, name)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_amp_off_as_yaml_reads_it():
+    values = yaml.safe_load("amp: off\nlr: 1e-1\ndata_root: null\ncohort: resnet8\n")
+    assert values["amp"] is False and values["lr"] == "1e-1"
+    config = TrainConfig.from_values(values)
+    assert (config.amp, config.lr, config.data_root) == ("off", 0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epoch": 3}, r"^field: expected .*got 'epoch' \(did you mean 'epochs'\?\)"),
+        ({"options": {}}, "^field: .*got 'options'"),
+        ({"method": "baseline", "matcher_dim": 3}, "^field: .*got 'matcher_dim'"),
+        ({"method": "lmcll"}, r"^method: expected one of baseline, lmcl; got 'lmcll' .*'lmcl'"),
+        ({"method": ["lmcl"]}, "^method: "),
+        ({"cohort": "resnet8,resnet9"}, r"^cohort: .*got 'resnet9' \(did you mean"),
+        ({"cohort": ""}, "^cohort: expected at least one network, got none"),
+        ({"cohort": 3}, "^cohort: expected a list separated by commas, got 3"),
+        ({"data": "digit"}, r"^data: .*got 'digit' \(did you mean 'digits'\?\)"),
+        ({"data": 3}, "^data: expected text, got 3"),
+        ({"epochs": "three"}, "^epochs: expected an integer, got 'three'"),
+        ({"epochs": 2.5}, "^epochs: expected an integer, got 2.5"),
+        ({"epochs": True}, "^epochs: expected an integer, got True"),
+        ({"epochs": None}, "^epochs: expected an integer, got None"),
+        ({"epochs": float("inf")}, "^epochs: expected an integer, got inf"),
+        ({"epochs": float("nan")}, "^epochs: expected an integer, got nan"),
+        ({"lr": "fast"}, "^lr: expected a number, got 'fast'"),
+        ({"lr": [0.1]}, r"^lr: expected a number, got \[0.1\]"),
+        ({"milestones": "3,x"}, "^milestones: expected an integer, got 'x'"),
+        ({"augment": "maybe"}, "^augment: expected true or false, got 'maybe'"),
+        ({"sampler": "random"}, "^sampler: expected one of balanced, shuffle; got 'random'"),
+        ({"amp": True}, "^amp: expected one of off, bf16, fp16; got True"),
+        ({"schedule": False}, "^schedule: expected one of cosine, multistep; got False"),
+        ({"images_per_class": 7}, "^images_per_class: expected a divisor of batch_size 60, got 7"),
+        ({"batch_size": 20}, "^images_per_class: expected a divisor of batch_size 20, got 6"),
+        ({"momentum": 0}, "^momentum: expected a value > 0 with nesterov, got 0"),
+        ({"schedule": "multistep"}, "^milestones: expected at least one epoch for multistep"),
+        ({"clip_grad_norm": 0}, "^clip_grad_norm: expected a finite number > 0, got 0"),
+        ({"seed": 2**63}, r"^seed: expected a value < 2\*\*63"),
+    ],
+)
+def test_wrong_values(values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        TrainConfig.from_values(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((n, 0) for n in ("epochs", "batch_size", "images_per_class", "projection_dim")),
+        *((n, 0) for n in ("inner_steps", "eval_batch_size", "image_size", "train_per_class")),
+        *((n, -1) for n in ("bilevel_every", "outer_steps", "momentum", "weight_decay", "seed")),
+        *((n, v) for n in ("lr", "lr_decay") for v in (0, -0.1, float("inf"), float("nan"))),
+        ("momentum", float("nan")),
+    ],
+)
+def test_values_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected a .*> ?=? ?[01], got {value}"):
+        read(**{name: value})
+
+
+def test_values_at_the_edge():
+    config = read(momentum=0, nesterov=False, weight_decay=0, bilevel_every=0, outer_steps=0)
+    assert (config.momentum, config.bilevel_every, config.outer_steps) == (0, 0, 0)
+    # Only a balanced batch is made of whole groups.
+    assert read(sampler="shuffle", batch_size=7).batch_size == 7
+
+
+def test_config_from_python():
+    config = TrainConfig(method="baseline", cohort=("resnet8",))
+    assert type(config.options) is methods.method_class("baseline").Options
+    with pytest.raises(ValueError, match="^epochs"):
+        dataclasses.replace(config, epochs=0)
+
+
+def test_recipes_ship():
+    assert {"baseline-cifar100", "lmcl-cifar100"} <= set(recipe.available())
+
+
+@pytest.mark.parametrize("name", recipe.available())
+def test_recipe_is_a_valid_config(name):
+    values = recipe.load(name)
+    config = TrainConfig.from_values(values)
+    assert values == {k: v for k, v in config.to_values().items() if k in values}
+    assert recipe.load(str(recipe.folder() / f"{name}.yaml")) == values
+
+
+def test_lmcl_recipe_is_the_published_run():
+    # The published CIFAR-100 settings (arXiv 2207.11518).
+    published = {
+        "data": "cifar100", "epochs": 300, "batch_size": 128, "images_per_class": 2,
+        "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
+        "schedule": "cosine", "temperature": 0.1, "kl_temperature": 3.0,
+        "vcl_weight": 0.1, "icl_weight": 0.1, "soft_vcl_weight": 1.0, "soft_icl_weight": 1.0,
+        "bilevel_every": 50, "inner_steps": 2, "outer_steps": 1, "projection_dim": 128,
+    }  # fmt: skip
+    found = TrainConfig.from_values(recipe.load("lmcl-cifar100")).to_values()
+    assert {name: found[name] for name in published} == published
+
+
+def test_unknown_recipe():
+    with pytest.raises(ValueError, match=r"^recipe: .*'lmcl-cifar10'.*did you mean"):
+        recipe.load("lmcl-cifar10")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n- b\n", "got list"),
+        (b"", "got NoneType"),
+        (b"1: 2\n", "expected `field: value` lines"),
+        (b"a: [1\nb: 2\n", "expected YAML"),
+        (b"a: \xff\xfe\n", "expected YAML"),
+        (b"a: !!python/object/apply:os.getcwd []\n", "expected YAML"),
+    ],
+)
+def test_damaged_recipe(tmp_path, content, message):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^recipe: .*{message}") as caught:
+        recipe.load(str(file))
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_recipe_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^recipe: expected a file .*absent.yaml"):
+        recipe.load(str(tmp_path / "absent.yaml"))

@@ -44,7 +44,7 @@ class TrainConfig:
     )
     images_per_class: int = _field(6, "images of each class in a balanced batch")
     augment: bool = _field(True, "random crops (and flips where the data set has them)")
-    lr: float = _field(0.1, "initial learning rate")
+    lr: float = _field(0.05, "initial learning rate")
     momentum: float = _field(0.9, "SGD momentum")
     nesterov: bool = _field(True, "Nesterov momentum in the ordinary step")
     weight_decay: float = _field(5e-4, "on all parameters")

@@ -67,11 +67,12 @@ def load_backbone(folder: Path | str) -> Exported:
 
     folder = Path(folder)
     description = read_json(folder / DESCRIPTION, "export")
-    name, *counts = (description.get(k) for k in ("network", "num_classes", "in_channels"))
+    wanted = ("network", "num_classes", "in_channels")
+    values: list[Any] = [description.get(key) for key in wanted]
+    name, *counts = values
     if not (isinstance(name, str) and all(isinstance(n, int) and n > 0 for n in counts)):
         raise ValueError(
-            f"export: expected network, num_classes and in_channels in {folder / DESCRIPTION}, "
-            f"got {name!r}, {counts[0]!r} and {counts[1]!r}"
+            f"export: expected {', '.join(wanted)} in {folder / DESCRIPTION}, got {values}"
         )
     network = models.create(name, num_classes=counts[0], in_channels=counts[1])
     if not (folder / WEIGHTS).is_file():

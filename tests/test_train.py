@@ -85,16 +85,16 @@ def tiny_data() -> Dataset:
 
 
 def tiny_trainer(
-    networks: list[StagedNetwork] | None = None,
+    *widths: tuple[int, ...],
     run_dir: Path | None = None,
-    *,
     seed: int = 0,
+    dropout: float = 0.0,
     **values: Any,
 ) -> Trainer:
-    """A trainer made by hand; unequal numbers of stages, with dropout."""
+    """A trainer made by hand, of networks with unequal numbers of stages."""
     config = settings(seed=seed, **values)
     torch.manual_seed(seed)
-    networks = networks or [tiny(4, 6, dropout=0.3), tiny(4, 5, 6, dropout=0.3)]
+    networks = [tiny(*w, dropout=dropout) for w in widths or ((4, 6), (4, 5, 6))]
     cls = method_class(config.method)
     cohort = Cohort(
         networks,
@@ -148,7 +148,7 @@ def built(run_dir: Path | None, **values: Any) -> Trainer:
 
 
 def by_hand(run_dir: Path | None, **values: Any) -> Trainer:
-    return tiny_trainer(run_dir=run_dir, epochs=4, **values)
+    return tiny_trainer(run_dir=run_dir, epochs=4, dropout=0.3, **values)
 
 
 @pytest.mark.parametrize("method", ["baseline", "lmcl"])
@@ -252,7 +252,7 @@ def test_history_and_result(tmp_path):
 
 def test_train_step_is_sgd_on_the_mean_gradient():
     trainer = tiny_trainer(
-        [tiny(4, 6)], method="baseline", momentum=0, nesterov=False, weight_decay=0.1, lr=0.5
+        (4, 6), method="baseline", momentum=0, nesterov=False, weight_decay=0.1, lr=0.5
     )
     images, labels = batch(trainer)
     before = {n: p.detach().clone() for n, p in trainer.cohort.named_parameters()}
@@ -297,12 +297,12 @@ def test_baseline_has_no_extra_modules():
 def test_clip_grad_norm_bounds_the_step():
     def step(clip: float | None) -> float:
         trainer = tiny_trainer(
-            [tiny(4, 6)], momentum=0, nesterov=False, weight_decay=0, lr=1, clip_grad_norm=clip
+            (4, 6), momentum=0, nesterov=False, weight_decay=0, lr=1, clip_grad_norm=clip
         )
         before = [p.detach().clone() for p in trainer.parameters]
         trainer.train_step(*batch(trainer))
-        moved = [(p - b).norm() for p, b in zip(trainer.parameters, before, strict=True)]
-        return float(torch.stack(moved).norm())
+        moved = [(p.detach() - b).norm() for p, b in zip(trainer.parameters, before, strict=True)]
+        return torch.stack(moved).norm().item()
 
     free = step(None)
     assert free > 0.2
@@ -353,10 +353,10 @@ def test_bilevel_steps_come_every_so_many_steps(every, steps, monkeypatch):
 
 @pytest.mark.parametrize(("inner_steps", "outer_steps"), [(2, 1), (1, 0), (1, 2)])
 def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps, monkeypatch):
-    networks = [tiny(3, 4), tiny(3, 3, 4)]
     trainer = tiny_trainer(
-        networks, inner_steps=inner_steps, outer_steps=outer_steps, weight_decay=0.05
-    )
+        (3, 4), (3, 3, 4), dropout=0.3, inner_steps=inner_steps, outer_steps=outer_steps,
+        weight_decay=0.05,
+    )  # fmt: skip
     cohort, method = trainer.cohort.double(), trainer.method.double()
     images, labels = batch(trainer, 12)
     images, lr, momentum, decay = images.double(), 0.3, 0.9, 0.05
@@ -367,6 +367,7 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps
     monkeypatch.setattr(
         trainer.meta_optimizer, "step", lambda: found.extend(p.grad.clone() for p in meta)
     )
+    rng = torch.get_rng_state()
     trainer.bilevel_step(images, labels, lr)
 
     buffers = dict(cohort.named_buffers())
@@ -375,6 +376,7 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps
         copies = {name: value.clone() for name, value in buffers.items()}
         return functional_call(cohort, {**params, **copies}, images)
 
+    torch.set_rng_state(rng)
     params = {n: p.detach().clone().requires_grad_() for n, p in cohort.named_parameters()}
     velocity = {n: torch.zeros_like(p) for n, p in params.items()}
     for loss in [method.inner_loss] * inner_steps + [method.outer_loss] * outer_steps:
@@ -508,8 +510,10 @@ def test_lmcl_is_the_published_loss(widths, which):
         found = {"loss": method.outer_loss(outputs, labels)}
         expected = {"loss": published_loss(outputs, labels, method)["ce"]}
     assert found.keys() == expected.keys()
+    # Cross entropies are computed in float32.
+    exact = 1e-9 if which == "inner" else 1e-6
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+        torch.testing.assert_close(found[name].double(), value, rtol=exact, atol=exact, msg=name)
 
     if which == "inner" and len(widths) == 1:
         assert found["loss"] == 0
@@ -525,11 +529,10 @@ def test_lmcl_is_the_published_loss(widths, which):
     for name, a, b in zip(parameters, *grads, strict=True):
         zero = torch.zeros_like(parameters[name])
         a, b = (zero if g is None else g for g in (a, b))
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10, msg=name)
+        torch.testing.assert_close(a, b, rtol=10 * exact, atol=exact, msg=name)
         if b.any():
             reached.add(name.split(".")[0])
-    assert ("matcher" in {n.split(".")[0] for n in parameters}) and "networks" in reached
-    assert ("proj" in {n.split(".")[1] for n in parameters if n.startswith("matcher")})
+    assert "networks" in reached
     assert ("matcher" in reached) == (which == "inner")
     assert ("aggregator" in reached) == (which == "loss")
 
@@ -568,7 +571,7 @@ def test_non_finite_loss_keeps_the_checkpoint(tmp_path, monkeypatch):
 
 def test_weights_that_overflow_are_not_saved(tmp_path):
     # One step: its loss is finite, the weights that it leaves are not.
-    trainer = tiny_trainer(run_dir=tmp_path, lr=1e39, sampler="shuffle", batch_size=40)
+    trainer = tiny_trainer(run_dir=tmp_path, lr=1e38, sampler="shuffle", batch_size=40)
     with pytest.raises(FloatingPointError, match="^lr: expected a finite loss and weights"):
         trainer.fit(progress=False)
     assert not (tmp_path / CHECKPOINT).exists()
@@ -666,7 +669,7 @@ def test_batches_without_a_pair_of_one_class():
 
 
 def test_lone_network_with_lmcl():
-    trainer = tiny_trainer([tiny(4, 6)], epochs=2)
+    trainer = tiny_trainer((4, 6), epochs=2)
     matcher = snapshot(trainer.method.matcher)
     result = trainer.fit(progress=False)
     assert all(row[f"train_{n}"] == 0 for row in result.history for n in ("vcl", "icl"))
@@ -701,7 +704,9 @@ def test_the_schedule_reaches_both_optimisers():
 
 
 def test_training_learns(tmp_path):
-    config = settings(cohort="resnet8", method="baseline", epochs=12, lr=0.05)
+    config = settings(
+        cohort="resnet8", method="baseline", train_per_class=12, epochs=10, lr=0.05
+    )
     result = train(config, tmp_path, progress=False)
     assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
     assert result.peers[0] > 40

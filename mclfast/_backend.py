@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 # Before mclfast._C, which finds the libraries of torch only when they are loaded.
 import torch
 
+from mclfast._checks import unknown_name
+
 _REBUILD = "reinstall with: MCLFAST_BUILD_EXT=1 pip install --no-build-isolation ."
 
 # Names in torch.ops.mclfast that a backend implements; empty while it has none.
@@ -24,6 +26,10 @@ _OPS: dict[str, tuple[str, ...]] = {
     "triton": (),
     "cpu": (),
 }
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that exists, but not on this machine; the text says why and what to do."""
 
 
 class BackendStatus(NamedTuple):
@@ -123,6 +129,12 @@ def backend_report() -> dict[str, BackendStatus]:
     return {name: _status(name) for name in _PROBES}
 
 
+def check_name(backend: str) -> None:
+    """Raises ValueError for a name that is neither "auto" nor a backend."""
+    if backend != "auto" and backend not in _PROBES:
+        raise unknown_name("backend", backend, ["auto", *_PROBES])
+
+
 def resolve(backend: str) -> str:
     """Turns the argument ``backend`` of a loss into the name of an available backend.
 
@@ -134,7 +146,7 @@ def resolve(backend: str) -> str:
 
     Raises:
         ValueError: there is no such backend.
-        RuntimeError: it is not available here; the text says why and what to do.
+        BackendUnavailableError: it is not available here; the text says why and what to do.
     """
     if backend == "auto":
         # A backend without ops is not even probed: probing may import triton.
@@ -144,12 +156,10 @@ def resolve(backend: str) -> str:
         return "reference"
     if backend == "reference":
         return backend
-    if backend not in _PROBES:
-        names = ", ".join(repr(name) for name in ("auto", *_PROBES))
-        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+    check_name(backend)
     status = _status(backend)
     if not status.available:
-        raise RuntimeError(
+        raise BackendUnavailableError(
             f"backend {backend!r} is not available: {status.reason}. "
             "Pass backend='auto' or 'reference'; `mclfast env` lists all backends"
         )

@@ -194,7 +194,7 @@ def test_extension_build_info():
 def test_resolve():
     assert _backend.resolve("reference") == "reference"
     assert _backend.resolve("auto") in _backend.backend_report()
-    with pytest.raises(ValueError, match="backend must be one of 'auto'.*'reference', got 'fast'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, .*reference.*got 'fast'"):
         _backend.resolve("fast")
 
 

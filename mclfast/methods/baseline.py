@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from mclfast.cohort import PeerOutputs
 from mclfast.methods.base import Method
+from mclfast.reference import wide
 
 
 class Baseline(Method):
@@ -20,5 +21,5 @@ class Baseline(Method):
 def sum_cross_entropy(outputs: PeerOutputs, labels: Tensor) -> Tensor:
     """Cross entropy of every classifier, summed over networks and stages, 0-dim."""
     heads = [logits for stages in outputs.logits for logits in stages]
-    first, *rest = (cross_entropy(logits.float(), labels) for logits in heads)
+    first, *rest = (cross_entropy(wide(logits), labels) for logits in heads)
     return sum(rest, start=first)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mclfast import functional
+from mclfast import _backend, functional
+from mclfast._checks import check_positive
 from mclfast.aggregation import LogitAggregator
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
 from mclfast.matching import LayerMatcher
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.reference import wide
 from mclfast.types import MCLTerms
 
 
@@ -61,6 +63,11 @@ class LayerwiseMCL(Method):
             default="auto", metadata={"help": "backend of the contrastive losses, see mclfast env"}
         )
 
+        def __post_init__(self) -> None:
+            for name in ("temperature", "kl_temperature", "distill_temperature", "matcher_dim"):
+                check_positive(name, getattr(self, name))
+            _backend.check_name(self.backend)
+
     def __init__(
         self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
     ) -> None:
@@ -78,7 +85,7 @@ class LayerwiseMCL(Method):
         parts = {
             "ce": sum_cross_entropy(outputs, labels),
             "aggregate_ce": torch.stack(
-                [cross_entropy(z.float(), labels) for z in aggregates]
+                [cross_entropy(wide(z), labels) for z in aggregates]
             ).sum(),
             "distill": torch.stack(
                 [

@@ -1,0 +1,1 @@
+"""The commands of ``mclfast``; each module has HELP, add_arguments(parser) and run(known, rest)."""

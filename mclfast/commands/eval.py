@@ -1,0 +1,55 @@
+"""``mclfast eval``: accuracy of exported backbones, beside the one recorded in training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "accuracy of an exported backbone, or of all those of a run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="folder of an exported backbone, or of a run")
+    parser.add_argument("--data-root", help="folder with the data set, where it has moved")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def run(known: argparse.Namespace, _: list[str]) -> int:
+    from mclfast.data import load as load_data
+    from mclfast.evaluate import accuracy
+    from mclfast.export import DESCRIPTION, load_backbone
+    from mclfast.train import select_device
+
+    device = select_device(known.device)
+    folders = [known.path]
+    if not (known.path / DESCRIPTION).exists():
+        found_in = [p.parent for p in known.path.glob(f"peer*/{DESCRIPTION}")]
+        folders = sorted(found_in, key=lambda folder: (len(folder.name), folder.name))
+    if not folders:
+        raise FileNotFoundError(
+            f"path: expected {DESCRIPTION} in {known.path} or in its peer folders, found none"
+        )
+    for folder in folders:
+        exported = load_backbone(folder)
+        about = exported.description
+        needed = {"data", "data_root", "train_per_class", "image_size", "eval_batch_size"}
+        if missing := (needed | {"accuracy"}) - about.keys():
+            raise ValueError(
+                f"path: expected {', '.join(sorted(missing))} in {folder / DESCRIPTION}, got none"
+            )
+        data = load_data(
+            about["data"],
+            root=known.data_root or about["data_root"],
+            train_per_class=about["train_per_class"],
+            image_size=about["image_size"] if about["data"] == "folder" else None,
+        )
+        found = accuracy(
+            exported.network.to(device), data, batch_size=about["eval_batch_size"]
+        )
+        recorded = about["accuracy"]
+        shown = "nothing" if recorded is None else f"{recorded:.4f} %"
+        print(
+            f"{folder}: {about['network']} on {about['data']}: {found:.4f} % of "
+            f"{len(data.test)} test images (recorded in training: {shown})"
+        )
+    return 0

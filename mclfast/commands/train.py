@@ -1,0 +1,157 @@
+"""``mclfast train``: trains a cohort, or a lone network, and says what came out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mclfast.commands.parser import OneLineParser
+
+HELP = "train a cohort, or a lone network"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-h", "--help", action="store_true", help="show all settings and exit")
+    parser.add_argument("--recipe", help="name of a recipe, or a YAML file with settings")
+    parser.add_argument("--run-dir", type=Path, help="folder of the run (default: under runs/)")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a run that is already in the folder"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def run(known: argparse.Namespace, rest: list[str]) -> int:
+    from mclfast import recipe
+    from mclfast.config import TrainConfig
+    from mclfast.train import CONFIG
+
+    if known.resume and (known.run_dir or known.overwrite):
+        extra = "--run-dir" if known.run_dir else "--overwrite"
+        raise ValueError(f"resume: expected no {extra} beside --resume, got both")
+    values: dict[str, Any] = {}
+    if known.recipe:
+        values |= recipe.load(known.recipe)
+    if known.resume:
+        if not (known.resume / CONFIG).is_file():
+            raise FileNotFoundError(f"resume: expected a run with {CONFIG} in {known.resume}")
+        values |= recipe.load(str(known.resume / CONFIG))
+    values |= _settings(known, rest, values)
+    config = TrainConfig.from_values(values)
+    run_dir = known.resume or known.run_dir or default_run_dir(config)
+    if not known.resume and not known.overwrite:
+        _refuse_old_run(run_dir)
+    return _train_and_report(
+        config, run_dir, replace=not known.resume, progress=not known.no_progress
+    )
+
+
+def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]) -> dict[str, Any]:
+    """The settings given on the command line; which exist depends on the method among them."""
+    from mclfast._checks import unknown_name
+    from mclfast.config import TrainConfig, field_help, field_types
+    from mclfast.methods import method_class
+
+    first = OneLineParser(prog="mclfast train", add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default=values.get("method", TrainConfig.method))
+    method = first.parse_known_args(rest)[0].method
+    options = method_class(method).Options
+
+    parser = OneLineParser(
+        prog="mclfast train", add_help=False, parents=[known.parser], conflict_handler="resolve",
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=known.parser.description, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    for title, cls, defaults in (
+        ("settings", TrainConfig, TrainConfig),
+        (f"settings of the method {method}", options, options()),
+    ):
+        group = parser.add_argument_group(title)
+        for name in field_types(cls):
+            group.add_argument(
+                f"--{name.replace('_', '-')}", dest=name, metavar="X",
+                help=f"{field_help(cls)[name]} (default: {_shown(getattr(defaults, name))})",
+            )  # fmt: skip
+    if known.help:
+        parser.print_help()
+        parser.exit(0)
+    given, unknown = parser.parse_known_args(rest)
+    if unknown:
+        names = [*field_types(TrainConfig), *field_types(options)]
+        flag = unknown[0].split("=")[0]
+        raise unknown_name("setting", flag.removeprefix("--").replace("-", "_"), names)
+    fields = {*field_types(TrainConfig), *field_types(options)}
+    return {k: v for k, v in vars(given).items() if k in fields}
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+
+
+def default_run_dir(config: Any) -> Path:
+    """``runs/<data>-<method>-<cohort>-seed<n>``."""
+    cohort = "+".join(config.cohort)
+    return Path("runs") / f"{config.data}-{config.method}-{cohort}-seed{config.seed}"
+
+
+def _refuse_old_run(run_dir: Path) -> None:
+    from mclfast.train import CONFIG, RESULT
+
+    if (run_dir / CONFIG).exists():
+        finished = (run_dir / RESULT).exists()
+        remedy = "" if finished else f"--resume {run_dir}, "
+        raise ValueError(
+            f"run_dir: expected a new folder, got {run_dir} with "
+            f"{'a finished' if finished else 'an unfinished'} run; use {remedy}--overwrite or "
+            "another --run-dir"
+        )
+
+
+def _remove_old_run(run_dir: Path) -> None:
+    """Removes what a run writes, so that a new one does not mix with it."""
+    from mclfast.export import DESCRIPTION, WEIGHTS
+    from mclfast.train import CHECKPOINT, CONFIG, CURVES, METRICS, RESULT
+
+    for name in (CHECKPOINT, RESULT, CURVES, METRICS, CONFIG):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in (DESCRIPTION, WEIGHTS):
+        for path in run_dir.glob(f"peer*/{name}"):
+            path.unlink()
+
+
+def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bool) -> int:
+    from mclfast.models import parameter_count
+    from mclfast.train import CHECKPOINT, CURVES, METRICS, build
+
+    trainer = build(config, run_dir)
+    if replace:
+        # Only now: settings that cannot work cost no old run.
+        _remove_old_run(run_dir)
+    d = trainer.data
+    print(
+        f"{d.name}: {len(d.train)} training and {len(d.test)} test images, {d.num_classes} "
+        f"classes, {d.in_channels} x {d.image_size} x {d.image_size}; device {trainer.device}"
+    )
+    try:
+        result = trainer.fit(progress=progress)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: mclfast train --resume {run_dir}", file=sys.stderr)
+        return 130
+    print("peer  network     parameters  test accuracy (own classifier, last epoch)")
+    for i, (name, peer) in enumerate(zip(config.cohort, trainer.cohort.peers, strict=True)):
+        count = parameter_count(peer.backbone)
+        print(f"{i:<5} {name:<11} {count:>10,}  {result.peers[i]:.2f} %")
+    if len(result.peers) > 1:
+        print(f"mean of peers {sum(result.peers) / len(result.peers):.2f} %, ", end="")
+        print(f"ensemble {result.ensemble:.2f} %")
+    print(
+        f"published protocol (best of all heads and epochs on the test set): "
+        f"{result.published_protocol:.2f} %"
+    )
+    print(f"curves      {run_dir / CURVES}")
+    print(f"metrics     {run_dir / METRICS}")
+    print(f"checkpoint  {run_dir / CHECKPOINT}")
+    print("backbones   " + ", ".join(str(run_dir / f"peer{i}") for i in range(len(result.peers))))
+    return 0

@@ -12,13 +12,14 @@ PIP = $(BIN)/python -m pip install -q $(PIP_ARGS)
 # Without a GPU the CPU build of torch is enough: see the file.
 CONSTRAINT = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints/torch-cpu.txt)
 
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test lint asan clean
 
 help:
 	@echo "make venv   environment in .venv with mclfast installed from here"
 	@echo "make demo   train two peers on the digits data set"
 	@echo "make test   lint, types and tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make asan   the tests of the C++ code under AddressSanitizer and UBSan"
 	@echo "make clean  remove the environment and everything built"
 
 venv: .venv/.installed
@@ -45,6 +46,15 @@ lint: venv
 # worksteal: a long test on one process does not hold up the rest.
 test: lint
 	$(BIN)/pytest -q -n $(TEST_JOBS) --dist worksteal
+
+# A build apart from the installed one. The sanitizers' libraries must come before Python's own;
+# leaks are not looked for, because Python keeps memory to its end.
+asan: venv
+	MCLFAST_BUILD_EXT=1 MCLFAST_SANITIZE=1 $(BIN)/python setup.py -q build \
+		--build-base build/asan --build-lib build/asan/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=build/asan/lib \
+		$(BIN)/pytest -q tests/test_cpu_ops.py
 
 clean:
 	rm -rf .venv build dist *.egg-info mclfast/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@
 Environment:
     MCLFAST_BUILD_EXT: 0 = never compile; 1 = compile or fail; auto (default) = compile when torch
         and a C++ compiler are there, and carry on as pure Python otherwise or when it fails.
+    MCLFAST_SANITIZE: 1 = compile with AddressSanitizer and UndefinedBehaviorSanitizer.
     FORCE_CUDA: 1 = compile ``csrc/cuda`` although no CUDA toolkit matching torch was found.
     CXX, MAX_JOBS, TORCH_CUDA_ARCH_LIST: read by torch.utils.cpp_extension.
 
@@ -86,7 +87,7 @@ def wants_cuda() -> bool:
 def host_flags() -> list[str]:
     if sys.platform == "win32":
         return ["/O2"]
-    flags = ["-O3", "-fvisibility=hidden"]
+    flags = ["-O3", "-fvisibility=hidden", *sanitizer_flags()]
     # at::parallel_for is an inline template and runs serially without this. There is no -fopenmp
     # for the linker: the symbols then resolve to the OpenMP runtime torch has loaded, where a
     # second one would ignore torch.set_num_threads. Clang needs another runtime: it goes without.
@@ -96,6 +97,13 @@ def host_flags() -> list[str]:
     return flags
 
 
+def sanitizer_flags() -> list[str]:
+    """For the compiler and the linker; ``make asan`` runs the tests with them."""
+    if os.environ.get("MCLFAST_SANITIZE") != "1":
+        return []
+    return ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+
+
 def extension() -> Any:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
@@ -103,7 +111,9 @@ def extension() -> Any:
     flags = {"cxx": host_flags()}
     if not wants_cuda():
         say(f"compiling {len(files)} C++ files without CUDA: {' '.join(flags['cxx'])}")
-        return CppExtension("mclfast._C", files, extra_compile_args=flags)
+        return CppExtension(
+            "mclfast._C", files, extra_compile_args=flags, extra_link_args=sanitizer_flags()
+        )
     files += sources("cuda/*.cpp", "cuda/*.cu")
     flags["nvcc"] = ["-O3"]
     flags["cxx"].append("-DMCLFAST_WITH_CUDA")

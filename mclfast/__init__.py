@@ -22,7 +22,7 @@ from mclfast.losses import (
 from mclfast.matching import LayerMatcher
 from mclfast.meta import BilevelResult, bilevel_gradient
 from mclfast.models.staged import staged
-from mclfast.types import MCLRows, MCLTerms
+from mclfast.types import MCLObjective, MCLRows, MCLTerms
 
 __all__ = [
     "BilevelResult",
@@ -32,6 +32,7 @@ __all__ = [
     "LayerwiseMCLLoss",
     "LogitAggregator",
     "MCLLoss",
+    "MCLObjective",
     "MCLRows",
     "MCLTerms",
     "PeerOutputs",

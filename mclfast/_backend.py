@@ -1,8 +1,4 @@
-"""Which implementations of the fused ops exist here, and why the others do not.
-
-A backend is available once its requirements are met and it implements every op in ``_OPS``. To
-add one, list its ops there.
-"""
+"""Which implementations of the losses exist here, and why the others do not."""
 
 from __future__ import annotations
 
@@ -19,13 +15,6 @@ import torch
 from mclfast._checks import unknown_name
 
 _REBUILD = "reinstall with: MCLFAST_BUILD_EXT=1 pip install --no-build-isolation ."
-
-# Names in torch.ops.mclfast that a backend implements; empty while it has none.
-_OPS: dict[str, tuple[str, ...]] = {
-    "cuda": (),
-    "triton": (),
-    "cpu": (),
-}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -73,18 +62,11 @@ def build_info() -> dict[str, Any] | None:
 
 
 def _probe_cpu() -> BackendStatus:
-    return BackendStatus(extension() is not None, extension_reason())
-
-
-def _probe_cuda() -> BackendStatus:
-    info = build_info()
-    if info is None:
+    if extension() is None:
         return BackendStatus(False, extension_reason())
-    if not info["with_cuda"]:
-        return BackendStatus(False, "the extension was compiled without CUDA")
-    if not torch.cuda.is_available():
-        return BackendStatus(False, "no CUDA device")
-    return BackendStatus(True, "extension loaded with CUDA")
+    if not hasattr(torch.ops.mclfast_cpu, "mcl_rows_forward"):
+        return BackendStatus(False, f"the extension is older than this package; {_REBUILD}")
+    return BackendStatus(True, extension_reason())
 
 
 def _probe_triton() -> BackendStatus:
@@ -101,31 +83,23 @@ def _probe_triton() -> BackendStatus:
     return BackendStatus(False, f"triton {version}, but no GPU and TRITON_INTERPRET is not 1")
 
 
-# Best first: "auto" takes the first that is available.
 _PROBES: dict[str, Callable[[], BackendStatus]] = {
-    "cuda": _probe_cuda,
     "triton": _probe_triton,
     "cpu": _probe_cpu,
-    "reference": lambda: BackendStatus(True, "plain PyTorch"),
+    "reference": lambda: BackendStatus(True, "plain PyTorch, any device"),
 }
+
+# What "auto" takes for tensors on a device, where it is available.
+_BEST = {"cpu": "cpu", "cuda": "triton"}
 
 
 @functools.cache
 def _status(name: str) -> BackendStatus:
-    status = _PROBES[name]()
-    if name == "reference":
-        return status
-    ops = _OPS[name]
-    if not ops:
-        return BackendStatus(False, f"{status.reason}; it implements no loss yet")
-    missing = [op for op in ops if not hasattr(torch.ops.mclfast, op)]
-    if status.available and missing:
-        return BackendStatus(False, f"{status.reason}; lacks {', '.join(missing)}; {_REBUILD}")
-    return status
+    return _PROBES[name]()
 
 
 def backend_report() -> dict[str, BackendStatus]:
-    """The status of every backend, best first."""
+    """The status of every backend."""
     return {name: _status(name) for name in _PROBES}
 
 
@@ -135,27 +109,23 @@ def check_name(backend: str) -> None:
         raise unknown_name("backend", backend, ["auto", *_PROBES])
 
 
-def resolve(backend: str) -> str:
-    """Turns the argument ``backend`` of a loss into the name of an available backend.
+def resolve(backend: str, device: str) -> str:
+    """Turns the argument ``backend`` of a loss into the name of a backend for a device.
 
     Args:
-        backend: "auto" (the best that is available) or the name of one.
+        backend: "auto" (the best for the device) or the name of one.
+        device: device type of the tensors, "cpu" or "cuda".
 
     Returns:
-        The name of an available backend.
+        The name of an available backend; "auto" falls back to "reference".
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend, or it does not take tensors of this device.
         BackendUnavailableError: it is not available here; the text says why and what to do.
     """
     if backend == "auto":
-        # A backend without ops is not even probed: probing may import triton.
-        for name, ops in _OPS.items():
-            if ops and _status(name).available:
-                return name
-        return "reference"
-    if backend == "reference":
-        return backend
+        best = _BEST.get(device, "reference")
+        return best if _status(best).available else "reference"
     check_name(backend)
     status = _status(backend)
     if not status.available:
@@ -163,4 +133,15 @@ def resolve(backend: str) -> str:
             f"backend {backend!r} is not available: {status.reason}. "
             "Pass backend='auto' or 'reference'; `mclfast env` lists all backends"
         )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    takes = {"triton": ("cpu" if interpreted else "cuda",), "cpu": ("cpu",)}.get(backend)
+    if takes and device not in takes:
+        raise ValueError(
+            f"backend: expected one for {device} tensors, got {backend!r}, which takes {takes[0]}"
+        )
     return backend
+
+
+# torch.compile takes the answer as a constant instead of tracing the probes. The public decorator
+# does just this, but loads the whole compiler.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]

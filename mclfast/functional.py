@@ -8,11 +8,13 @@ autocast too. Every function is differentiable to second order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mclfast import _backend, reference
+from mclfast import _backend, ops, reference
 from mclfast._checks import (
     check_embeddings,
     check_labels,
@@ -22,10 +24,21 @@ from mclfast._checks import (
     check_same,
     stack_nodes,
 )
-from mclfast.types import MCLRows, MCLTerms
+from mclfast.reference import statistics_dtype
+from mclfast.types import MCLObjective, MCLRows, MCLTerms
 
 Nodes = Tensor | Sequence[Sequence[Tensor]]
 Networks = Tensor | Sequence[Tensor]
+
+
+def _checked(
+    nodes: Tensor, labels: Tensor, temperature: float, kl_temperature: float, backend: str
+) -> str:
+    """Checks what all losses share; returns the name of the backend."""
+    check_labels(labels, nodes.shape[1], nodes.device)
+    check_positive("temperature", temperature)
+    check_positive("kl_temperature", kl_temperature)
+    return _backend.resolve(backend, nodes.device.type)
 
 
 def _rows(
@@ -38,21 +51,51 @@ def _rows(
     row_start: int = 0,
     row_count: int | None = None,
 ) -> MCLRows:
-    check_labels(labels, nodes.shape[1], nodes.device)
-    check_positive("temperature", temperature)
-    check_positive("kl_temperature", kl_temperature)
+    backend = _checked(nodes, labels, temperature, kl_temperature, backend)
     row_start, row_count = check_rows(row_start, row_count, nodes.shape[1])
-    _backend.resolve(backend)
     with torch.autocast(nodes.device.type, enabled=False):
-        return reference.mcl_rows(
-            nodes,
-            networks,
-            labels,
-            temperature=temperature,
-            kl_temperature=kl_temperature,
-            row_start=row_start,
-            row_count=row_count,
-        )
+        if backend == "reference":
+            return reference.mcl_rows(
+                nodes,
+                networks,
+                labels,
+                temperature=temperature,
+                kl_temperature=kl_temperature,
+                row_start=row_start,
+                row_count=row_count,
+            )
+        vcl, soft_vcl, icl, soft_icl, _, _ = ops.mcl_rows(
+            nodes, labels, list(networks), temperature, kl_temperature, ops.ALL, row_start,
+            row_count, backend,
+        )  # fmt: skip
+        valid = has_positive(labels)[row_start : row_start + row_count]
+        return MCLRows(vcl, soft_vcl, icl, soft_icl, valid)
+
+
+def has_positive(labels: Tensor) -> Tensor:
+    """[B] bool, whether another sample has the same label; by sorting, without a [B, B] mask."""
+    ordered, order = labels.sort()
+    equal = ordered[1:] == ordered[:-1]
+    none = equal.new_zeros(1)
+    found = torch.cat([none, equal]) | torch.cat([equal, none])
+    return torch.empty_like(found).scatter(0, order, found)
+
+
+def _objective(
+    nodes: Tensor,
+    networks: tuple[int, ...],
+    labels: Tensor,
+    row_weights: Sequence[Tensor],
+    temperature: float,
+    kl_temperature: float,
+    families: int,
+    backend: str,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The sum of weights times rows, with the gradient computed in the same sweep; the rows."""
+    loss, vcl, soft_vcl, icl, soft_icl, _, _, _ = ops.mcl_objective(
+        *row_weights, nodes, labels, list(networks), temperature, kl_temperature, families, backend
+    )
+    return loss, (vcl, soft_vcl, icl, soft_icl)
 
 
 def mcl_rows(
@@ -103,6 +146,7 @@ def mcl_rows(
     )
 
 
+@overload
 def mcl_loss(
     embeddings: Networks,
     labels: Tensor,
@@ -110,7 +154,43 @@ def mcl_loss(
     temperature: float = 0.1,
     kl_temperature: float = 3.0,
     backend: str = "auto",
-) -> MCLTerms:
+    coefficients: None = None,
+) -> MCLTerms: ...
+
+
+@overload
+def mcl_loss(
+    embeddings: Networks,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float],
+) -> MCLObjective: ...
+
+
+@overload
+def mcl_loss(
+    embeddings: Networks,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float] | None = None,
+) -> MCLTerms | MCLObjective: ...
+
+
+def mcl_loss(
+    embeddings: Networks,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float] | None = None,
+) -> MCLTerms | MCLObjective:
     """Mutual contrastive learning between M networks, one embedding each.
 
     Equals ``rows.mean(-1).sum()`` of each family of :func:`mcl_rows` with one stage per network:
@@ -120,9 +200,12 @@ def mcl_loss(
         embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
         labels: [B] integers.
         temperature, kl_temperature, backend: as in :func:`mcl_rows`.
+        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
+            let values and gradient be computed in one sweep: the fastest form.
 
     Returns:
-        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each.
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
+        MCLObjective(loss, terms), where only the loss gives a gradient.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
@@ -130,9 +213,53 @@ def mcl_loss(
     Source: arXiv 2104.12565, equations 4 to 9; published weights 0.1, 1, 0.1, 1.
     """
     nodes, networks = stack_nodes(embeddings, stages=False)
-    return reference.mcl_terms(
-        _rows(nodes, networks, labels, temperature, kl_temperature, backend)
-    )
+    settings = temperature, kl_temperature, backend
+    if coefficients is None:
+        return reference.mcl_terms(_rows(nodes, networks, labels, *settings))
+    batch = nodes.shape[1]
+    between = reference.between_networks(networks, nodes).to(statistics_dtype(nodes))
+    pairs = (between / batch)[..., None].expand(-1, -1, batch)
+    lone = pairs.new_full((len(networks), batch), 1.0 / batch)
+    return _weighted_objective(nodes, networks, labels, lone, pairs, coefficients, *settings)
+
+
+@overload
+def layerwise_mcl_loss(
+    embeddings: Nodes,
+    labels: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: None = None,
+) -> MCLTerms: ...
+
+
+@overload
+def layerwise_mcl_loss(
+    embeddings: Nodes,
+    labels: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float],
+) -> MCLObjective: ...
+
+
+@overload
+def layerwise_mcl_loss(
+    embeddings: Nodes,
+    labels: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float] | None = None,
+) -> MCLTerms | MCLObjective: ...
 
 
 def layerwise_mcl_loss(
@@ -143,7 +270,8 @@ def layerwise_mcl_loss(
     temperature: float = 0.1,
     kl_temperature: float = 3.0,
     backend: str = "auto",
-) -> MCLTerms:
+    coefficients: Sequence[float] | None = None,
+) -> MCLTerms | MCLObjective:
     """Layer-wise mutual contrastive learning: every stage with every stage of the peers.
 
     With ``u = pair_weights + pair_weights.transpose(0, 1)``, zero inside one network, and the rows
@@ -156,9 +284,13 @@ def layerwise_mcl_loss(
         pair_weights: [N, N, B] weight of each pair of nodes for each sample (N = all stages of all
             networks, network-major), as a :class:`mclfast.LayerMatcher` gives; None for ones.
         temperature, kl_temperature, backend: as in :func:`mcl_rows`.
+        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
+            let values and gradient be computed in one sweep: the fastest form. The pair weights
+            get no gradient then, and must not ask for one.
 
     Returns:
-        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each.
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
+        MCLObjective(loss, terms), where only the loss gives a gradient.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
@@ -167,9 +299,60 @@ def layerwise_mcl_loss(
     """
     nodes, networks = stack_nodes(embeddings, stages=True)
     weights = check_pair_weights(pair_weights, nodes)
-    rows = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
+    settings = temperature, kl_temperature, backend
     with torch.autocast(nodes.device.type, enabled=False):
-        return reference.layerwise_mcl_terms(rows, networks, weights)
+        if coefficients is None:
+            rows = _rows(nodes, networks, labels, *settings)
+            return reference.layerwise_mcl_terms(rows, networks, weights)
+        if weights is not None and weights.requires_grad:
+            raise ValueError(
+                "pair_weights: expected no requires_grad with coefficients, got a tensor with; "
+                "detach it, or leave coefficients out to train the weights"
+            )
+        pairs = reference.both_directions(weights, networks, nodes) / nodes.shape[1]
+        return _weighted_objective(
+            nodes, networks, labels, pairs.sum(1), pairs, coefficients, *settings
+        )
+
+
+def _weighted_objective(
+    nodes: Tensor,
+    networks: tuple[int, ...],
+    labels: Tensor,
+    lone: Tensor,
+    pairs: Tensor,
+    coefficients: Sequence[float],
+    temperature: float,
+    kl_temperature: float,
+    backend: str,
+) -> MCLObjective:
+    """``coefficients`` times the terms; row weights ``lone`` [N, B] (vcl), ``pairs`` [N, N, B]."""
+    if len(coefficients) != 4:
+        raise ValueError(
+            f"coefficients: expected 4 (vcl, soft_vcl, icl, soft_icl), got {len(coefficients)}"
+        )
+    backend = _checked(nodes, labels, temperature, kl_temperature, backend)
+    row_weights = (lone, pairs, pairs, pairs)
+    with torch.autocast(nodes.device.type, enabled=False):
+        if backend == "reference":
+            all_rows = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
+            terms = MCLTerms(
+                *((w * r).sum() for w, r in zip(row_weights, all_rows[:4], strict=True))
+            )
+            detached = MCLTerms(*(term.detach() for term in terms))
+            return MCLObjective(terms.weighted_sum(*coefficients), detached)
+        loss, rows = _objective(
+            nodes,
+            networks,
+            labels,
+            [c * w for c, w in zip(coefficients, row_weights, strict=True)],
+            temperature,
+            kl_temperature,
+            ops.ALL,
+            backend,
+        )
+        terms = MCLTerms(*((w * r).sum() for w, r in zip(row_weights, rows, strict=True)))
+        return MCLObjective(loss, terms)
 
 
 def supcon_loss(
@@ -194,12 +377,15 @@ def supcon_loss(
 
     Source: arXiv 2004.11362, equation 2 (L_out).
     """
-    check_embeddings("embeddings", embeddings, ["B", "D"])
-    check_labels(labels, embeddings.shape[0], embeddings.device)
-    check_positive("temperature", temperature)
-    _backend.resolve(backend)
+    nodes = check_embeddings("embeddings", embeddings, ["B", "D"])[None]
+    backend = _checked(nodes, labels, temperature, 1.0, backend)
     with torch.autocast(embeddings.device.type, enabled=False):
-        return reference.supcon_loss(embeddings, labels, temperature=temperature)
+        if backend == "reference":
+            return reference.supcon_loss(embeddings, labels, temperature=temperature)
+        batch = embeddings.shape[0]
+        mean = nodes.new_full((1, batch), 1.0 / batch, dtype=statistics_dtype(nodes))
+        weights = (mean, *(mean.new_zeros(1, 1, batch) for _ in range(3)))
+        return _objective(nodes, (0,), labels, weights, temperature, 1.0, ops.VCL, backend)[0]
 
 
 def info_nce_loss(
@@ -227,9 +413,12 @@ def info_nce_loss(
     check_embeddings("b", b, list(a.shape))
     check_same("b", b, "a", a)
     check_positive("temperature", temperature)
-    _backend.resolve(backend)
+    backend = _backend.resolve(backend, a.device.type)
     with torch.autocast(a.device.type, enabled=False):
-        return reference.info_nce_loss(a, b, temperature=temperature)
+        if backend == "reference":
+            return reference.info_nce_loss(a, b, temperature=temperature)
+        row_lse, col_lse, diagonal = ops.info_nce(a, b, temperature, backend)
+        return ((row_lse + col_lse) / 2 - diagonal).mean()
 
 
 def similarity_kl_loss(
@@ -266,8 +455,27 @@ def similarity_kl_loss(
     check_same("teacher", teacher, "student", student)
     check_positive("temperature", temperature)
     check_positive("kl_temperature", kl_temperature)
-    _backend.resolve(backend)
+    backend = _backend.resolve(backend, student.device.type)
     with torch.autocast(student.device.type, enabled=False):
-        return reference.similarity_kl_loss(
-            student, teacher, temperature=temperature, kl_temperature=kl_temperature
+        if backend == "reference":
+            return reference.similarity_kl_loss(
+                student, teacher, temperature=temperature, kl_temperature=kl_temperature
+            )
+        batch, width = student.shape[0], max(student.shape[1], teacher.shape[1])
+        # Columns of zeros change no similarity.
+        nodes = torch.stack(
+            [pad(x, (0, width - x.shape[1])) for x in (student, teacher.detach())]
         )
+        pairs = nodes.new_zeros(2, 2, batch, dtype=statistics_dtype(nodes))
+        weights = pairs.clone()
+        weights[0, 1] = 1.0 / batch
+        return _objective(
+            nodes,
+            (0, 1),
+            torch.zeros(batch, dtype=torch.long, device=nodes.device),
+            (pairs[0], weights, pairs, pairs),
+            temperature,
+            kl_temperature,
+            ops.SOFT_VCL,
+            backend,
+        )[0]

@@ -8,24 +8,31 @@ from torch import Tensor, nn
 
 from mclfast import functional
 from mclfast._checks import check_positive
-from mclfast.types import MCLTerms
+from mclfast.types import MCLObjective, MCLTerms
 
 
 class _Loss(nn.Module):
-    """Keeps the settings that a functional twin takes as keywords."""
+    """What all losses keep."""
 
-    def __init__(self, backend: str = "auto", **temperatures: float) -> None:
+    def __init__(self, temperature: float, backend: str) -> None:
         super().__init__()
-        self.settings: dict[str, float] = {
-            name: check_positive(name, value) for name, value in temperatures.items()
-        }
+        self.temperature = check_positive("temperature", temperature)
         self.backend = backend
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in {**self.settings, "backend": self.backend}.items())
+        names = ("temperature", "kl_temperature", "backend", "coefficients")
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n in names if hasattr(self, n))
 
 
-class MCLLoss(_Loss):
+class _KLLoss(_Loss):
+    """A loss that compares distributions."""
+
+    def __init__(self, temperature: float, kl_temperature: float, backend: str) -> None:
+        super().__init__(temperature, backend)
+        self.kl_temperature = check_positive("kl_temperature", kl_temperature)
+
+
+class MCLLoss(_KLLoss):
     """Module twin of :func:`mclfast.mcl_loss`.
 
     Examples:
@@ -35,36 +42,60 @@ class MCLLoss(_Loss):
     """
 
     def __init__(
-        self, temperature: float = 0.1, kl_temperature: float = 3.0, backend: str = "auto"
+        self,
+        temperature: float = 0.1,
+        kl_temperature: float = 3.0,
+        backend: str = "auto",
+        coefficients: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(backend, temperature=temperature, kl_temperature=kl_temperature)
+        super().__init__(temperature, kl_temperature, backend)
+        self.coefficients = coefficients
 
-    def forward(self, embeddings: Tensor | Sequence[Tensor], labels: Tensor) -> MCLTerms:
-        return functional.mcl_loss(embeddings, labels, backend=self.backend, **self.settings)
+    def forward(
+        self, embeddings: Tensor | Sequence[Tensor], labels: Tensor
+    ) -> MCLTerms | MCLObjective:
+        return functional.mcl_loss(
+            embeddings,
+            labels,
+            temperature=self.temperature,
+            kl_temperature=self.kl_temperature,
+            backend=self.backend,
+            coefficients=self.coefficients,
+        )
 
 
-class LayerwiseMCLLoss(_Loss):
+class LayerwiseMCLLoss(_KLLoss):
     """Module twin of :func:`mclfast.layerwise_mcl_loss`.
 
     Examples:
-        >>> loss = LayerwiseMCLLoss()
-        >>> terms = loss(embeddings, labels, matcher(features))    # [M, L, B, D], [B], [N, N, B]
-        >>> terms.weighted_sum(vcl=0.1, soft_vcl=1.0, icl=0.1, soft_icl=1.0).backward()
+        >>> loss = LayerwiseMCLLoss(coefficients=(0.1, 1.0, 0.1, 1.0))
+        >>> loss(embeddings, labels, weights).loss.backward()      # [M, L, B, D], [B], [N, N, B]
     """
 
     def __init__(
-        self, temperature: float = 0.1, kl_temperature: float = 3.0, backend: str = "auto"
+        self,
+        temperature: float = 0.1,
+        kl_temperature: float = 3.0,
+        backend: str = "auto",
+        coefficients: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(backend, temperature=temperature, kl_temperature=kl_temperature)
+        super().__init__(temperature, kl_temperature, backend)
+        self.coefficients = coefficients
 
     def forward(
         self,
         embeddings: Tensor | Sequence[Sequence[Tensor]],
         labels: Tensor,
         pair_weights: Tensor | None = None,
-    ) -> MCLTerms:
+    ) -> MCLTerms | MCLObjective:
         return functional.layerwise_mcl_loss(
-            embeddings, labels, pair_weights, backend=self.backend, **self.settings
+            embeddings,
+            labels,
+            pair_weights,
+            temperature=self.temperature,
+            kl_temperature=self.kl_temperature,
+            backend=self.backend,
+            coefficients=self.coefficients,
         )
 
 
@@ -72,43 +103,51 @@ class SupConLoss(_Loss):
     """Module twin of :func:`mclfast.supcon_loss`.
 
     Examples:
-        >>> SupConLoss(temperature=0.1)(normalize(features), labels).backward()  # [B, D], [B]
+        >>> SupConLoss(temperature=0.1)(embeddings, labels).backward()  # [B, D], [B]
     """
 
     def __init__(self, temperature: float = 0.1, backend: str = "auto") -> None:
-        super().__init__(backend, temperature=temperature)
+        super().__init__(temperature, backend)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return functional.supcon_loss(embeddings, labels, backend=self.backend, **self.settings)
+        return functional.supcon_loss(
+            embeddings, labels, temperature=self.temperature, backend=self.backend
+        )
 
 
 class InfoNCELoss(_Loss):
     """Module twin of :func:`mclfast.info_nce_loss`.
 
     Examples:
-        >>> InfoNCELoss(temperature=0.07)(images, texts).backward()       # [B, D] each
+        >>> InfoNCELoss(temperature=0.07)(images, texts).backward()     # [B, D] each
     """
 
     def __init__(self, temperature: float = 0.1, backend: str = "auto") -> None:
-        super().__init__(backend, temperature=temperature)
+        super().__init__(temperature, backend)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return functional.info_nce_loss(a, b, backend=self.backend, **self.settings)
+        return functional.info_nce_loss(
+            a, b, temperature=self.temperature, backend=self.backend
+        )
 
 
-class SimilarityKLLoss(_Loss):
+class SimilarityKLLoss(_KLLoss):
     """Module twin of :func:`mclfast.similarity_kl_loss`.
 
     Examples:
-        >>> SimilarityKLLoss()(student_embeddings, teacher_embeddings).backward()  # [B, D], [B, D']
+        >>> SimilarityKLLoss()(student, teacher).backward()             # [B, D], [B, D']
     """
 
     def __init__(
         self, temperature: float = 0.1, kl_temperature: float = 3.0, backend: str = "auto"
     ) -> None:
-        super().__init__(backend, temperature=temperature, kl_temperature=kl_temperature)
+        super().__init__(temperature, kl_temperature, backend)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return functional.similarity_kl_loss(
-            student, teacher, backend=self.backend, **self.settings
+            student,
+            teacher,
+            temperature=self.temperature,
+            kl_temperature=self.kl_temperature,
+            backend=self.backend,
         )

@@ -23,9 +23,14 @@ from torch import Tensor
 from mclfast.types import MCLRows, MCLTerms
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays, everything narrower becomes float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype of the statistics: float64 stays, everything narrower becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    """``x`` in the dtype of the statistics."""
+    return x.to(statistics_dtype(x))
 
 
 def similarity_logits(anchors: Tensor, contrast: Tensor, temperature: float) -> Tensor:
@@ -125,6 +130,17 @@ def between_networks(networks: Sequence[int], like: Tensor) -> Tensor:
     return index[:, None] != index[None, :]
 
 
+def both_directions(pair_weights: Tensor | None, networks: Sequence[int], like: Tensor) -> Tensor:
+    """w_ab + w_ba [N, N, B], zero inside a network; ``like`` [N, B, ...] gives size and dtype."""
+    if pair_weights is None:
+        pair_weights = like.new_ones((), dtype=statistics_dtype(like)).expand(
+            len(networks), len(networks), like.shape[1]
+        )
+    weights = pair_weights.to(statistics_dtype(like))
+    between = between_networks(networks, like)[..., None]
+    return torch.where(between, weights + weights.transpose(0, 1), 0.0)
+
+
 def layerwise_mcl_terms(
     rows: MCLRows, networks: Sequence[int], pair_weights: Tensor | None
 ) -> MCLTerms:
@@ -137,10 +153,7 @@ def layerwise_mcl_terms(
     Args:
         pair_weights: [N, N, B], or None for ones; entries inside one network are not used.
     """
-    between = between_networks(networks, rows.vcl)[..., None]
-    weights = torch.ones_like(rows.icl) if pair_weights is None else pair_weights
-    weights = weights.to(rows.vcl.dtype)
-    both = torch.where(between, weights + weights.transpose(0, 1), 0.0)
+    both = both_directions(pair_weights, networks, rows.vcl)
     batch = rows.vcl.shape[-1]
     return MCLTerms(
         vcl=(both.sum(1) * rows.vcl).sum() / batch,

@@ -48,3 +48,15 @@ class MCLTerms(NamedTuple):
         return (
             vcl * self.vcl + soft_vcl * self.soft_vcl + icl * self.icl + soft_icl * self.soft_icl
         )
+
+
+class MCLObjective(NamedTuple):
+    """A weighted sum of the four terms, computed together with its gradient.
+
+    Attributes:
+        loss: 0-dim, differentiable to second order.
+        terms: the four terms unweighted, for logging; they give no gradient.
+    """
+
+    loss: Tensor
+    terms: MCLTerms

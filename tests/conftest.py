@@ -8,11 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from mclfast import _backend
+
 ROOT = Path(__file__).resolve().parents[1]
 
 if "OMP_NUM_THREADS" not in os.environ:
     # Test processes that each take all cores slow one another down.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request, monkeypatch) -> str:
+    """Makes "auto" take each backend for CPU tensors in turn."""
+    status = _backend.backend_report()[request.param]
+    if not status.available:
+        pytest.skip(f"backend {request.param}: {status.reason}")
+    monkeypatch.setitem(_backend._BEST, "cpu", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

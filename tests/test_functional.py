@@ -22,6 +22,8 @@ from mclfast.normalize import unit_norm
 
 NAMES = ("vcl", "soft_vcl", "icl", "soft_icl")
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def make(stages, batch=9, width=5, classes=4, dtype=torch.float64, seed=0):
     """Embeddings as networks of stages, labels [B]."""

@@ -13,6 +13,8 @@ from mclfast.functional import layerwise_mcl_loss, mcl_loss
 
 TOLERANCE = 1e-9
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.mark.parametrize("name", ["m2_l3", "m3_l2", "m4_l4_sym"])
 def test_layerwise_mcl_to_second_order(golden_dir, name):

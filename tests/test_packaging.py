@@ -120,7 +120,8 @@ def test_env_console_script(tmp_path):
 
 def test_env_report_is_json_and_aligned():
     report = json.loads(json.dumps(env.report_dict()))
-    assert report["backends"]["reference"] == {"available": True, "reason": "plain PyTorch"}
+    reference = report["backends"]["reference"]
+    assert reference == {"available": True, "reason": "plain PyTorch, any device"}
     assert report["packages"]["pillow"][0].isdigit()
     rows = [line for line in env.report().splitlines() if line.startswith("  ")]
     assert all(row[19] == " " and row[20] != " " for row in rows)
@@ -166,7 +167,6 @@ def test_extension_that_does_not_load_is_a_reason(monkeypatch, fresh_backends):
     assert report["reference"].available
     assert not report["cpu"].available
     assert "libc10.so: cannot open" in report["cpu"].reason
-    assert "libc10.so: cannot open" in report["cuda"].reason
     assert "triton cannot be imported" in report["triton"].reason
     assert "MCLFAST_BUILD_EXT=1" in env.report()
 
@@ -192,31 +192,33 @@ def test_extension_build_info():
 
 
 def test_resolve():
-    assert _backend.resolve("reference") == "reference"
-    assert _backend.resolve("auto") in _backend.backend_report()
+    assert _backend.resolve("reference", "cpu") == "reference"
+    assert _backend.resolve("auto", "a device of the future") == "reference"
     with pytest.raises(ValueError, match="backend: expected one of auto, .*reference.*got 'fast'"):
-        _backend.resolve("fast")
+        _backend.resolve("fast", "cpu")
 
 
 def test_resolve_says_why_a_backend_is_not_available(monkeypatch, fresh_backends):
-    monkeypatch.setitem(_backend._OPS, "cpu", ("no_such_op",))
     missing = _backend.BackendStatus(False, "the reason")
     monkeypatch.setitem(_backend._PROBES, "cpu", lambda: missing)
     with pytest.raises(RuntimeError, match="'cpu' is not available: the reason.*'reference'"):
-        _backend.resolve("cpu")
-    assert _backend.resolve("auto") != "cpu"
+        _backend.resolve("cpu", "cpu")
+    assert _backend.resolve("auto", "cpu") == "reference"
 
 
-def test_resolve_takes_the_best_backend_with_all_ops(monkeypatch, fresh_backends):
+def test_resolve_takes_the_best_backend_of_the_device(monkeypatch, fresh_backends):
     ready = _backend.BackendStatus(True, "ready")
-    monkeypatch.setitem(_backend._PROBES, "cuda", lambda: ready)
-    monkeypatch.setitem(_backend._OPS, "cuda", ("no_such_op",))
-    assert _backend.resolve("auto") != "cuda"
-    assert "lacks no_such_op" in _backend.backend_report()["cuda"].reason
-
-    _backend._status.cache_clear()
-    monkeypatch.setattr(torch.ops.mclfast, "no_such_op", None, raising=False)
-    assert _backend.resolve("auto") == "cuda"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("cpu", "triton"):
+        monkeypatch.setitem(_backend._PROBES, name, lambda: ready)
+    assert _backend.resolve("auto", "cpu") == "cpu"
+    assert _backend.resolve("auto", "cuda") == "triton"
+    with pytest.raises(ValueError, match="expected one for cuda tensors, got 'cpu', which takes"):
+        _backend.resolve("cpu", "cuda")
+    with pytest.raises(ValueError, match="expected one for cpu tensors, got 'triton'"):
+        _backend.resolve("triton", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _backend.resolve("triton", "cpu") == "triton"
 
 
 @in_checkout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from mclfast.matching import LayerMatcher
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.reference import wide
-from mclfast.types import MCLTerms
 
 
 class LayerwiseMCL(Method):
@@ -81,7 +81,13 @@ class LayerwiseMCL(Method):
         aggregates = self.aggregator(outputs.features, outputs.logits)
         with torch.no_grad():
             pair_weights = self.matcher(outputs.features)
-        terms = self._terms(outputs, labels, pair_weights)
+        contrastive = functional.layerwise_mcl_loss(
+            outputs.embeddings,
+            labels,
+            pair_weights,
+            coefficients=self._coefficients(),
+            **self._settings(),
+        )
         parts = {
             "ce": sum_cross_entropy(outputs, labels),
             "aggregate_ce": torch.stack(
@@ -95,33 +101,30 @@ class LayerwiseMCL(Method):
                 ]
             ).sum(),
         }
-        total = torch.stack(list(parts.values())).sum() + self._weighted(terms)
-        return {"loss": total, **parts, **terms._asdict()}
+        total = torch.stack(list(parts.values())).sum() + contrastive.loss
+        return {"loss": total, **parts, **contrastive.terms._asdict()}
 
     def meta_parameters(self) -> list[nn.Parameter]:
         return list(self.matcher.parameters())
 
     def inner_loss(self, outputs: PeerOutputs, labels: Tensor) -> Tensor:
-        return self._weighted(self._terms(outputs, labels, self.matcher(outputs.features)))
+        terms = functional.layerwise_mcl_loss(
+            outputs.embeddings, labels, self.matcher(outputs.features), **self._settings()
+        )
+        return terms.weighted_sum(*self._coefficients())
 
     def outer_loss(self, outputs: PeerOutputs, labels: Tensor) -> Tensor:
         return sum_cross_entropy(outputs, labels)
 
-    def _terms(self, outputs: PeerOutputs, labels: Tensor, pair_weights: Tensor) -> MCLTerms:
-        return functional.layerwise_mcl_loss(
-            outputs.embeddings,
-            labels,
-            pair_weights,
-            temperature=self.options.temperature,
-            kl_temperature=self.options.kl_temperature,
-            backend=self.options.backend,
-        )
-
-    def _weighted(self, terms: MCLTerms) -> Tensor:
+    def _coefficients(self) -> tuple[float, float, float, float]:
+        """Weights of vcl, soft_vcl, icl, soft_icl."""
         o = self.options
-        return terms.weighted_sum(
-            vcl=o.vcl_weight,
-            soft_vcl=o.soft_vcl_weight,
-            icl=o.icl_weight,
-            soft_icl=o.soft_icl_weight,
-        )
+        return o.vcl_weight, o.soft_vcl_weight, o.icl_weight, o.soft_icl_weight
+
+    def _settings(self) -> dict[str, Any]:
+        o = self.options
+        return {
+            "temperature": o.temperature,
+            "kl_temperature": o.kl_temperature,
+            "backend": o.backend,
+        }

@@ -1,0 +1,94 @@
+// Interface between the torch-facing file (mcl_ops.cpp) and the numeric kernels.
+//
+// The kernels are compiled once per instruction set, so they see raw pointers only: an inline
+// function of a torch or standard container header compiled for AVX-512 could be the copy that the
+// linker keeps for the whole library, which then crashes on a processor without AVX-512.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mclfast::cpu {
+
+// Row families of the `families` argument.
+enum Family : unsigned { kVcl = 1, kSoftVcl = 2, kIcl = 4, kSoftIcl = 8 };
+
+enum class Mode { kForward, kBackward, kFused, kDoubleBackward };
+
+// The samples of the batch grouped by class, ascending inside a class.
+struct Classes {
+  int64_t count;
+  const int64_t* offsets;   // [count + 1], into members
+  const int64_t* members;   // [B]
+  const int64_t* positives; // [B], other samples of the same class
+};
+
+// Arguments of the mcl_rows family. N nodes, B samples, D features, R = row_count anchors.
+template <class T> struct MclRows {
+  int64_t nodes_count, batch, width, row_start, row_count;
+  double temperature, kl_temperature;
+  unsigned families;
+  const int64_t* networks; // [N]
+  Classes classes;
+
+  const T* nodes;    // [N, B, D]
+  const T* tangents; // [N, B, D], v_nodes of the double backward, else nullptr
+
+  const T* g_vcl;      // [N, R], nullptr in the forward, and so are the next three
+  const T* g_soft_vcl; // [N, N, R]
+  const T* g_icl;      // [N, N, R]
+  const T* g_soft_icl; // [N, N, R]
+
+  // Rows (forward, fused) or the gradients of the cotangents (double backward); zeroed by the
+  // caller; nullptr in the backward.
+  T* vcl;      // [N, R]
+  T* soft_vcl; // [N, N, R]
+  T* icl;      // [N, N, R]
+  T* soft_icl; // [N, N, R]
+
+  T* lse;    // [N, N, R], written by the forward (zeroed by the caller), read by the others
+  T* kl_lse; // [N, N, R], the same
+
+  T* grad_nodes; // [N, B, D], written whole; nullptr in the forward
+};
+
+// Arguments of the info_nce family.
+template <class T> struct InfoNce {
+  int64_t batch, width;
+  double temperature;
+  const T* a;         // [B, D]
+  const T* b;         // [B, D]
+  const T* tangent_a; // [B, D], double backward only, and tangent_b
+  const T* tangent_b; // [B, D]
+  const T* g_row;     // [B], nullptr in the forward, and g_col, g_diag
+  const T* g_col;     // [B]
+  const T* g_diag;    // [B]
+  T* row_lse;         // [B], written by the forward, read by the others
+  T* col_lse;         // [B]
+  T* row;             // [B], double backward: gradients of g_row, g_col, g_diag;
+  T* col;             // [B]
+  T* diag;            // [B], also the diagonal written by the forward
+  T* grad_a;          // [B, D], written whole; nullptr in the forward, and grad_b
+  T* grad_b;          // [B, D]
+};
+
+struct Kernels {
+  const char* name;
+  void (*mcl_rows_float)(const MclRows<float>&, Mode);
+  void (*mcl_rows_double)(const MclRows<double>&, Mode);
+  void (*info_nce_float)(const InfoNce<float>&, Mode);
+  void (*info_nce_double)(const InfoNce<double>&, Mode);
+};
+
+// One per instruction set; nullptr where the compiler or the architecture has none.
+const Kernels* kernels_default();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+
+// Services of torch for the kernels, defined in runtime.cpp.
+void* allocate(size_t bytes);
+void release(void* data) noexcept;
+int64_t worker_count();
+void run_workers(int64_t count, void (*task)(void* context, int64_t worker), void* context);
+
+} // namespace mclfast::cpu

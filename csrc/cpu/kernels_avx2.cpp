@@ -1,0 +1,44 @@
+#include <cmath>
+
+#include "kernels.h"
+
+// The target region starts after the headers, whose inline functions other files share, and spares
+// the build system per-file flags.
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#define MCLFAST_CAPABILITY avx2
+#define MCLFAST_VECTOR_BYTES 32
+#include "kernels_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace mclfast::cpu {
+
+const Kernels* kernels_avx2() {
+  static const Kernels kernels{"avx2", avx2::mcl_rows<float>, avx2::mcl_rows<double>,
+                               avx2::info_nce<float>, avx2::info_nce<double>};
+  return &kernels;
+}
+
+} // namespace mclfast::cpu
+
+#else
+
+namespace mclfast::cpu {
+
+const Kernels* kernels_avx2() { return nullptr; }
+
+} // namespace mclfast::cpu
+
+#endif

@@ -1,0 +1,45 @@
+#include <cmath>
+
+#include "kernels.h"
+
+// The target region starts after the headers, whose inline functions other files share, and spares
+// the build system per-file flags.
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#endif
+
+#define MCLFAST_CAPABILITY avx512
+#define MCLFAST_VECTOR_BYTES 64
+#include "kernels_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace mclfast::cpu {
+
+const Kernels* kernels_avx512() {
+  static const Kernels kernels{"avx512", avx512::mcl_rows<float>, avx512::mcl_rows<double>,
+                               avx512::info_nce<float>, avx512::info_nce<double>};
+  return &kernels;
+}
+
+} // namespace mclfast::cpu
+
+#else
+
+namespace mclfast::cpu {
+
+const Kernels* kernels_avx512() { return nullptr; }
+
+} // namespace mclfast::cpu
+
+#endif

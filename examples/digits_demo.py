@@ -16,11 +16,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from mclfast import env
-from mclfast._files import write_json, write_text
+from mclfast._files import read_json, write_json, write_text
 from mclfast.config import TrainConfig
 from mclfast.plots import accuracy_bands
-from mclfast.train import CHECKPOINT, CURVES, METRICS, RunResult, train
+from mclfast.train import CHECKPOINT, CURVES, ENVIRONMENT, METRICS, RunResult, train
 
 METHODS = {
     "alone": {"method": "baseline", "cohort": ("resnet8",)},
@@ -37,15 +36,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs")
     parser.add_argument("--results", type=Path, help="folder of table and picture (default: OUT)")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds: expected a number >= 1, got {options.seeds}")
     results_dir = options.results or options.out
 
     shared = {"data": options.data, "epochs": options.epochs, "lr": options.lr}
     plan = [(label, seed) for label in METHODS for seed in range(options.seeds)]
     results: dict[str, list[RunResult]] = {label: [] for label in METHODS}
+    run_dirs: list[Path] = []
     for number, (label, seed) in enumerate(plan, start=1):
         config = TrainConfig.from_values({**METHODS[label], **shared, "seed": seed})
         print(f"[{number}/{len(plan)}] {label}, seed {seed}", flush=True)
-        results[label].append(train(config, options.out / f"{options.data}-{label}-seed{seed}"))
+        run_dirs.append(
+            options.out / f"{options.data}-{label}-lr{options.lr}-epochs{options.epochs}-seed{seed}"
+        )
+        results[label].append(train(config, run_dirs[-1]))
 
     table = make_table(results)
     print(f"\n{table}")
@@ -57,11 +62,10 @@ def main() -> None:
         title,
     )
     write_text(results_dir / "table.md", f"# {title}\n\n{table}\n")
-    write_json(results_dir / "results.json", record(results, shared))
+    write_json(results_dir / "results.json", record(results, shared, run_dirs))
     print(f"picture of all runs   {results_dir / 'accuracy.png'}")
     print(f"table and numbers     {results_dir / 'table.md'}, {results_dir / 'results.json'}")
-    run = options.out / f"{options.data}-lmcl-seed0"
-    print(f"each run, for example {run}")
+    print(f"each run, for example {run_dirs[-1]}")
     print(f"  curves, metrics     {CURVES}, {METRICS}")
     print(f"  checkpoint          {CHECKPOINT}")
     print("  exported backbones  peer0, peer1   (mclfast eval reads them)")
@@ -86,7 +90,8 @@ def make_table(results: dict[str, list[RunResult]]) -> str:
     seconds = mean(r.seconds for r in results["alone"]), mean(r.seconds for r in cohort)
     return "\n".join(lines) + (
         f"\n\nGain of a peer over the lone network: {gain:+.2f} points."
-        f" Seconds per seed: {seconds[0]:.0f} alone, {seconds[1]:.0f} for the cohort."
+        f" Seconds per seed: {seconds[0]:.0f} alone, {seconds[1]:.0f} for the cohort.\n"
+        "The gain depends on the learning rate and the length of the training: see the README."
     )
 
 
@@ -95,19 +100,22 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.2f} +- {stdev(values) if len(values) > 1 else 0.0:.2f}"
 
 
-def record(results: dict[str, list[RunResult]], shared: dict[str, Any]) -> dict[str, Any]:
+def record(
+    results: dict[str, list[RunResult]], shared: dict[str, Any], run_dirs: list[Path]
+) -> dict[str, Any]:
     """Every seed's figures, with what is needed to reproduce them."""
-    about = env.report_dict()
+    # A run that an earlier call finished was made by the code of that time.
+    about = [read_json(run_dir / ENVIRONMENT, "run") for run_dir in run_dirs]
     return {
         "command": shlex.join(["python", *sys.argv]),
         "settings": shared,
-        "commit": about["mclfast"]["git"],
+        "commits": sorted({str(a["mclfast"]["git"]) for a in about}),
         "versions": {
-            "mclfast": about["mclfast"]["version"],
-            "python": about["system"]["python"],
-            "torch": about["torch"]["version"],
+            "mclfast": sorted({a["mclfast"]["version"] for a in about}),
+            "python": sorted({a["system"]["python"] for a in about}),
+            "torch": sorted({a["torch"]["version"] for a in about}),
         },
-        "cpus": about["system"]["cpus"],
+        "cpus": about[0]["system"]["cpus"],
         "runs": {
             label: [
                 {
@@ -125,4 +133,9 @@ def record(results: dict[str, list[RunResult]], shared: dict[str, Any]) -> dict[
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"digits_demo: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

@@ -1,5 +1,7 @@
 """Fast, memory-lean losses and training for online knowledge distillation between peer networks."""
 
+from typing import TYPE_CHECKING, Any
+
 from mclfast._version import __version__
 from mclfast.aggregation import LogitAggregator
 from mclfast.cohort import Cohort, PeerOutputs
@@ -24,6 +26,9 @@ from mclfast.meta import BilevelResult, bilevel_gradient
 from mclfast.models.staged import staged
 from mclfast.types import MCLObjective, MCLRows, MCLTerms
 
+if TYPE_CHECKING:
+    from mclfast.train import Trainer
+
 __all__ = [
     "BilevelResult",
     "Cohort",
@@ -39,6 +44,7 @@ __all__ = [
     "ProjectionHead",
     "SimilarityKLLoss",
     "SupConLoss",
+    "Trainer",
     "__version__",
     "bilevel_gradient",
     "info_nce_loss",
@@ -49,3 +55,12 @@ __all__ = [
     "staged",
     "supcon_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The trainer brings data sets and plotting: a program that imports a loss does not need them.
+    if name == "Trainer":
+        from mclfast.train import Trainer
+
+        return Trainer
+    raise AttributeError(f"module 'mclfast' has no attribute {name!r}")

@@ -57,7 +57,7 @@ class TrainConfig:
     amp: Literal["off", "bf16", "fp16"] = _field("off", "automatic mixed precision")
     projection_dim: int = _field(128, "width of the embeddings")
     bilevel_every: int = _field(
-        50, "steps between bilevel steps, for methods that have one; 0 for never"
+        10, "steps between bilevel steps, counted over the whole run; 0 for never"
     )
     inner_steps: int = _field(2, "SGD steps on the inner loss in a bilevel step")
     outer_steps: int = _field(1, "SGD steps on the outer loss in a bilevel step")

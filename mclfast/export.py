@@ -30,14 +30,15 @@ class Exported:
 
 
 def export_backbone(
-    backbone: nn.Module, folder: Path, *, network: str, description: dict[str, Any]
+    backbone: nn.Module, folder: Path, *, network: str | None, description: dict[str, Any]
 ) -> Path:
     """Writes the weights of a bare backbone and its description into ``folder``.
 
     Args:
         backbone: the network without auxiliary or projection heads.
         folder: made if absent; an earlier export in it is replaced.
-        network: registered name, see ``mclfast.models.available``.
+        network: registered name, see ``mclfast.models.available``; None for a network of your
+            own, whose weights only ``load_state_dict`` of the same class can read back.
         description: JSON values kept beside the weights; ``num_classes`` and ``in_channels`` are
             needed to read the network back.
 
@@ -70,6 +71,11 @@ def load_backbone(folder: Path | str) -> Exported:
     wanted = ("network", "num_classes", "in_channels")
     values: list[Any] = [description.get(key) for key in wanted]
     name, *counts = values
+    if name is None and "class" in description:
+        raise ValueError(
+            f"export: expected a network of mclfast.models, got {description['class']} of a "
+            f"program's own in {folder}; read the weights with load_state_dict of that class"
+        )
     if not (isinstance(name, str) and all(isinstance(n, int) and n > 0 for n in counts)):
         raise ValueError(
             f"export: expected {', '.join(wanted)} in {folder / DESCRIPTION}, got {values}"

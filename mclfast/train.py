@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from mclfast.evaluate import cohort_accuracy
 from mclfast.export import export_backbone
 from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
+from mclfast.models.staged import StagedNetwork
 from mclfast.schedule import learning_rate
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
@@ -85,7 +86,7 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
         projection_dim=config.projection_dim if cls.projections else None,
     )
     method = cls(cohort.feature_dims, config.options)
-    return Trainer(cohort, method, data, config, run_dir)
+    return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
 
 
 class Trainer:
@@ -95,12 +96,17 @@ class Trainer:
         cohort: the peers.
         method: says the loss; moved to the device with the cohort.
         data: images and labels.
-        config: settings of the loop (its ``cohort`` and ``data`` names serve as labels here).
+        config: settings of the loop; its ``cohort`` and ``data`` are names that :func:`build`
+            reads, and are not used here.
         run_dir: folder for checkpoint, metrics, curves, result and exported backbones; a
             checkpoint found in it is resumed. None writes nothing.
+        network_names: names in ``mclfast.models`` that the networks were built from. None for
+            networks and data of your own: the command line cannot build those again, so their
+            exports are for :func:`torch.nn.Module.load_state_dict`.
 
     Raises:
-        ValueError: settings that cannot work on this data, or a checkpoint of other settings.
+        ValueError: settings that cannot work on this data, or a checkpoint of other settings or
+            other data.
     """
 
     def __init__(
@@ -110,6 +116,8 @@ class Trainer:
         data: Dataset,
         config: TrainConfig,
         run_dir: Path | str | None = None,
+        *,
+        network_names: Sequence[str] | None = None,
     ) -> None:
         if cohort.num_classes != data.num_classes:
             raise ValueError(
@@ -122,6 +130,9 @@ class Trainer:
         self.data = data.to(self.device)
         self.cohort = cohort.to(self.device)
         self.method = method.to(self.device)
+        self.method.check_device(self.device)
+        self.own_parts = network_names is None
+        self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
         self.sampler = self._sampler()
         self.history: list[dict[str, float]] = []
         self.step = 0
@@ -169,6 +180,8 @@ class Trainer:
         """
         if self.run_dir is not None:
             self._start_run_dir(self.run_dir)
+        if stop_after is not None and stop_after < 1:
+            raise ValueError(f"stop_after: expected an integer >= 1 or None, got {stop_after!r}")
         first = len(self.history)
         last = self.config.epochs if stop_after is None else first + stop_after
         bar = self._progress_bar(progress)
@@ -310,7 +323,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything that training changes, as tensors and plain values."""
         return {
-            "config": self.config.to_values(),
+            "settings": self._settings(),
+            "data": self._data_facts(),
             "cohort": self.cohort.state_dict(),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -321,25 +335,50 @@ class Trainer:
             "history": self.history,
         }
 
+    def _settings(self) -> dict[str, Any]:
+        """The settings by name, with the true names of the networks and of the data."""
+        return self.config.to_values() | {"cohort": list(self.names), "data": self.data.name}
+
+    def _data_facts(self) -> dict[str, Any]:
+        """What tells one data set from another, wherever its files lie."""
+        d = self.data
+        return {
+            "training images": len(d.train),
+            "test images": len(d.test),
+            "class_names": list(d.class_names),
+            "mean": list(d.mean),
+            "std": list(d.std),
+        }
+
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues from what :meth:`state` gave."""
-        mine = self.config.to_values()
+        """Continues from what :meth:`state` gave.
+
+        Raises:
+            ValueError: the state is of other settings, other data or other networks.
+        """
         # Where a run computes, and where its data lie, may change; what it computes may not.
         free = {"device", "eval_batch_size", "data_root"}
-        for name, value in state["config"].items():
-            if name not in free and mine.get(name) != value:
-                raise ValueError(
-                    f"{name}: expected {value!r} as in the checkpoint being resumed, "
-                    f"got {mine.get(name)!r}"
-                )
-        self.cohort.load_state_dict(state["cohort"])
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.meta_optimizer:
-            self.meta_optimizer.load_state_dict(state["meta_optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        checkpoint.set_rng_state(state["rng"])
-        self.step, self.history = state["step"], state["history"]
+        try:
+            for kind, mine in (("settings", self._settings()), ("data", self._data_facts())):
+                for name, value in state[kind].items():
+                    if name not in free and mine.get(name) != value:
+                        raise ValueError(
+                            f"{name}: expected {_short(value)} as in the checkpoint being "
+                            f"resumed, got {_short(mine.get(name))}"
+                        )
+            self.cohort.load_state_dict(state["cohort"])
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.meta_optimizer:
+                self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            checkpoint.set_rng_state(state["rng"])
+            self.step, self.history = state["step"], state["history"]
+        except (KeyError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"checkpoint: expected the state of these networks and this method, got: {reason}"
+            ) from None
 
     def _start_run_dir(self, run_dir: Path) -> None:
         import yaml
@@ -347,11 +386,10 @@ class Trainer:
         if (run_dir / CHECKPOINT).exists():
             self.load_state(checkpoint.load(run_dir / CHECKPOINT, self.device))
             return
-        write_text(run_dir / CONFIG, yaml.safe_dump(self.config.to_values(), sort_keys=False))
+        write_text(run_dir / CONFIG, yaml.safe_dump(self._settings(), sort_keys=False))
         write_json(run_dir / ENVIRONMENT, env.report_dict())
 
     def _finish_run_dir(self, run_dir: Path, result: RunResult) -> None:
-        names = self.config.cohort
         write_json(
             run_dir / RESULT,
             {
@@ -361,8 +399,8 @@ class Trainer:
                 "seconds": round(result.seconds, 2),
             },
         )
-        title = f"{self.config.method} on {self.config.data}, seed {self.config.seed}"
-        plots.run_curves(self.history, names, run_dir / CURVES, title)
+        title = f"{self.config.method} on {self.data.name}, seed {self.config.seed}"
+        plots.run_curves(self.history, self.names, run_dir / CURVES, title)
         for i in range(len(self.cohort.networks)):
             self.export(i, run_dir / f"peer{i}")
 
@@ -372,15 +410,16 @@ class Trainer:
         return export_backbone(
             self.cohort.peers[peer].backbone,
             folder,
-            network=c.cohort[peer],
+            network=None if self.own_parts else self.names[peer],
             description={
+                "class": class_name(self.cohort.peers[peer].backbone),
                 "num_classes": self.data.num_classes,
                 "in_channels": self.data.in_channels,
                 "image_size": self.data.image_size,
                 "mean": self.data.mean,
                 "std": self.data.std,
                 "class_names": self.data.class_names,
-                "data": c.data,
+                "data": None if self.own_parts else c.data,
                 "data_root": c.data_root,
                 "train_per_class": c.train_per_class,
                 "eval_batch_size": c.eval_batch_size,
@@ -413,6 +452,16 @@ class Trainer:
             # A line now and then where there is no terminal to redraw.
             mininterval=0.2 if _stderr_is_terminal() else 10.0,
         )
+
+
+def class_name(backbone: StagedNetwork) -> str:
+    """Class of a network; of the module inside one that ``staged`` adapted."""
+    return type(getattr(backbone, "module", backbone)).__name__
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _stderr_is_terminal() -> bool:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 HELP = "accuracy of an exported backbone, or of all those of a run"
+
+_NEEDED = {
+    "data", "data_root", "train_per_class", "image_size", "eval_batch_size", "accuracy",
+    "class_names", "mean", "std",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="folder of an exported backbone, or of a run")
     parser.add_argument("--data-root", help="folder with the data set, where it has moved")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def _short(names: list[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
@@ -32,8 +43,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     for folder in folders:
         exported = load_backbone(folder)
         about = exported.description
-        needed = {"data", "data_root", "train_per_class", "image_size", "eval_batch_size"}
-        if missing := (needed | {"accuracy"}) - about.keys():
+        if missing := _NEEDED - about.keys():
             raise ValueError(
                 f"path: expected {', '.join(sorted(missing))} in {folder / DESCRIPTION}, got none"
             )
@@ -43,6 +53,13 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
             train_per_class=about["train_per_class"],
             image_size=about["image_size"] if about["data"] == "folder" else None,
         )
+        if list(data.class_names) != about["class_names"]:
+            raise ValueError(
+                f"data_root: expected the classes {_short(about['class_names'])} of the export, "
+                f"got {_short(list(data.class_names))}"
+            )
+        # The statistics it was trained with; those of an image folder follow its training images.
+        data = replace(data, mean=tuple(about["mean"]), std=tuple(about["std"]))
         found = accuracy(
             exported.network.to(device), data, batch_size=about["eval_batch_size"]
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mclfast.cohort import PeerOutputs
@@ -43,6 +44,9 @@ class Method(nn.Module):
             "loss", the 0-dim total to differentiate, and its parts by name for logging.
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss")
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises, before a run starts, where the method cannot work on a device."""
 
     def meta_parameters(self) -> list[nn.Parameter]:
         """Parameters that only the bilevel step trains; none unless overridden."""

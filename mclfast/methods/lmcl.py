@@ -77,6 +77,9 @@ class LayerwiseMCL(Method):
             [stages[-1] for stages in feature_dims], [len(stages) for stages in feature_dims]
         )
 
+    def check_device(self, device: torch.device) -> None:
+        _backend.resolve(self.options.backend, device.type)
+
     def loss(self, outputs: PeerOutputs, labels: Tensor) -> dict[str, Tensor]:
         aggregates = self.aggregator(outputs.features, outputs.logits)
         with torch.no_grad():

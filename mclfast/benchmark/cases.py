@@ -245,16 +245,17 @@ def difference(case: Case, provider: Provider, inputs: Inputs, found: Sequence[T
     return worst
 
 
-def _resolve(backend: str) -> None:
-    try:
-        _backend.resolve(backend)
-    except RuntimeError as error:
-        raise Unavailable(str(error)) from None
+#: The device that a backend is measured on; on the other one it is no candidate.
+_DEVICES = {"cpu": "cpu", "triton": "cuda"}
 
 
-def _on(case: Case, devices: Sequence[str]) -> None:
-    if case.device not in devices:
-        raise Unavailable(f"runs on {' and '.join(devices)}, not on {case.device}")
+def _check_backend(backend: str, case: Case) -> None:
+    device = _DEVICES.get(backend, case.device)
+    if case.device != device:
+        raise Unavailable(f"measured on {device} only")
+    status = _backend.backend_report()[backend]
+    if not status.available:
+        raise Unavailable(status.reason)
 
 
 def _published(case: Case, inputs: Inputs, pair: published.PairFunction) -> Loss:
@@ -291,9 +292,7 @@ def _compiled(case: Case, inputs: Inputs) -> Loss:
 
 
 def _layerwise(backend: str, fused: bool, case: Case, inputs: Inputs) -> Loss:
-    _resolve(backend)
-    if backend != "reference":
-        _on(case, ("cpu",) if backend == "cpu" else ("cuda",))
+    _check_backend(backend, case)
     if fused and case.mode == WEIGHTS:
         raise Unavailable("the one-sweep path gives the pair weights no gradient")
     settings: dict[str, Any] = {
@@ -318,9 +317,7 @@ def _views(case: Case, inputs: Inputs) -> Tensor:
 
 
 def _contrastive(backend: str, case: Case, inputs: Inputs) -> Loss:
-    _resolve(backend)
-    if backend != "reference":
-        _on(case, ("cpu",) if backend == "cpu" else ("cuda",))
+    _check_backend(backend, case)
     options: dict[str, Any] = {"temperature": TEMPERATURE, "backend": backend}
     if case.op == "supcon":
         return lambda leaves: mclfast.supcon_loss(leaves[0], inputs.labels, **options)

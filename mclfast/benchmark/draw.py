@@ -51,7 +51,7 @@ def draw(rows: Sequence[Row], folder: Path, about: dict[str, Any]) -> list[Path]
             for r in rows
             if r["mode"] == BOTH and (r["device"], r["dtype"]) == (device, dtype)
         ]
-        where = about["gpu"] if device == "cuda" else f"{about['cpu']}, {about['threads']} threads"
+        where = about["gpu"] if device == "cuda" else _machine(about)
         title = f"forward + backward, {dtype}, D = 128, {where}"
         suffix = "" if len(kinds) == 1 else f"-{device}-{dtype}"
         for name, panels in (
@@ -62,6 +62,11 @@ def draw(rows: Sequence[Row], folder: Path, about: dict[str, Any]) -> list[Path]
             if panels:
                 written.append(_figure(panels, title, folder / f"{name}{suffix}.png"))
     return written
+
+
+def _machine(about: dict[str, Any]) -> str:
+    threads = about["threads"]
+    return f"{about['cpu']}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 Panel = tuple[str, str, list[Row]]

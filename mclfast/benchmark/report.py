@@ -6,6 +6,7 @@ import csv
 import datetime
 import importlib.metadata
 import io
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -24,10 +25,9 @@ from mclfast.benchmark.cases import (
     SECOND,
     SECOND_ORDER_TARGET,
     TARGETS,
-    Case,
     target,
 )
-from mclfast.benchmark.run import BASELINES, Outcome, Row
+from mclfast.benchmark.run import BASELINES, Outcome, Row, case_of
 
 SCHEMA = 1
 #: Threads that the targets are stated for.
@@ -94,7 +94,15 @@ def as_json(outcome: Outcome, about: dict[str, Any], settings: dict[str, Any]) -
         "schema": SCHEMA,
         "environment": about,
         "settings": settings,
-        "rates": outcome.rates,
+        "rates": {
+            key: {
+                # Infinite, which JSON does not know, where it is not measured.
+                "exp_per_s": None if math.isinf(rates.exp) else rates.exp,
+                "gemm_flop_per_s": rates.gemm,
+                "gemm_way": rates.ways,
+            }
+            for key, rates in outcome.rates.items()
+        },
         "targets": {
             "layerwise_mcl": [
                 {**dict(zip("MLB", shape, strict=True)), **asdict(goal)}
@@ -107,7 +115,7 @@ def as_json(outcome: Outcome, about: dict[str, Any], settings: dict[str, Any]) -
         "rows": outcome.rows,
         "skipped": [asdict(skip) for skip in outcome.skipped],
         "verdicts": [
-            {"provider": row["provider"], "case": _case(row).name, "goal": goal, "met": met}
+            {"provider": row["provider"], "case": case_of(row).name, "goal": goal, "met": met}
             for row in outcome.rows
             for goal, met in verdicts(row, outcome.rows, about["threads"])
         ],
@@ -133,17 +141,11 @@ def write(folder: Path, outcome: Outcome, about: dict[str, Any], settings: dict[
     write_text(folder / "results.csv", as_csv(outcome.rows, about))
 
 
-def _case(row: Row) -> Case:
-    return Case(
-        row["op"], row["mode"], row["M"], row["L"], row["B"], row["D"], row["dtype"], row["device"]
-    )
-
-
 def _find(rows: Sequence[Row], like: Row, provider: str, metric: str) -> Row | None:
     """The row of another provider or metric of the same case."""
     for row in rows:
         same = row["provider"] == provider and row["metric"] == metric
-        if same and _case(row) == _case(like):
+        if same and case_of(row) == case_of(like):
             return row
     return None
 
@@ -158,7 +160,7 @@ def verdicts(row: Row, rows: Sequence[Row], threads: int) -> list[tuple[str, boo
     """
     if not row["ours"] or row["metric"] != "time":
         return []
-    case, found = _case(row), []
+    case, found = case_of(row), []
     peak = _find(rows, row, row["provider"], "peak_extra")
     goal = target(case) if threads == TARGET_THREADS else None
     if goal is not None:

@@ -1,4 +1,4 @@
-"""The command ``mclfast bench``."""
+"""``mclfast bench``: time and memory of the losses against the published form."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from mclfast._files import read_json
-from mclfast.benchmark import draw, report
 from mclfast.benchmark.cases import MODES, PROVIDERS, Case, preset
-from mclfast.benchmark.run import Outcome, run_case
+
+if TYPE_CHECKING:
+    from mclfast.benchmark.run import Outcome
+
+HELP = "time and memory of the losses against the published form"
 
 _PRESETS = ("smoke", "small", "paper", "gpu")
 
@@ -36,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-memory", action="store_true", help="do not measure peak memory")
 
 
-def run(known: argparse.Namespace) -> int:
+def run(known: argparse.Namespace, _: list[str]) -> int:
     """Runs the command.
 
     Returns:
         1 if a result was wrong (that implementation has no numbers then), else 0.
     """
+    import torch
+
     if known.replot:
         return _replot(known)
     if known.plot and known.out is None:
@@ -59,6 +62,9 @@ def run(known: argparse.Namespace) -> int:
 
 
 def _measure(known: argparse.Namespace, cases: list[Case]) -> int:
+    from mclfast.benchmark import draw, report
+    from mclfast.benchmark.run import Outcome, run_case
+
     about = report.environment()
     settings = {
         "preset": known.preset, "op": known.op, "mode": known.mode, "provider": known.provider,
@@ -89,6 +95,8 @@ def _measure(known: argparse.Namespace, cases: list[Case]) -> int:
 
 
 def _print(outcome: Outcome, threads: int) -> None:
+    from mclfast.benchmark import report
+
     print(report.table(outcome, threads))
     print(report.legend(threads))
     if missing := report.skipped_table(outcome):
@@ -101,6 +109,10 @@ def _announce(files: list[Path]) -> None:
 
 
 def _replot(known: argparse.Namespace) -> int:
+    from mclfast._files import read_json
+    from mclfast.benchmark import draw, report
+    from mclfast.benchmark.run import Outcome
+
     results = read_json(known.replot, "replot")
     if results.get("schema") != report.SCHEMA:
         raise ValueError(

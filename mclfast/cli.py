@@ -1,4 +1,4 @@
-"""The command line: ``mclfast train | eval | export | env``."""
+"""The command line: ``mclfast train | eval | export | bench | env``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from types import ModuleType
 
 from mclfast._backend import BackendUnavailableError
 from mclfast._version import __version__
-from mclfast.commands import env, eval, export, train
+from mclfast.commands import bench, env, eval, export, train
 from mclfast.commands.parser import OneLineParser
 
-_COMMANDS: dict[str, ModuleType] = {"train": train, "eval": eval, "export": export, "env": env}
+_COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "eval": eval,
+    "export": export,
+    "bench": bench,
+    "env": env,
+}
 
 # What a wrong setting, a missing file or a missing package raises. Anything else is a defect of
 # ours and keeps its traceback.

@@ -1,0 +1,94 @@
+"""The in-batch losses under pytest-benchmark: ``pytest bench --benchmark-only``.
+
+Each test measures one provider at one case. Before each of its rounds the baselines run once, timed
+aside, so their ratios come from the same minutes of the machine. A wrong result fails the test and
+gives no number.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mclfast.benchmark import floor, measure
+from mclfast.benchmark.cases import PROVIDERS, Case, Inputs, Provider, Unavailable, make_inputs
+from mclfast.benchmark.cases import truth as reference_result
+from mclfast.benchmark.run import BASELINES, Ready, prepare
+
+
+@functools.lru_cache(maxsize=1)
+def problem(case: Case) -> tuple[Inputs, tuple[Tensor, ...]]:
+    """Inputs and the right result; tests of one case follow one another."""
+    inputs = make_inputs(case)
+    return inputs, reference_result(case, inputs)
+
+
+@functools.cache
+def rates(batch: int, d: int, dtype: str, device: str) -> floor.Rates:
+    return floor.measure_rates(Case("supcon", "forward", 1, 1, batch, d, dtype, device))
+
+
+def baselines(case: Case, provider: Provider) -> dict[str, Ready]:
+    """The other baselines that can run here."""
+    inputs, expected = problem(case)
+    found = {}
+    for other in PROVIDERS[case.op]:
+        if other.name in BASELINES and other.name != provider.name:
+            try:
+                found[other.name] = prepare(case, other, inputs, expected)
+            except Unavailable:
+                # A test of its own is skipped with the reason.
+                continue
+    return found
+
+
+def test_inbatch(benchmark: Any, case: Case, provider: Provider) -> None:
+    inputs, expected = problem(case)
+    try:
+        ready = prepare(case, provider, inputs, expected)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    others = baselines(case, provider) if provider.ours else {}
+    theirs: dict[str, list[float]] = {name: [] for name in others}
+
+    def before_round() -> None:
+        for name, other in others.items():
+            theirs[name].append(measure.timed(other.call, case.device))
+
+    def call() -> None:
+        ready.call()
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+
+    before_round()
+    slowest = max((times[0] for times in theirs.values()), default=0.0)
+    rounds = 3 if slowest > 1000 else 10
+    benchmark.group = case.name
+    benchmark.pedantic(call, setup=before_round, rounds=rounds, warmup_rounds=1)
+
+    if benchmark.stats is None:
+        return
+    own = [seconds * 1e3 for seconds in benchmark.stats.stats.data]
+    limit = floor.floor_ms(case, rates(floor.work(case).batch, case.d, case.dtype, case.device))
+    benchmark.extra_info.update(
+        op=case.op, mode=case.mode, M=case.m, L=case.l, B=case.b, D=case.d, dtype=case.dtype,
+        device=case.device, provider=provider.name, threads=torch.get_num_threads(),
+        error=ready.error, floor_ms=limit, ratio_floor=statistics.median(own) / limit,
+    )  # fmt: skip
+    for name, times in theirs.items():
+        pairs = zip(times[-len(own) :], own, strict=True)
+        benchmark.extra_info[BASELINES[name]] = statistics.median(t / o for t, o in pairs)
+    saved = measure.saved_bytes(functools.partial(ready.loss, inputs.leaves), inputs.leaves)
+    benchmark.extra_info["saved_mib"] = saved / measure.MIB
+    measure.release()
+    try:
+        on_gpu = case.device == "cuda"
+        peak = measure.cuda_peak(call) if on_gpu else measure.process_peak(case, provider.name)
+        benchmark.extra_info["peak_mib"] = peak / measure.MIB
+    except Unavailable as reason:
+        benchmark.extra_info["peak_mib"] = str(reason)

@@ -1,0 +1,26 @@
+"""Options and parameters of the measurements under pytest-benchmark."""
+
+from __future__ import annotations
+
+import pytest
+
+from mclfast.benchmark.cases import PROVIDERS, preset
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--preset",
+        default="small",
+        choices=("smoke", "small", "paper", "gpu"),
+        help="which shapes are measured",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"case", "provider"} <= set(metafunc.fixturenames):
+        points = [
+            pytest.param(case, provider, id=f"{case.name}-{provider.name}")
+            for case in preset(metafunc.config.getoption("--preset"))
+            for provider in PROVIDERS[case.op]
+        ]
+        metafunc.parametrize(("case", "provider"), points)

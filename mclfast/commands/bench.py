@@ -1,0 +1,126 @@
+"""``mclfast bench``: time and memory of the losses against the published form."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mclfast.benchmark.cases import MODES, PROVIDERS, Case, preset
+
+if TYPE_CHECKING:
+    from mclfast.benchmark.run import Outcome
+
+HELP = "time and memory of the losses against the published form"
+
+_PRESETS = ("smoke", "small", "paper", "gpu")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``mclfast bench``."""
+    providers = sorted({p.name for entries in PROVIDERS.values() for p in entries})
+    add = parser.add_argument
+    add("--preset", choices=_PRESETS, default="small",
+        help="smoke: seconds; small: minutes; paper: targets and sweeps; gpu (default: small)")
+    add("--op", action="append", choices=list(PROVIDERS), help="only this operation; repeatable")
+    add("--mode", action="append", choices=MODES, help="only this mode; repeatable")
+    add("--provider", action="append", choices=providers,
+        help="only this implementation; repeatable")
+    add("--out", type=Path, help="folder for results.json, results.csv and the pictures")
+    add("--plot", action="store_true", help="draw the results as PNG files into the folder")
+    add("--replot", type=Path, metavar="JSON",
+        help="measure nothing: print and draw the results of an earlier run")
+    add("--budget", type=float, default=20.0, metavar="S",
+        help="seconds of timing per case, after at least three rounds (default: 20)")
+    add("--no-memory", action="store_true", help="do not measure peak memory")
+
+
+def run(known: argparse.Namespace, _: list[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        1 if a result was wrong (that implementation has no numbers then), else 0.
+    """
+    import torch
+
+    if known.replot:
+        return _replot(known)
+    if known.plot and known.out is None:
+        raise ValueError("plot: expected a folder given by --out, got none")
+    if known.preset == "gpu" and not torch.cuda.is_available():
+        raise ValueError("preset: expected a CUDA device for 'gpu', found none")
+    cases = [
+        case
+        for case in preset(known.preset)
+        if case.op in (known.op or PROVIDERS) and case.mode in (known.mode or MODES)
+    ]
+    if not cases:
+        raise ValueError("op, mode: expected cases in the preset, the choice leaves none")
+    return _measure(known, cases)
+
+
+def _measure(known: argparse.Namespace, cases: list[Case]) -> int:
+    from mclfast.benchmark import draw, report
+    from mclfast.benchmark.run import Outcome, run_case
+
+    about = report.environment()
+    settings = {
+        "preset": known.preset, "op": known.op, "mode": known.mode, "provider": known.provider,
+        "budget": known.budget, "memory": not known.no_memory,
+    }  # fmt: skip
+    smoke = known.preset == "smoke"
+    outcome = Outcome()
+    for number, case in enumerate(cases, start=1):
+        start = time.perf_counter()
+        run_case(
+            case,
+            outcome,
+            wanted=known.provider or (),
+            budget=0.2 if smoke else known.budget,
+            memory=not (known.no_memory or smoke),
+        )
+        # After every case: a long run that is interrupted keeps what it has.
+        if known.out is not None:
+            report.write(known.out, outcome, about, settings)
+        spent = time.perf_counter() - start
+        print(f"[{number}/{len(cases)}] {case.name} {spent:.1f} s", file=sys.stderr, flush=True)
+    _print(outcome, about["threads"])
+    if known.out is not None:
+        print(f"results   {known.out / 'results.json'}, {known.out / 'results.csv'}")
+        if known.plot:
+            _announce(draw.draw(outcome.rows, known.out, about))
+    return int(any(skip.red for skip in outcome.skipped))
+
+
+def _print(outcome: Outcome, threads: int) -> None:
+    from mclfast.benchmark import report
+
+    print(report.table(outcome, threads))
+    print(report.legend(threads))
+    if missing := report.skipped_table(outcome):
+        print(f"\n{missing}")
+
+
+def _announce(files: list[Path]) -> None:
+    shown = ", ".join(map(str, files)) or "none: no two sizes of one operation to join"
+    print(f"pictures  {shown}")
+
+
+def _replot(known: argparse.Namespace) -> int:
+    from mclfast._files import read_json
+    from mclfast.benchmark import draw, report
+    from mclfast.benchmark.run import Outcome
+
+    results = read_json(known.replot, "replot")
+    if results.get("schema") != report.SCHEMA:
+        raise ValueError(
+            f"replot: expected schema {report.SCHEMA} in {known.replot}, "
+            f"got {results.get('schema')}"
+        )
+    outcome = Outcome(rows=results["rows"])
+    _print(outcome, results["environment"]["threads"])
+    folder = known.out or known.replot.parent
+    _announce(draw.draw(outcome.rows, folder, results["environment"]))
+    return 0

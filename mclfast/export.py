@@ -71,9 +71,9 @@ def load_backbone(folder: Path | str) -> Exported:
     wanted = ("network", "num_classes", "in_channels")
     values: list[Any] = [description.get(key) for key in wanted]
     name, *counts = values
-    if name is None and "class" in description:
+    if name is None and "network" in description:
         raise ValueError(
-            f"export: expected a network of mclfast.models, got {description['class']} of a "
+            f"export: expected a network of mclfast.models, got {description.get('class')} of a "
             f"program's own in {folder}; read the weights with load_state_dict of that class"
         )
     if not (isinstance(name, str) and all(isinstance(n, int) and n > 0 for n in counts)):

@@ -63,8 +63,13 @@ class Case:
 
     @property
     def statics(self) -> tuple[Any, ...]:
-        temperatures = (self.temperature, self.kl_temperature)
-        return (*temperatures, self.families, self.row_start, self.row_count)
+        return (
+            self.temperature,
+            self.kl_temperature,
+            self.families,
+            self.row_start,
+            self.row_count,
+        )
 
 
 def make_case(
@@ -218,9 +223,7 @@ def test_float64_rows_and_both_orders(networks: list[int], batch: int, width: in
 @pytest.mark.parametrize("kl_temperature", [1.0, 2.0, 2.5, 3.0, 4.0, 0.5, 20.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 0.07])
 def test_float64_temperatures(temperature: float, kl_temperature: float) -> None:
-    case = make_case(
-        [0, 0, 1, 2], 21, 6, temperature=temperature, kl_temperature=kl_temperature
-    )
+    case = make_case([0, 0, 1, 2], 21, 6, temperature=temperature, kl_temperature=kl_temperature)
     assert_equal_to_reference(case)
 
 
@@ -290,9 +293,7 @@ def test_float32_is_as_accurate_as_eager(
     networks: list[int], batch: int, width: int, temperature: float, agreement: str
 ) -> None:
     assert_as_accurate_as_eager(
-        make_case(
-            networks, batch, width, temperature=temperature, agreement=agreement, classes=10
-        )
+        make_case(networks, batch, width, temperature=temperature, agreement=agreement, classes=10)
     )
 
 

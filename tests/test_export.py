@@ -89,6 +89,7 @@ def test_description(run):
     assert load_backbone(run.run_dir / "peer1").description == {
         "network": "wrn_16_2",
         "mclfast": __version__,
+        "class": "WideResNet",
         "num_classes": 10,
         "in_channels": 1,
         "image_size": 16,

@@ -24,8 +24,8 @@ template <class T> struct CrossRow {
   int64_t at; // in an [N, N, R] array
   T* q;       // [padded], softmax weights at kl_temperature
   T* p;       // [padded], softmax weights of icl
-  SoftRow<T> soft;
-  T q_sum, p_sum; // of the weights, 1 but for rounding
+  SoftRow<T> soft{};
+  T q_sum = 1, p_sum = 1; // of the weights, 1 but for rounding
 };
 
 template <class T>
@@ -132,9 +132,9 @@ void cross_band(const Rows<T>& p, const Packed<T>& packed, const Packed<T>* pack
     const int64_t r = first + i;
     T* scratch = ws.scratch;
     CrossRow<T> ab{ws.s + i * p.stride, ws.sd + i * p.stride, p.at(a, b) + r, scratch,
-                   scratch + p.stride, {}};
+                   scratch + p.stride};
     CrossRow<T> ba{ws.t + i * p.stride, ws.td + i * p.stride, p.at(b, a) + r,
-                   scratch + 2 * p.stride, scratch + 3 * p.stride, {}};
+                   scratch + 2 * p.stride, scratch + 3 * p.stride};
     if (p.forward) forward_cross_row(p, ab, ba, p.row_start + r);
     if (p.backward || p.second) gradient_cross_row(p, ab, ba, r);
   }

@@ -53,7 +53,7 @@ asan: venv
 	MCLFAST_BUILD_EXT=1 MCLFAST_SANITIZE=1 $(BIN)/python setup.py -q build \
 		--build-base build/asan --build-lib build/asan/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=build/asan/lib \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=build/asan/lib MCLFAST_SANITIZE=1 \
 		$(BIN)/pytest -q tests/test_cpu_ops.py
 
 clean:

@@ -36,6 +36,10 @@ def library_path() -> str:
     return loaded[0] if loaded else str(importlib.import_module("mclfast._C").__file__)
 
 
+# `make asan` must not test the ordinary build by mistake.
+assert os.environ.get("MCLFAST_SANITIZE") != "1" or "asan" in library_path()
+
+
 @dataclass
 class Case:
     """Arguments of one mcl_rows call; v_nodes and cotangents for the gradients."""

@@ -12,7 +12,7 @@ PIP = $(BIN)/python -m pip install -q $(PIP_ARGS)
 # Without a GPU the CPU build of torch is enough: see the file.
 CONSTRAINT = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints/torch-cpu.txt)
 
-.PHONY: help venv demo test lint asan clean
+.PHONY: help venv demo test lint asan gpu-check clean
 
 help:
 	@echo "make venv   environment in .venv with mclfast installed from here"
@@ -20,6 +20,7 @@ help:
 	@echo "make test   lint, types and tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make asan   the tests of the C++ code under AddressSanitizer and UBSan"
+	@echo "make gpu-check  build, tests and benchmark on an NVIDIA GPU"
 	@echo "make clean  remove the environment and everything built"
 
 venv: .venv/.installed
@@ -55,6 +56,10 @@ asan: venv
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=build/asan/lib MCLFAST_SANITIZE=1 \
 		$(BIN)/pytest -q tests/test_cpu_ops.py
+
+# Uses $(PYTHON) and what it has installed: GPU machines bring their own torch and triton.
+gpu-check:
+	PYTHON=$(PYTHON) scripts/gpu_check.sh
 
 clean:
 	rm -rf .venv build dist *.egg-info mclfast/*.so .pytest_cache .mypy_cache .ruff_cache

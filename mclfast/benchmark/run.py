@@ -15,7 +15,6 @@ from mclfast.benchmark.cases import (
     BOTH,
     PROVIDERS,
     SECOND,
-    TOLERANCE,
     Case,
     Inputs,
     Loss,
@@ -24,6 +23,7 @@ from mclfast.benchmark.cases import (
     difference,
     make_inputs,
     step,
+    tolerance,
     truth,
 )
 
@@ -80,7 +80,7 @@ def prepare(case: Case, provider: Provider, inputs: Inputs, expected: Sequence[T
 
     Raises:
         Unavailable: it cannot run here.
-        ArithmeticError: its result differs by more than the tolerance of the dtype.
+        ArithmeticError: its result differs by more than :func:`cases.tolerance`.
     """
     needed, free = provider.kept(case), measure.available_bytes(case.device)
     if needed > 0.85 * free:
@@ -94,10 +94,10 @@ def prepare(case: Case, provider: Provider, inputs: Inputs, expected: Sequence[T
     except torch.OutOfMemoryError:
         raise Unavailable("out of memory") from None
     error = difference(case, provider, inputs, found, expected)
-    if not error <= TOLERANCE[case.dtype]:
+    allowed = tolerance(case, provider)
+    if not error <= allowed:
         raise ArithmeticError(
-            f"differs from the reference in float64 by {error:.1e}, "
-            f"more than {TOLERANCE[case.dtype]:.0e}"
+            f"differs from the reference in float64 by {error:.1e}, more than {allowed:.0e}"
         )
     return Ready(provider, loss, call, error)
 

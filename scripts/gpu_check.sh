@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one call of under nine minutes: build, tests, benchmark.
+#
+#   scripts/gpu_check.sh [OUT]      results go to OUT (default: bench/results/gpu)
+#
+# Needs a Python with torch for CUDA, triton, numpy and pytest; installs and downloads nothing.
+# Exits with the first failure, and leaves what it had measured by then.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${1:-bench/results/gpu}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
+
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$out/gpu.csv"
+MCLFAST_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace > "$out/build.log" 2>&1
+"$python" -m mclfast env | tee "$out/environment.txt"
+timeout 180 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py | tee "$out/tests.txt"
+timeout 300 "$python" -m mclfast bench --preset gpu --budget 3 --plot --out "$out" \
+    | tee "$out/bench.txt"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
+import types
+import typing
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +45,31 @@ def check_positive(argument: str, value: float) -> float:
     return float(value)
 
 
+def check_not_negative(argument: str, value: float) -> float:
+    """A finite number, zero or above."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument}: expected a number >= 0, got {describe(value)}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{argument}: expected a finite number >= 0, got {value!r}")
+    return float(value)
+
+
+def check_temperature(argument: str, value: float) -> float:
+    """A divisor of similarities or logits, for which float32 neither overflows nor underflows."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument}: expected a number in [1e-6, 1e6], got {describe(value)}")
+    if not 1e-6 <= value <= 1e6:
+        raise ValueError(f"{argument}: expected a number in [1e-6, 1e6], got {value!r}")
+    return float(value)
+
+
+def check_integer(argument: str, value: Any, least: int) -> int:
+    """An integer that is not below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument}: expected an integer >= {least}, got {describe(value)}")
+    return value
+
+
 def check_embeddings(argument: str, value: Any, shape: Sequence[int | str]) -> Tensor:
     """A floating-point tensor whose shape matches ``shape``; letters stand for any size >= 1."""
     wanted = "[" + ", ".join(map(str, shape)) + "]"
@@ -58,6 +87,27 @@ def check_embeddings(argument: str, value: Any, shape: Sequence[int | str]) -> T
     if not fits:
         raise ValueError(f"{argument}: expected shape {wanted}, got {list(value.shape)}")
     return value
+
+
+def check_stages(
+    argument: str, value: Any, widths: Sequence[Sequence[int | str]]
+) -> list[list[Tensor]]:
+    """Networks of stages of [B, width], with one B for all."""
+    try:
+        networks = [list(stages) for stages in value]
+    except TypeError:
+        raise TypeError(
+            f"{argument}: expected networks of stages of [B, D] tensors, got {describe(value)}"
+        ) from None
+    got, want = [len(stages) for stages in networks], [len(stages) for stages in widths]
+    if got != want:
+        raise ValueError(f"{argument}: expected {want} stages per network, got {got}")
+    batch: int | str = "B"
+    for m, stages in enumerate(networks):
+        for k, stage in enumerate(stages):
+            check_embeddings(f"{argument}[{m}][{k}]", stage, [batch, widths[m][k]])
+            batch = stage.shape[0]
+    return networks
 
 
 def check_same(argument: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -149,3 +199,65 @@ def check_pair_weights(weights: Any, nodes: Tensor) -> Tensor | None:
             f"pair_weights: expected device {nodes.device} as embeddings has, got {weights.device}"
         )
     return weights
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Type of each field of a settings dataclass, without nested options."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "options"}
+
+
+def coerce_fields(settings: Any) -> None:
+    """Brings every field of a settings dataclass to its type, or raises."""
+    for name, kind in field_types(type(settings)).items():
+        setattr(settings, name, coerce(name, kind, getattr(settings, name)))
+
+
+def coerce(name: str, kind: Any, value: Any) -> Any:
+    """``value``, from YAML, the command line or Python, as the type of its field."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        kind = next(a for a in args if a is not type(None))
+        return coerce(name, kind, value)
+    if origin is Literal:
+        # YAML reads a bare `off` as false.
+        value = "off" if value is False and "off" in args else value
+        if value not in args:
+            raise ValueError(f"{name}: expected one of {', '.join(args)}; got {value!r}")
+        return value
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise ValueError(f"{name}: expected a list separated by commas, got {value!r}")
+        return tuple(
+            coerce(name, args[0], i.strip() if isinstance(i, str) else i)
+            for i in items
+            if i != ""
+        )
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() not in words:
+            raise ValueError(f"{name}: expected true or false, got {value!r}")
+        return words[str(value).lower()]
+    if kind is str:
+        if not isinstance(value, (str, Path)):
+            raise ValueError(f"{name}: expected text, got {value!r}")
+        return str(value)
+    return _number(name, kind, value)
+
+
+def _number(name: str, kind: type, value: Any) -> Any:
+    what = "an integer" if kind is int else "a number"
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = kind(value)
+        if kind is int and float(value) != number:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}: expected {what}, got {value!r}") from None
+    return number

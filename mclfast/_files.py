@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder that replaces ``path`` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # What a killed process left; no two processes write the same file.
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        stray.unlink(missing_ok=True)
     try:
         yield partial
         os.replace(partial, path)

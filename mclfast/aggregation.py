@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mclfast._checks import check_embeddings, check_integer, check_stages
+
 
 class LogitAggregator(nn.Module):
     """A convex combination of a network's stage logits, with weights computed from its features.
@@ -22,11 +24,16 @@ class LogitAggregator(nn.Module):
 
     def __init__(self, feature_dims: Sequence[int], num_stages: int | Sequence[int]) -> None:
         super().__init__()
+        for m, dim in enumerate(feature_dims):
+            check_integer(f"feature_dims[{m}]", dim, 1)
         counts = [num_stages] * len(feature_dims) if isinstance(num_stages, int) else [*num_stages]
         if len(counts) != len(feature_dims):
             raise ValueError(
                 f"num_stages: expected one number or {len(feature_dims)}, got {len(counts)}"
             )
+        for count in counts:
+            check_integer("num_stages", count, 1)
+        self.feature_dims = list(feature_dims)
         self.num_stages = counts
         self.proj_heads = nn.ModuleList(
             nn.Sequential(nn.Linear(n * dim, dim), nn.ReLU(), nn.Linear(dim, n), nn.Softmax(dim=1))
@@ -42,13 +49,14 @@ class LogitAggregator(nn.Module):
             features: networks of stages of [B, D_a].
             logits: networks of stages of [B, C].
         """
-        for name, value in (("features", features), ("logits", logits)):
-            got = [len(stages) for stages in value]
-            if got != self.num_stages:
-                raise ValueError(
-                    f"{name}: expected {self.num_stages} stages per network, got {got}"
-                )
+        widths = zip(self.feature_dims, self.num_stages, strict=True)
+        features = check_stages("features", features, [[dim] * n for dim, n in widths])
+        logits = check_stages("logits", logits, [["C"] * n for n in self.num_stages])
+        for m, stages in enumerate(logits):
+            shape = [features[m][0].shape[0], stages[0].shape[1]]
+            for k, stage in enumerate(stages):
+                check_embeddings(f"logits[{m}][{k}]", stage, shape)
         return [
-            (head(torch.cat(list(f), dim=1))[:, :, None] * torch.stack(list(z), dim=1)).sum(1)
+            (head(torch.cat(f, dim=1))[:, :, None] * torch.stack(z, dim=1)).sum(1)
             for head, f, z in zip(self.proj_heads, features, logits, strict=True)
         ]

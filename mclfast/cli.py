@@ -29,6 +29,19 @@ _USER_ERRORS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            # What is still buffered would fail at exit, where nothing can be caught.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output wanted no more of it, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(arguments: Sequence[str]) -> int:
     parser = OneLineParser(prog="mclfast", description=sys.modules["mclfast"].__doc__)
     parser.add_argument("--version", action="version", version=f"mclfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -40,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
     # Which options `train` has depends on the method, so it reads the rest itself.
-    known, rest = parser.parse_known_args(arguments)
+    known, rest = parser.parse_known_args([_with_dashes(a) for a in arguments])
     if rest and known.command != "train":
         known.parser.error(f"{rest[0]}: unknown argument")
     try:
@@ -49,9 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nmclfast {known.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except _USER_ERRORS as error:
         if os.environ.get("MCLFAST_TRACEBACK") == "1":
             raise
         text = " ".join(str(error).split())
         print(f"mclfast {known.command}: error: {text}", file=sys.stderr)
         return 2
+
+
+def _with_dashes(argument: str) -> str:
+    """--data_root as --data-root: recipes and Python spell the settings with underscores."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument

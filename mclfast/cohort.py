@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from mclfast._checks import check_integer, describe
 from mclfast.heads import ProjectionHead
 from mclfast.models.auxiliary import PeerNetwork
 from mclfast.models.staged import StagedNetwork
@@ -42,7 +43,9 @@ class Cohort(nn.Module):
         projection_dim: width of the embeddings, one head per stage; None for no heads.
 
     Raises:
-        ValueError: no networks, or networks that differ in their number of classes.
+        TypeError: ``networks`` is not a sequence.
+        ValueError: no networks, one network twice, networks that differ in their number of
+            classes, or a projection_dim below 1.
     """
 
     def __init__(
@@ -53,12 +56,19 @@ class Cohort(nn.Module):
         projection_dim: int | None = 128,
     ) -> None:
         super().__init__()
+        if not isinstance(networks, Iterable):
+            raise TypeError(f"networks: expected a list of networks, got {describe(networks)}")
+        if projection_dim is not None:
+            check_integer("projection_dim", projection_dim, 1)
         peers = [
             n if isinstance(n, PeerNetwork) else PeerNetwork(n, auxiliary_heads=auxiliary_heads)
             for n in networks
         ]
         if not peers:
             raise ValueError("networks: expected at least one network, got none")
+        # Two names of one network would be trained twice, and learn from itself.
+        if len({id(peer.backbone) for peer in peers}) < len(peers):
+            raise ValueError("networks: expected different networks, got one of them twice")
         classes = [peer.num_classes for peer in peers]
         if len(set(classes)) > 1:
             raise ValueError(f"networks: expected one number of classes for all, got {classes}")

@@ -7,15 +7,19 @@ command line, in a recipe and in a saved ``config.yaml`` they stand side by side
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from mclfast import data, methods, models
-from mclfast._checks import check_positive, unknown_name
+from mclfast._checks import (
+    check_not_negative,
+    check_positive,
+    coerce,
+    coerce_fields,
+    field_types,
+    unknown_name,
+)
 
 
 def _field(default: Any, text: str) -> Any:
@@ -66,27 +70,29 @@ class TrainConfig:
     options: Any = field(default=None)
 
     def __post_init__(self) -> None:
-        cls = methods.method_class(self.method)
+        coerce_fields(self)
+        options = methods.method_class(self.method).Options
         if self.options is None:
-            self.options = cls.Options()
+            self.options = options()
+        # Not isinstance: options of another method may derive from these.
+        if type(self.options) is not options:
+            raise TypeError(
+                f"options: expected {options.__qualname__} for method {self.method}, "
+                f"got {type(self.options).__qualname__}"
+            )
         self._check()
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:
         """A config from flat fields; unknown names, wrong types and impossible values raise."""
-        method = values.get("method", cls.method)
-        option_class = methods.method_class(str(method)).Options
+        method = coerce("method", str, values.get("method", cls.method))
+        option_class = methods.method_class(method).Options
         own, theirs = field_types(cls), field_types(option_class)
-        config: dict[str, Any] = {}
-        options: dict[str, Any] = {}
-        for name, value in values.items():
-            if name in own:
-                config[name] = coerce(name, own[name], value)
-            elif name in theirs:
-                options[name] = coerce(name, theirs[name], value)
-            else:
-                raise unknown_name("field", name, [*own, *theirs])
-        return cls(**config, options=option_class(**options))
+        for name in values:
+            if name not in own and name not in theirs:
+                raise unknown_setting("field", name, method)
+        options = option_class(**{k: v for k, v in values.items() if k in theirs})
+        return cls(**{k: v for k, v in values.items() if k in own}, options=options)
 
     def to_values(self) -> dict[str, Any]:
         """The flat fields, with plain YAML types; ``from_values`` reads them back."""
@@ -107,8 +113,13 @@ class TrainConfig:
             "eval_batch_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
-        for name in ("bilevel_every", "outer_steps", "momentum", "weight_decay", "seed"):
+        for name in ("bilevel_every", "outer_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
+        for milestone in self.milestones:
+            _at_least("milestones", milestone, 0)
+        check_not_negative("weight_decay", self.weight_decay)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: expected a value in [0, 1), got {self.momentum}")
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected a value < 2**63, got {self.seed}")
         for name in ("lr", "lr_decay"):
@@ -129,65 +140,30 @@ class TrainConfig:
             raise ValueError("milestones: expected at least one epoch for multistep, got none")
 
 
-def field_types(cls: type) -> dict[str, Any]:
-    """Type of each field of a settings dataclass, without the nested options."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "options"}
+def unknown_setting(
+    argument: str, name: str, method: str, spell: Callable[[str], str] = str
+) -> ValueError:
+    """The error for a name that is neither a field of the config nor an option of its method.
+
+    Args:
+        argument: what the name was given as.
+        name: the unknown name.
+        method: name of the method.
+        spell: gives a field the form that ``name`` has.
+    """
+    options = {m: field_types(methods.method_class(m).Options) for m in methods.available()}
+    owners = [m for m, names in options.items() if name in map(spell, names)]
+    if owners:
+        owner = " or ".join(owners)
+        return ValueError(
+            f"{name}: expected a setting of method {method}, got one of method {owner}"
+        )
+    return unknown_name(argument, name, map(spell, field_types(TrainConfig) | options[method]))
 
 
 def field_help(cls: type) -> dict[str, str]:
     """Meaning of each field of a settings dataclass."""
     return {f.name: f.metadata.get("help", "") for f in dataclasses.fields(cls)}
-
-
-def coerce(name: str, kind: Any, value: Any) -> Any:
-    """``value``, from YAML or the command line, as the type of its field."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        kind = next(a for a in args if a is not type(None))
-        return coerce(name, kind, value)
-    if origin is Literal:
-        # YAML reads a bare `off` as false.
-        value = "off" if value is False and "off" in args else value
-        if value not in args:
-            raise ValueError(f"{name}: expected one of {', '.join(args)}; got {value!r}")
-        return value
-    if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list separated by commas, got {value!r}")
-        return tuple(
-            coerce(name, args[0], i.strip() if isinstance(i, str) else i)
-            for i in items
-            if i != ""
-        )
-    if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() not in words:
-            raise ValueError(f"{name}: expected true or false, got {value!r}")
-        return words[str(value).lower()]
-    if kind is str:
-        if not isinstance(value, (str, Path)):
-            raise ValueError(f"{name}: expected text, got {value!r}")
-        return str(value)
-    return _number(name, kind, value)
-
-
-def _number(name: str, kind: type, value: Any) -> Any:
-    what = "an integer" if kind is int else "a number"
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = kind(value)
-        if kind is int and float(value) != number:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}: expected {what}, got {value!r}") from None
-    return number
 
 
 def _at_least(name: str, value: float, least: float) -> None:

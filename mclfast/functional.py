@@ -19,9 +19,9 @@ from mclfast._checks import (
     check_embeddings,
     check_labels,
     check_pair_weights,
-    check_positive,
     check_rows,
     check_same,
+    check_temperature,
     stack_nodes,
 )
 from mclfast.reference import statistics_dtype
@@ -36,8 +36,8 @@ def _checked(
 ) -> str:
     """Checks what all losses share; returns the name of the backend."""
     check_labels(labels, nodes.shape[1], nodes.device)
-    check_positive("temperature", temperature)
-    check_positive("kl_temperature", kl_temperature)
+    check_temperature("temperature", temperature)
+    check_temperature("kl_temperature", kl_temperature)
     return _backend.resolve(backend, nodes.device.type)
 
 
@@ -125,8 +125,8 @@ def mcl_rows(
         embeddings: [M, L, B, D] unit-norm, or a sequence (networks) of sequences (stages) of
             [B, D]; networks may differ in their number of stages. N nodes, network-major.
         labels: [B] integers.
-        temperature: divides the cosine similarities, > 0.
-        kl_temperature: softens the distributions the soft terms compare, > 0.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: softens the distributions the soft terms compare, in [1e-6, 1e6].
         row_start, row_count: compute only these anchors (R of them) against the whole batch; all
             of them by default. A batch spread over processes gives each its own slice.
         backend: "auto" or a name that ``mclfast env`` lists.
@@ -366,7 +366,7 @@ def supcon_loss(
     Args:
         embeddings: [B, D] unit-norm.
         labels: [B] integers.
-        temperature: > 0.
+        temperature: in [1e-6, 1e6].
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -398,7 +398,7 @@ def info_nce_loss(
 
     Args:
         a, b: [B, D] unit-norm; row r of ``b`` is the positive of row r of ``a``.
-        temperature: > 0.
+        temperature: in [1e-6, 1e6].
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -412,7 +412,7 @@ def info_nce_loss(
     check_embeddings("a", a, ["B", "D"])
     check_embeddings("b", b, list(a.shape))
     check_same("b", b, "a", a)
-    check_positive("temperature", temperature)
+    check_temperature("temperature", temperature)
     backend = _backend.resolve(backend, a.device.type)
     with torch.autocast(a.device.type, enabled=False):
         if backend == "reference":
@@ -438,8 +438,8 @@ def similarity_kl_loss(
     Args:
         student: [B, D] unit-norm.
         teacher: [B, D'] unit-norm; its width may differ.
-        temperature: divides the cosine similarities, > 0.
-        kl_temperature: > 0.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: in [1e-6, 1e6].
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -453,8 +453,8 @@ def similarity_kl_loss(
     check_embeddings("student", student, ["B", "D"])
     check_embeddings("teacher", teacher, [student.shape[0], "D"])
     check_same("teacher", teacher, "student", student)
-    check_positive("temperature", temperature)
-    check_positive("kl_temperature", kl_temperature)
+    check_temperature("temperature", temperature)
+    check_temperature("kl_temperature", kl_temperature)
     backend = _backend.resolve(backend, student.device.type)
     with torch.autocast(student.device.type, enabled=False):
         if backend == "reference":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from mclfast import functional
-from mclfast._checks import check_positive
+from mclfast._checks import check_temperature
 from mclfast.types import MCLObjective, MCLTerms
 
 
@@ -16,7 +16,7 @@ class _Loss(nn.Module):
 
     def __init__(self, temperature: float, backend: str) -> None:
         super().__init__()
-        self.temperature = check_positive("temperature", temperature)
+        self.temperature = check_temperature("temperature", temperature)
         self.backend = backend
 
     def extra_repr(self) -> str:
@@ -29,7 +29,7 @@ class _KLLoss(_Loss):
 
     def __init__(self, temperature: float, kl_temperature: float, backend: str) -> None:
         super().__init__(temperature, backend)
-        self.kl_temperature = check_positive("kl_temperature", kl_temperature)
+        self.kl_temperature = check_temperature("kl_temperature", kl_temperature)
 
 
 class MCLLoss(_KLLoss):

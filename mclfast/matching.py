@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mclfast._checks import check_embeddings
+from mclfast._checks import check_integer, check_stages, describe
 from mclfast.normalize import unit_norm
 
 
@@ -24,6 +24,15 @@ class LayerMatcher(nn.Module):
 
     def __init__(self, feature_dims: Sequence[Sequence[int]], proj_dim: int = 128) -> None:
         super().__init__()
+        for m, stages in enumerate(feature_dims):
+            if not isinstance(stages, Sequence):
+                raise TypeError(
+                    f"feature_dims[{m}]: expected the widths of the stages of a network, "
+                    f"got {describe(stages)}"
+                )
+            for k, dim in enumerate(stages):
+                check_integer(f"feature_dims[{m}][{k}]", dim, 1)
+        check_integer("proj_dim", proj_dim, 1)
         self.feature_dims = [list(stages) for stages in feature_dims]
         self.proj = nn.ModuleList(
             nn.ModuleList(nn.Linear(dim, proj_dim) for dim in stages) for stages in feature_dims
@@ -39,16 +48,12 @@ class LayerMatcher(nn.Module):
             [N, N, B] in float32 or wider, symmetric in its first two axes; N nodes, network-major.
             Entries of two nodes of one network are computed too, and used by no loss.
         """
-        got = [len(stages) for stages in features]
-        want = [len(stages) for stages in self.feature_dims]
-        if got != want:
-            raise ValueError(f"features: expected {want} stages per network, got {got}")
-        projected = []
-        layers = (layer for stages in self.proj for layer in stages.children())
-        for m, stages in enumerate(features):
-            for k, feature in enumerate(stages):
-                check_embeddings(f"features[{m}][{k}]", feature, ["B", self.feature_dims[m][k]])
-                projected.append(next(layers)(feature))
+        features = check_stages("features", features, self.feature_dims)
+        projected = [
+            layer(feature)
+            for layers, stages in zip(self.proj, features, strict=True)
+            for layer, feature in zip(layers.children(), stages, strict=True)
+        ]
         with torch.autocast(projected[0].device.type, enabled=False):
             nodes = torch.stack([unit_norm(p) for p in projected])
             return torch.sigmoid(torch.einsum("arp,brp->abr", nodes, nodes))

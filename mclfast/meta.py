@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mclfast._checks import (
+    FLOAT_DTYPES,
+    check_integer,
+    check_not_negative,
+    check_positive,
+    describe,
+)
 
 Params = dict[str, Tensor]
 Objective = Callable[[Params], Tensor]
@@ -31,7 +39,7 @@ def bilevel_gradient(
     inner: Objective,
     outer: Objective,
     params: Mapping[str, Tensor],
-    hyperparams: Sequence[Tensor],
+    hyperparams: Iterable[Tensor],
     *,
     inner_steps: int = 2,
     outer_steps: int = 1,
@@ -61,7 +69,8 @@ def bilevel_gradient(
         hyperparams: tensors with ``requires_grad`` that ``inner`` reads.
         inner_steps: >= 1.
         outer_steps: >= 0.
-        lr, momentum, weight_decay: of the SGD steps differentiated through.
+        lr: of the SGD steps differentiated through, > 0.
+        momentum, weight_decay: likewise, >= 0.
 
     Returns:
         BilevelResult(grads, inner_losses, outer_loss). Parameters, ``.grad`` fields and the state
@@ -70,22 +79,18 @@ def bilevel_gradient(
         (:class:`mclfast.train.Trainer` does).
 
     Raises:
-        ValueError: naming the argument that does not fit.
+        TypeError, ValueError: naming the argument that does not fit.
 
     Source: layer-wise MCL, arXiv 2207.11518, section 3.4.
     """
-    if inner_steps < 1:
-        raise ValueError(f"inner_steps: expected an integer >= 1, got {inner_steps!r}")
-    if outer_steps < 0:
-        raise ValueError(f"outer_steps: expected an integer >= 0, got {outer_steps!r}")
-    if not params:
-        raise ValueError("params: expected at least one tensor, got none")
-    for i, hyperparam in enumerate(hyperparams):
-        if not hyperparam.requires_grad:
-            raise ValueError(
-                f"hyperparams[{i}]: expected requires_grad=True, got a tensor without"
-            )
-    objectives = [inner] * inner_steps + [outer] * outer_steps
+    check_integer("inner_steps", inner_steps, 1)
+    check_integer("outer_steps", outer_steps, 0)
+    check_positive("lr", lr)
+    check_not_negative("momentum", momentum)
+    check_not_negative("weight_decay", weight_decay)
+    _check_params(params)
+    hyperparams = _checked_hyperparams(hyperparams)
+    objectives = [("inner", inner)] * inner_steps + [("outer", outer)] * outer_steps
     devices = {p.device for p in params.values()}
 
     with _rng_restored(devices), torch.enable_grad():
@@ -95,17 +100,17 @@ def bilevel_gradient(
         visited: list[list[Tensor]] = []
         rng_states: list[_RngState] = []
         losses: list[Tensor] = []
-        for objective in objectives:
+        for name, objective in objectives:
             visited.append(theta)
             rng_states.append(_rng_state(devices))
-            loss, grads = _gradient(objective, names, theta)
+            loss, grads = _gradient(name, objective, names, theta)
             losses.append(loss)
             velocity = [
                 momentum * v + g + weight_decay * t
                 for v, g, t in zip(velocity, grads, theta, strict=True)
             ]
             theta = [t - lr * v for t, v in zip(theta, velocity, strict=True)]
-        outer_loss, adjoint = _gradient(outer, names, theta)
+        outer_loss, adjoint = _gradient("outer", outer, names, theta)
 
         hyper_grads = [torch.zeros_like(h) for h in hyperparams]
         momentum_adjoint = [torch.zeros_like(t) for t in theta]
@@ -114,7 +119,7 @@ def bilevel_gradient(
             _set_rng_state(rng_states[step])
             # The parameters before the first step are given: nothing asks for their adjoint.
             along, for_hyper = _gradient_along(
-                objectives[step], names, visited[step], u, hyperparams, with_params=step > 0
+                objectives[step][1], names, visited[step], u, hyperparams, with_params=step > 0
             )
             hyper_grads = [a + b for a, b in zip(hyper_grads, for_hyper, strict=True)]
             if step > 0:
@@ -127,17 +132,54 @@ def bilevel_gradient(
     return BilevelResult(tuple(hyper_grads), tuple(losses[:inner_steps]), outer_loss)
 
 
+def _check_params(params: Mapping[str, Tensor]) -> None:
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params: expected a mapping of tensors, got {describe(params)}")
+    if not params:
+        raise ValueError("params: expected at least one tensor, got none")
+    for name, value in params.items():
+        if not isinstance(value, Tensor) or value.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"params[{name!r}]: expected a floating-point tensor, got {describe(value)}"
+            )
+
+
+def _checked_hyperparams(hyperparams: Iterable[Tensor]) -> list[Tensor]:
+    # The rows of a lone tensor would pass for hyperparameters that no loss uses.
+    if isinstance(hyperparams, Tensor) or not isinstance(hyperparams, Iterable):
+        raise TypeError(f"hyperparams: expected a list of tensors, got {describe(hyperparams)}")
+    found = list(hyperparams)
+    for i, hyperparam in enumerate(found):
+        if not isinstance(hyperparam, Tensor):
+            raise TypeError(f"hyperparams[{i}]: expected a tensor, got {describe(hyperparam)}")
+        if not hyperparam.requires_grad:
+            raise ValueError(
+                f"hyperparams[{i}]: expected requires_grad=True, got a tensor without"
+            )
+    return found
+
+
 def _leaves(names: Sequence[str], values: Sequence[Tensor]) -> Params:
     return {n: v.detach().requires_grad_() for n, v in zip(names, values, strict=True)}
 
 
 def _gradient(
-    objective: Objective, names: Sequence[str], values: Sequence[Tensor]
+    argument: str, objective: Objective, names: Sequence[str], values: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Value and gradient of an objective; a parameter it does not use has gradient zero."""
     leaves = _leaves(names, values)
     loss = objective(leaves)
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise ValueError(f"{argument}: expected a 0-dim loss, got {describe(loss)}")
+    grads: Sequence[Tensor | None] = [None]
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    # An objective that reads its module's own parameters would give zeros without a word.
+    if all(g is None for g in grads):
+        raise ValueError(
+            f"{argument}: expected a loss that depends on the params it is passed, "
+            "got one that does not"
+        )
     return loss.detach(), [
         torch.zeros_like(v) if g is None else g for g, v in zip(grads, values, strict=True)
     ]

@@ -11,7 +11,11 @@ from mclfast._files import write_text
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Writes all rows; rewritten whole each epoch, so that it always matches the checkpoint."""
+    """Writes all rows anew.
+
+    A run writes them before the checkpoint of the same epoch: one that is killed between the two
+    leaves a row too many, which the resumed run writes over.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

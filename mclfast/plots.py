@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 History = Sequence[Mapping[str, float]]
 
+# Matplotlib's, in an order that keeps purple, pink and red apart in a run of L-MCL.
+_COLOURS = [f"C{i}" for i in (0, 1, 2, 3, 4, 5, 9, 7, 8, 6)]
 
-def _figure(columns: int) -> tuple[Figure, Any]:
+
+def _figure(columns: int, extra: float = 0.0) -> tuple[Figure, Any]:
     # The object-oriented interface: no display and no global state of a user's own plots.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns + extra, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
@@ -31,11 +34,12 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, dpi=130, format="png")
 
 
-def _finish(axis: Any, ylabel: str) -> None:
+def _finish(axis: Any, ylabel: str, **legend: Any) -> None:
     axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel(ylabel)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, **legend)
 
 
 def run_curves(history: History, names: Sequence[str], path: Path, title: str) -> None:
@@ -47,7 +51,8 @@ def run_curves(history: History, names: Sequence[str], path: Path, title: str) -
         path: PNG file.
         title: heading.
     """
-    figure, (left, right) = _figure(2)
+    # The legend of the losses takes the width of some more.
+    figure, (left, right) = _figure(2, extra=1.2)
     figure.suptitle(title, fontsize=10)
     epochs = [row["epoch"] for row in history]
     for i, name in enumerate(names):
@@ -57,12 +62,17 @@ def run_curves(history: History, names: Sequence[str], path: Path, title: str) -
         ensemble = [row["acc_ensemble"] for row in history]
         left.plot(epochs, ensemble, "k--", lw=1, label="ensemble")
     _finish(left, "test accuracy (%)")
-    for key in (k for k in history[0] if k.startswith("train_")):
+    for i, key in enumerate(k for k in history[0] if k.startswith("train_")):
         values = [row[key] for row in history]
-        bold = key == "train_loss"
-        right.plot(epochs, values, lw=2 if bold else 1, label=key.removeprefix("train_"))
+        # Parts can lie on one another: dashes let the one below be seen.
+        right.plot(
+            epochs, values, color=_COLOURS[i % len(_COLOURS)], ls=("-", "--", "-.", ":")[i % 4],
+            lw=2 if i == 0 else 1.3, label=key.removeprefix("train_"),
+        )
     right.set_yscale("symlog", linthresh=0.1)
-    _finish(right, "training loss and its parts, unweighted")
+    # Outside: the curves take up the whole height.
+    _finish(right, "training loss and its parts, unweighted", loc="upper left",
+            bbox_to_anchor=(1.0, 1.0))  # fmt: skip
     _save(figure, path)
 
 

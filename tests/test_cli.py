@@ -167,6 +167,54 @@ def test_help_shows_the_options_of_the_method(capsys):
     assert all(f"\n    {name} " in text for name in ("train", "eval", "export", "env"))
 
 
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The help of ``train``, without its line breaks."""
+    assert call("train", "--help", *arguments) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_the_settings_of_a_recipe(tmp_path, capsys):
+    assert "passes over the sampler's batches (default: 60)" in help_of(capsys)
+    text = help_of(capsys, "--recipe", "lmcl-cifar100")
+    for shown in (
+        "passes over the sampler's batches (default: 300)",
+        "separated by commas; one alone is no cohort (default: resnet32,resnet32)",
+        "automatic mixed precision (default: off)",
+        "the matcher compares stages in (default: 128)",
+    ):
+        assert shown in text
+    (tmp_path / "mine.yaml").write_text("amp: off\ndata_root: /A%d\nmatcher_dim: 3\n")
+    text = help_of(capsys, "--recipe", "mine.yaml")
+    for shown in ("precision (default: off)", "(default: /A%d)", "stages in (default: 3)"):
+        assert shown in text
+
+
+def test_settings_are_spelled_with_dashes_or_underscores(tmp_path, capsys):
+    spelled = [a.replace("-", "_").replace("__", "--", 1) if a[:2] == "--" else a for a in TINY]
+    assert "--train_per_class" in spelled and "digits-full" in spelled
+    assert call("train", *spelled, "--epochs", "1", "--run_dir=a_b-c", "--data_root=d_e-f") == 0
+    config = yaml.safe_load((tmp_path / "a_b-c" / "config.yaml").read_text())
+    assert (config["train_per_class"], config["data_root"]) == (2, "d_e-f")
+    assert call("eval", "a_b-c", "--data_root", "d_e-f", "--device=cpu") == 0
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["env"]])
+def test_a_reader_that_has_left(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "mclfast", *command],
+            stdout=writer, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    assert done.stderr == ""
+    # argparse passes over a failed write itself.
+    assert done.returncode in ((141,) if command == ["env"] else (0, 141))
+
+
 def test_env_and_version(capsys):
     assert call("env") == 0
     assert torch.__version__ in capsys.readouterr().out
@@ -314,7 +362,21 @@ def test_overwrite_with_a_mistake_costs_nothing(run_dir, capsys, wrong):
         (["train", "--method"], ".*--method: expected one argument"),
         (["train", "3"], "setting: .*'3'"),
         (["train", "--method", "lmlc"], "method: .*'lmlc'.*did you mean 'lmcl'"),
-        (["train", "--method", "baseline", "--matcher-dim", "3"], "setting: .*'matcher_dim'"),
+        (["train", "--batch_sze", "3"], r"setting: .*'batch-sze' \(did you mean 'batch-size'\?\)"),
+        (["train", "--lr", "3", "4"], "lr: expected one value, got '4' after it"),
+        (["train", "--seed=3", "4"], "seed: expected one value, got '4' after it"),
+        (
+            ["train", "--cohort", "resnet8", "resnet8"],
+            "cohort: expected one list separated by commas, got 'resnet8' after it",
+        ),
+        (
+            ["train", "--method", "baseline", "--matcher_dim", "3"],
+            "matcher-dim: expected a setting of method baseline, got one of method lmcl",
+        ),
+        (
+            ["train", "--recipe", "lmcl-cifar100", "--method", "baseline"],
+            "temperature: expected a setting of method baseline, got one of method lmcl",
+        ),
         (["train", "--data", "cifar"], "data: .*'cifar'"),
         (["train", "--cohort", "resnet8,resnet9"], "cohort: .*'resnet9'"),
         (["train", "--lr", "fast"], "lr: expected a number, got 'fast'"),
@@ -324,12 +386,21 @@ def test_overwrite_with_a_mistake_costs_nothing(run_dir, capsys, wrong):
         (["train", "--batch-size", "40", "--images-per-class", "2"], "batch_size: .*at most"),
         (["train", "--device", "tpu"], "device: .*'tpu'"),
         (["train", "--device", "cuda:99"], "device: .*'cuda:99'"),
-        (["train", "--data", "cifar100"], "root: expected the folder holding cifar-100"),
+        (
+            ["train", "--data", "cifar100"],
+            r"root: expected the folder holding cifar-100.* data_root \(--data-root\)",
+        ),
         (["train", "--data", "cifar100", "--data-root", "no"], "root: .*cifar-100-python.tar.gz"),
         (["train", "--image-size", "9"], "image_size: expected 16"),
         (["train", "--recipe", "lmcl"], "recipe: .*'lmcl'"),
         (["train", "--recipe", "no.yaml"], "recipe: .*no.yaml, found none"),
         (["train", "--resume", "no"], "resume: expected a run with config.yaml in no"),
+        (
+            ["train", "--resume", "no", "--recipe", "lmcl-cifar100"],
+            "resume: expected no --recipe beside --resume",
+        ),
+        (["train", "--resume", "no", "--run-dir", "a"], "resume: expected no --run-dir beside"),
+        (["train", "--resume", "no", "--overwrite"], "resume: expected no --overwrite beside"),
         (["eval", "no"], "path: expected backbone.json in no"),
         (["eval"], ".*path"),
         (["eval", "no", "--device", "tpu"], "device: .*'tpu'"),

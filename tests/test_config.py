@@ -53,6 +53,10 @@ CHANGED: dict[str, Any] = {
 }
 
 
+NOT_FINITE = (float("inf"), float("nan"))
+WEIGHTS = ("vcl_weight", "soft_vcl_weight", "icl_weight", "soft_icl_weight")
+
+
 def read(**values: Any) -> TrainConfig:
     return TrainConfig.from_values(values)
 
@@ -133,9 +137,12 @@ def test_amp_off_as_yaml_reads_it():
     [
         ({"epoch": 3}, r"^field: expected .*got 'epoch' \(did you mean 'epochs'\?\)"),
         ({"options": {}}, "^field: .*got 'options'"),
-        ({"method": "baseline", "matcher_dim": 3}, "^field: .*got 'matcher_dim'"),
+        (
+            {"method": "baseline", "matcher_dim": 3},
+            "^matcher_dim: expected a setting of method baseline, got one of method lmcl",
+        ),
         ({"method": "lmcll"}, r"^method: expected one of baseline, lmcl; got 'lmcll' .*'lmcl'"),
-        ({"method": ["lmcl"]}, "^method: "),
+        ({"method": ["lmcl"]}, r"^method: expected text, got \['lmcl'\]"),
         ({"cohort": "resnet8,resnet9"}, r"^cohort: .*got 'resnet9' \(did you mean"),
         ({"cohort": ""}, "^cohort: expected at least one network, got none"),
         ({"cohort": 3}, "^cohort: expected a list separated by commas, got 3"),
@@ -161,6 +168,7 @@ def test_amp_off_as_yaml_reads_it():
         ({"momentum": 0, "nesterov": True}, "^momentum: expected a value > 0 with nesterov, got 0"),
         ({"schedule": "multistep"}, "^milestones: expected at least one epoch for multistep"),
         ({"clip_grad_norm": 0}, "^clip_grad_norm: expected a finite number > 0, got 0"),
+        ({"milestones": [3, -1]}, "^milestones: expected a value >= 0, got -1"),
         ({"seed": 2**63}, r"^seed: expected a value < 2\*\*63"),
     ],
 )
@@ -175,14 +183,31 @@ def test_wrong_values(values, message):
     [
         *((n, 0) for n in ("epochs", "batch_size", "images_per_class", "projection_dim")),
         *((n, 0) for n in ("inner_steps", "eval_batch_size", "image_size", "train_per_class")),
-        *((n, -1) for n in ("bilevel_every", "outer_steps", "momentum", "weight_decay", "seed")),
-        *((n, v) for n in ("lr", "lr_decay") for v in (0, -0.1, float("inf"), float("nan"))),
-        ("momentum", float("nan")),
+        *((n, -1) for n in ("bilevel_every", "outer_steps", "weight_decay", "seed")),
+        *((n, v) for n in ("lr", "lr_decay") for v in (0, -0.1, *NOT_FINITE)),
+        *(("weight_decay", v) for v in NOT_FINITE),
+        *((n, v) for n in WEIGHTS for v in (-0.1, *NOT_FINITE)),
+        ("matcher_dim", 0),
     ],
 )
 def test_values_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: expected a .*> ?=? ?[01], got {value}"):
+    with pytest.raises(ValueError, match=f"^{name}: expected an? .*> ?=? ?[01], got {value}"):
         read(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, *NOT_FINITE])
+def test_momentum_out_of_range(value):
+    with pytest.raises(ValueError, match=rf"^momentum: expected a value in \[0, 1\), got {value}"):
+        read(momentum=value)
+
+
+@pytest.mark.parametrize("name", ["temperature", "kl_temperature", "distill_temperature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, 9e-7, 1.1e6, *NOT_FINITE])
+def test_temperatures_out_of_range(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected a number in \[1e-6, 1e6\], got "):
+        read(**{name: value})
+    assert getattr(read(**{name: 1e-6}).options, name) == 1e-6
+    assert getattr(read(**{name: 1e6}).options, name) == 1e6
 
 
 def test_values_at_the_edge():
@@ -197,6 +222,57 @@ def test_config_from_python():
     assert type(config.options) is methods.method_class("baseline").Options
     with pytest.raises(ValueError, match="^epochs"):
         dataclasses.replace(config, epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("cohort", "resnet8", ("resnet8",)),
+        ("cohort", ["resnet8", "resnet20"], ("resnet8", "resnet20")),
+        ("batch_size", "60", 60),
+        ("epochs", 3.0, 3),
+        ("augment", "no", False),
+        ("amp", False, "off"),
+        ("data_root", Path("a"), "a"),
+        ("milestones", [3, 9], (3, 9)),
+        ("lr", 1, 1.0),
+    ],
+)
+def test_config_from_python_coerces(name, given, expected):
+    found = getattr(TrainConfig(**{name: given}), name)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("amp", "fp8", "expected one of off, bf16, fp16; got 'fp8'"),
+        ("schedule", "cosin", "expected one of cosine, multistep; got 'cosin'"),
+        ("sampler", "balance", "expected one of balanced, shuffle; got 'balance'"),
+        ("epochs", 2.5, "expected an integer, got 2.5"),
+        ("augment", "maybe", "expected true or false, got 'maybe'"),
+        ("batch_size", "six", "expected an integer, got 'six'"),
+        ("cohort", ("resnet8", 3), "expected text, got 3"),
+        ("method", ["lmcl"], r"expected text, got \['lmcl'\]"),
+    ],
+)
+def test_config_from_python_refuses(name, value, message):
+    with pytest.raises(ValueError, match=f"^{name}: {message}$"):
+        TrainConfig(**{name: value})
+
+
+def test_options_from_python():
+    options = methods.LayerwiseMCL.Options(temperature="0.5", matcher_dim=8.0)
+    assert (options.temperature, options.matcher_dim) == (0.5, 8)
+    assert TrainConfig(options=options).options is options
+    with pytest.raises(ValueError, match="^matcher_dim: expected an integer, got 2.5"):
+        methods.LayerwiseMCL.Options(matcher_dim=2.5)
+    with pytest.raises(TypeError, match="^options: expected LayerwiseMCL.Options .*lmcl, got dict"):
+        TrainConfig(options={"x": 3})
+    with pytest.raises(TypeError, match="^options: .*baseline, got LayerwiseMCL.Options"):
+        TrainConfig(method="baseline", options=options)
+    with pytest.raises(TypeError, match="^options: expected LayerwiseMCL.Options, got dict"):
+        methods.LayerwiseMCL([[4]], {"x": 3})
 
 
 def test_recipes_ship():

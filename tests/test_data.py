@@ -90,6 +90,8 @@ class TestDataset:
             ({"mean": (0.5, 0.5)}, "mean: expected 1 entries, got 2"),
             ({"std": ()}, "std: expected 1 entries, got 0"),
             ({"std": (0.0,)}, "std: expected positive"),
+            ({"std": (float("inf"),)}, "std: expected positive finite values, got"),
+            ({"mean": (float("nan"),)}, "mean: expected finite values, got"),
             ({"num_classes": 0, "class_names": ()}, "num_classes: expected at least 1, got 0"),
         ],
     )
@@ -165,8 +167,15 @@ class TestLoad:
 
     @pytest.mark.parametrize("name", ["cifar10", "cifar100", "folder"])
     def test_root_is_required(self, name):
-        with pytest.raises(ValueError, match="root: expected .* got None"):
+        with pytest.raises(ValueError, match=r"root: expected .* data_root \(--data-root\)"):
             data.load(name)
+
+    @pytest.mark.parametrize("argument", ["train_per_class", "image_size"])
+    @pytest.mark.parametrize("value", ["5", 16.0])
+    def test_counts_are_integers(self, argument, value):
+        message = f"^{argument}: expected an integer or None, got {value!r}"
+        with pytest.raises(ValueError, match=message):
+            data.load("digits", **{argument: value})
 
     @pytest.mark.parametrize("name", ["digits", "cifar10"])
     def test_fixed_image_size(self, name):
@@ -296,6 +305,11 @@ class TestFolder:
         assert split.test.labels.tolist() == [1]
         assert (split.mean, split.std) == channel_stats(split.train.images)
         assert split.augmentation == Augmentation(pad=4, flip=True)
+
+    def test_root_in_the_home_folder(self, folder, monkeypatch):
+        for variable in ("HOME", "USERPROFILE"):
+            monkeypatch.setenv(variable, str(folder.parent))
+        assert len(data.load("folder", root=f"~/{folder.name}").train) == 6
 
     def test_keeps_the_centre(self, folder):
         from PIL import Image

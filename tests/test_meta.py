@@ -135,12 +135,58 @@ def test_an_inner_loss_without_hyperparameters_gives_zero():
 
 def test_errors():
     params, hyper, inner, outer = problem()
+    nan, inf = float("nan"), float("inf")
     for change, message in (
         ({"inner_steps": 0}, "inner_steps: expected an integer >= 1, got 0"),
+        ({"inner_steps": 1.5}, "inner_steps: expected an integer >= 1, got 1.5"),
+        ({"inner_steps": True}, "inner_steps: expected an integer >= 1, got True"),
         ({"outer_steps": -1}, "outer_steps: expected an integer >= 0, got -1"),
+        ({"outer_steps": "1"}, "outer_steps: expected an integer >= 0, got '1'"),
+        *(({"lr": v}, f"lr: expected a finite number > 0, got {v}") for v in (0, -0.1, nan, inf)),
+        *(
+            ({name: v}, f"{name}: expected a finite number >= 0, got {v}")
+            for name in ("momentum", "weight_decay")
+            for v in (-0.1, nan, inf)
+        ),
         ({"params": {}}, "params: expected at least one tensor, got none"),
         ({"hyperparams": [torch.ones(1)]}, r"hyperparams\[0\]: expected requires_grad=True"),
     ):
         call = {"params": params, "hyperparams": hyper, "lr": 0.1} | change
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"^{message}"):
             bilevel_gradient(inner, outer, **call)
+    for change, message in (
+        ({"lr": "fast"}, "lr: expected a number > 0, got 'fast'"),
+        ({"momentum": None}, "momentum: expected a number >= 0, got None"),
+        ({"params": [torch.ones(1)]}, "params: expected a mapping of tensors, got list"),
+        ({"params": {"a": torch.ones(1).long()}}, r"params\['a'\]: expected a floating-point"),
+        ({"hyperparams": 3}, "hyperparams: expected a list of tensors, got 3"),
+        ({"hyperparams": [3]}, r"hyperparams\[0\]: expected a tensor, got 3"),
+        # Its rows ask for a gradient too, which would be zero for each.
+        ({"hyperparams": hyper[0]}, "hyperparams: expected a list of tensors, got float64 tensor"),
+    ):
+        call = {"params": params, "hyperparams": hyper, "lr": 0.1} | change
+        with pytest.raises(TypeError, match=f"^{message}"):
+            bilevel_gradient(inner, outer, **call)
+
+
+@pytest.mark.parametrize("argument", ["inner", "outer"])
+def test_losses_that_cannot_be_differentiated(argument):
+    params, hyper, inner, outer = problem()
+    leaf = params["a"].clone().requires_grad_()
+    for wrong, message in (
+        (lambda p: inner(p).item(), "expected a 0-dim loss, got [0-9.]+"),
+        (lambda p: p["b"] * hyper[1], r"expected a 0-dim loss, got float64 tensor of shape \[2\]"),
+        (lambda p: inner(p).detach(), "expected a loss that depends on the params"),
+        (lambda p: inner(params) * 1.0, "expected a loss that depends on the params"),
+        (lambda p: (leaf**2).sum() * hyper[0].sum(), "expected a loss that depends on the params"),
+    ):
+        losses = {"inner": inner, "outer": outer} | {argument: wrong}
+        with pytest.raises(ValueError, match=f"^{argument}: {message}"):
+            bilevel_gradient(**losses, params=params, hyperparams=hyper, lr=0.1)
+
+
+def test_hyperparameters_from_a_generator():
+    params, hyper, inner, outer = problem()
+    want = bilevel_gradient(inner, outer, params, hyper, lr=0.05).grads
+    got = bilevel_gradient(inner, outer, params, (h for h in hyper), lr=0.05).grads
+    assert len(got) == 2 and all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

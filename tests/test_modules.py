@@ -8,6 +8,7 @@ from torch.nn.functional import cosine_similarity, kl_div
 
 from mclfast import Cohort, LayerMatcher, LogitAggregator, ProjectionHead, models
 from mclfast.distillation import kd_loss
+from mclfast.models.auxiliary import PeerNetwork
 from mclfast.normalize import unit_norm
 
 
@@ -53,8 +54,22 @@ def test_layer_matcher_is_the_sigmoid_of_cosines():
     assert weights.min() >= 0.2689 and weights.max() <= 0.7311
     with pytest.raises(ValueError, match=r"features: expected \[2, 1\] stages .*, got \[1, 2\]"):
         matcher([features[0][:1], features[0]])
-    with pytest.raises(ValueError, match=r"features\[0\]\[1\]: expected shape \[B, 5\], got"):
+    with pytest.raises(ValueError, match=r"features\[0\]\[1\]: expected shape \[7, 5\], got"):
         matcher([[features[0][0], features[0][0]], features[1]])
+    with pytest.raises(ValueError, match=r"^features\[1\]\[0\]: expected shape \[7, 4\], got \[6"):
+        matcher([features[0], [features[1][0][:6]]])
+    with pytest.raises(TypeError, match="^features: expected networks of stages .*, got None"):
+        matcher(None)
+    for wrong, message in (
+        ([[3, 0]], r"feature_dims\[0\]\[1\]: expected an integer >= 1, got 0"),
+        ([[3, 2.0]], r"feature_dims\[0\]\[1\]: expected an integer >= 1, got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            LayerMatcher(wrong)
+    with pytest.raises(TypeError, match=r"^feature_dims\[0\]: expected the widths .*, got 3"):
+        LayerMatcher([3, 4])
+    with pytest.raises(ValueError, match="^proj_dim: expected an integer >= 1, got 0"):
+        LayerMatcher(dims, 0)
 
 
 def test_aggregator_is_a_convex_combination_that_trains_the_features():
@@ -71,6 +86,27 @@ def test_aggregator_is_a_convex_combination_that_trains_the_features():
         aggregator(features, [logits[0][:2], logits[1]])
     with pytest.raises(ValueError, match="num_stages: expected one number or 2, got 3"):
         LogitAggregator([4, 3], [1, 2, 3])
+    with pytest.raises(ValueError, match=r"^feature_dims\[0\]: expected an integer >= 1, got list"):
+        LogitAggregator([[4, 4, 4], [3, 3]], [3, 2])
+    with pytest.raises(ValueError, match="^num_stages: expected an integer >= 1, got 0"):
+        LogitAggregator([4], 0)
+
+
+def test_aggregator_refuses_tensors_that_do_not_fit():
+    aggregator = LogitAggregator([4], 2)
+    features, logits = torch.randn(2, 5, 4), torch.randn(2, 5, 6)
+    assert aggregator([features], [logits])[0].shape == (5, 6)
+    for f, z, message in (
+        (features[..., :3], logits, r"features\[0\]\[0\]: expected shape \[B, 4\], got \[5, 3\]"),
+        ([features[0], features[1, :4]], logits, r"features\[0\]\[1\]: expected shape \[5, 4\]"),
+        (features, logits[:, :4], r"logits\[0\]\[0\]: expected shape \[5, 6\], got \[4, 6\]"),
+        (features, [logits[0], logits[1, :, :5]], r"logits\[0\]\[1\]: expected shape \[5, 6\]"),
+        (features, [logits[0], logits[1, 0]], r"logits\[0\]\[1\]: expected shape \[5, C\]"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            aggregator([f], [z])
+    with pytest.raises(TypeError, match=r"^logits\[0\]\[0\]: expected a tensor .*, got 1"):
+        aggregator([features], [[1, 2]])
 
 
 def test_kd_loss():
@@ -117,3 +153,15 @@ def test_cohort_errors():
         Cohort([])
     with pytest.raises(ValueError, match=r"networks: expected one number of classes .* \[3, 4\]"):
         Cohort([models.resnet8(num_classes=3), models.resnet8(num_classes=4)])
+    network = models.resnet8(num_classes=3)
+    with pytest.raises(ValueError, match="^networks: expected different networks, got one of them"):
+        Cohort([network, network])
+    peer = PeerNetwork(network, auxiliary_heads=False)
+    with pytest.raises(ValueError, match="^networks: expected different networks, got one of them"):
+        Cohort([peer, network])
+    for wrong in (network, peer, 3):
+        with pytest.raises(TypeError, match="^networks: expected a list of networks, got "):
+            Cohort(wrong)
+    for dim in (0, -4, 2.0):
+        with pytest.raises(ValueError, match="^projection_dim: expected an integer >= 1, got "):
+            Cohort([network], projection_dim=dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mclfast import data as data_sets
-from mclfast import methods, metrics
+from mclfast import methods, metrics, plots
 from mclfast.cohort import Cohort
 from mclfast.config import TrainConfig
 from mclfast.data import Dataset, ImageSet
@@ -262,6 +263,29 @@ def test_train_step_is_sgd_on_the_mean_gradient():
     torch.testing.assert_close(parts["loss"], loss)
     for (name, value), grad in zip(trainer.cohort.named_parameters(), grads, strict=True):
         torch.testing.assert_close(value, before[name] - 0.5 * (grad + 0.1 * before[name]))
+
+
+def test_train_steps_are_nesterov_sgd_with_weight_decay():
+    lr, momentum, decay = 0.1, 0.8, 0.05
+    trainer = tiny_trainer(
+        (4, 6), (5,), method="baseline", lr=lr, momentum=momentum, weight_decay=decay
+    )
+    by_hand = copy.deepcopy(trainer.cohort)
+    parameters = list(by_hand.parameters())
+    velocity = [torch.zeros_like(p) for p in parameters]
+    images, labels = batch(trainer, 40)
+    for part in torch.arange(40).view(4, 10):
+        trainer.train_step(images[part], labels[part])
+        logits = by_hand(images[part]).final_logits
+        loss = sum(nn.functional.cross_entropy(z, labels[part]) for z in logits)
+        grads = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for p, v, grad in zip(parameters, velocity, grads, strict=True):
+                gradient = grad + decay * p
+                v.mul_(momentum).add_(gradient)
+                p.sub_(lr * (gradient + momentum * v))
+    for (name, value), want in zip(trainer.cohort.named_parameters(), parameters, strict=True):
+        torch.testing.assert_close(value, want, msg=name)
 
 
 def test_which_parameters_a_step_of_lmcl_trains():
@@ -611,9 +635,16 @@ def test_labels_out_of_range_raise():
         Dataset(**{**data, "train": ImageSet(images, torch.tensor([0, 10]))})
 
 
-def test_select_device():
+@pytest.mark.parametrize(("gpu", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_select_device(gpu, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * gpu)
+    assert select_device("auto") == torch.device(expected)
     assert select_device("cpu") == torch.device("cpu")
-    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    if gpu:
+        assert select_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match=f"^device: expected one of {2 * gpu} GPUs here"):
+        select_device("cuda:2")
 
 
 def test_a_method_must_define_its_losses():
@@ -641,6 +672,56 @@ def test_an_epoch_in_mixed_precision_is_finite(method, amp):
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in trainer.parameters)
     if method == "lmcl":
         assert changed(before, trainer.method) == set(before)
+
+
+def step_of(trainer: Trainer) -> Tensor:
+    """How far one train step moves all parameters."""
+    before = torch.cat([p.detach().flatten() for p in trainer.parameters])
+    trainer.train_step(*batch(trainer))
+    return torch.cat([p.detach().flatten() for p in trainer.parameters]) - before
+
+
+PLAIN = {"method": "baseline", "momentum": 0, "nesterov": False, "weight_decay": 0, "lr": 1}
+
+
+def test_fp16_takes_the_step_of_full_precision():
+    trainer = tiny_trainer(amp="fp16", **PLAIN)
+    assert trainer.scaler.is_enabled() and trainer.scaler.get_scale() > 1000
+    got, want = step_of(trainer), step_of(tiny_trainer(**PLAIN))
+    assert not torch.equal(got, want)
+    assert (got - want).norm() < 0.05 * want.norm()
+
+
+def test_fp16_clips_what_is_unscaled():
+    free = step_of(tiny_trainer(amp="fp16", **PLAIN))
+    assert free.norm() > 0.2
+    clipped = step_of(tiny_trainer(amp="fp16", clip_grad_norm=0.05, **PLAIN))
+    torch.testing.assert_close(clipped, free * (0.05 / free.norm()), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_fp16_skips_a_step_that_overflows(clip):
+    trainer = tiny_trainer(amp="fp16", clip_grad_norm=clip, **PLAIN)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    assert not step_of(trainer).any()
+    assert trainer.scaler.get_scale() == 2.0**39
+
+
+@pytest.mark.parametrize("method", ["baseline", "lmcl"])
+def test_resuming_in_fp16_equals_the_uninterrupted_run(method, tmp_path):
+    whole = by_hand(None, method=method, amp="fp16")
+    before = snapshot(whole.cohort)
+    whole.fit(progress=False)
+    by_hand(tmp_path, method=method, amp="fp16").fit(progress=False, stop_after=1)
+    second = by_hand(tmp_path, method=method, amp="fp16")
+    second.fit(progress=False)
+    assert differences(whole.state(), second.state()) == []
+    # The scaler counts the steps it took, and they trained.
+    scaler = second.state()["scaler"]
+    start = by_hand(None, method=method, amp="fp16").scaler.state_dict()
+    assert scaler["_growth_tracker"] > 2 or scaler["scale"] < start["scale"]
+    assert {name for name, _ in second.cohort.named_parameters()} <= changed(before, second.cohort)
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in second.parameters)
 
 
 def test_bf16_follows_full_precision():
@@ -789,3 +870,29 @@ def test_metrics_file_round_trip(tmp_path):
     rows = [{"epoch": 1, "loss": 1 / 3}, {"epoch": 2, "loss": 1e-17}]
     metrics.write_csv(tmp_path / "m.csv", rows)
     assert metrics.read_csv(tmp_path / "m.csv") == rows
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".m.csv.123.partial", ".m.csv.9.partial", ".n.csv.9.partial"):
+        (tmp_path / name).write_text("half")
+    metrics.write_csv(tmp_path / "m.csv", [{"epoch": 1}])
+    # The other one may be being written.
+    assert {p.name for p in tmp_path.iterdir()} == {"m.csv", ".n.csv.9.partial"}
+
+
+def test_the_curves_of_a_run_can_be_told_apart(tmp_path, monkeypatch):
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, _: figures.append(figure))
+    result = tiny_trainer(epochs=2).fit(progress=False)
+    plots.run_curves(result.history, ["a", "b"], tmp_path / "c.png", "title")
+    (figure,) = figures
+    figure.canvas.draw()
+    left, right = figure.axes
+    assert [line.get_label() for line in left.lines] == ["peer 0: a", "peer 1: b", "ensemble"]
+    losses = "loss ce aggregate_ce distill vcl soft_vcl icl soft_icl".split()
+    assert [line.get_label() for line in right.lines] == losses
+    assert len({line.get_color() for line in right.lines}) == len(losses)
+    styles = {line.get_label(): line.get_linestyle() for line in right.lines}
+    assert styles["vcl"] != styles["icl"] and styles["soft_vcl"] != styles["soft_icl"]
+    legend, axes = (x.get_window_extent() for x in (right.get_legend(), right))
+    assert axes.x1 <= legend.x0 and legend.x1 <= figure.bbox.x1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     from mclfast.config import TrainConfig
     from mclfast.train import CONFIG
 
-    if known.resume and (known.run_dir or known.overwrite):
-        extra = "--run-dir" if known.run_dir else "--overwrite"
-        raise ValueError(f"resume: expected no {extra} beside --resume, got both")
+    if known.resume:
+        for extra in ("recipe", "run_dir", "overwrite"):
+            if getattr(known, extra):
+                flag = f"--{_dashed(extra)}"
+                raise ValueError(f"resume: expected no {flag} beside --resume, got both")
     values: dict[str, Any] = {}
     if known.recipe:
         values |= recipe.load(known.recipe)
@@ -49,9 +52,15 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]) -> dict[str, Any]:
-    """The settings given on the command line; which exist depends on the method among them."""
-    from mclfast._checks import unknown_name
-    from mclfast.config import TrainConfig, field_help, field_types
+    """The settings given on the command line; which exist depends on the method among them.
+
+    Args:
+        known: the arguments read so far.
+        rest: those that are left.
+        values: settings of the recipe or of the run resumed, shown as defaults.
+    """
+    from mclfast._checks import coerce, field_types
+    from mclfast.config import TrainConfig, field_help
     from mclfast.methods import method_class
 
     first = OneLineParser(prog="mclfast train", add_help=False, allow_abbrev=False)
@@ -69,25 +78,57 @@ def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]
         (f"settings of the method {method}", options, options()),
     ):
         group = parser.add_argument_group(title)
-        for name in field_types(cls):
+        for name, kind in field_types(cls).items():
+            default = coerce(name, kind, values.get(name, getattr(defaults, name)))
+            text = f"{field_help(cls)[name]} (default: {_shown(default)})"
+            # argparse takes a percent sign, as in a path, for a place to fill in.
             group.add_argument(
-                f"--{name.replace('_', '-')}", dest=name, metavar="X",
-                help=f"{field_help(cls)[name]} (default: {_shown(getattr(defaults, name))})",
-            )  # fmt: skip
+                f"--{_dashed(name)}", dest=name, metavar="X", help=text.replace("%", "%%")
+            )
     if known.help:
         parser.print_help()
         parser.exit(0)
     given, unknown = parser.parse_known_args(rest)
+    types = field_types(TrainConfig) | field_types(options)
     if unknown:
-        names = [*field_types(TrainConfig), *field_types(options)]
-        flag = unknown[0].split("=")[0]
-        raise unknown_name("setting", flag.removeprefix("--").replace("-", "_"), names)
-    fields = {*field_types(TrainConfig), *field_types(options)}
-    return {k: v for k, v in vars(given).items() if k in fields}
+        raise _not_understood(rest, unknown, types, method)
+    return {k: v for k, v in vars(given).items() if k in types}
+
+
+def _not_understood(
+    rest: list[str], unknown: list[str], types: dict[str, Any], method: str
+) -> ValueError:
+    """The error for arguments that are no settings."""
+    from mclfast._checks import unknown_name
+    from mclfast.config import unknown_setting
+
+    for argument in unknown:
+        if argument.startswith("--"):
+            flag = argument.removeprefix("--").partition("=")[0]
+            return unknown_setting("setting", flag, method, spell=_dashed)
+    # No setting is unknown, so one of them got a value too many.
+    name, values = "", 0
+    for argument in rest:
+        if argument.startswith("--"):
+            flag, equals, _ = argument.removeprefix("--").partition("=")
+            name, values = flag.replace("-", "_"), len(equals)
+        elif name and values:
+            many = typing.get_origin(types[name]) is tuple
+            what = "one list separated by commas" if many else "one value"
+            return ValueError(f"{name}: expected {what}, got {argument!r} after it")
+        else:
+            values += 1
+    return unknown_name("setting", unknown[0], map(_dashed, types))
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def default_run_dir(config: Any) -> Path:

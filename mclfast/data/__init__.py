@@ -48,7 +48,8 @@ def load(
         name: one of `available()`. "digits" trains on few labels and tests on all the rest,
             "digits-full" is an 80 / 20 split of the same images.
         root: folder holding the CIFAR archive or extracted files, or the folders train and
-            test of "folder". The digits sets come with scikit-learn and do not read it.
+            test of "folder"; ~ stands for the home folder. The digits sets come with
+            scikit-learn and do not read it.
         train_per_class: keeps that many training images of every class, the test images stay.
             For "digits" it sets the split itself (default 10) and the rest becomes the test set.
         seed: which images `train_per_class` keeps. It is not the seed of a training run: leave
@@ -66,6 +67,10 @@ def load(
     """
     if name not in _NAMES:
         raise unknown_name("name", name, _NAMES)
+
+    for argument, value in (("train_per_class", train_per_class), ("image_size", image_size)):
+        if value is not None and not isinstance(value, int):
+            raise ValueError(f"{argument}: expected an integer or None, got {value!r}")
 
     if name == "folder":
         from mclfast.data.folder import load_folder
@@ -93,8 +98,11 @@ def load(
 
 def _required(root: str | os.PathLike[str] | None, content: str) -> str | os.PathLike[str]:
     if root is None:
-        raise ValueError(f"root: expected the folder holding {content}, got None")
-    return root
+        raise ValueError(
+            f"root: expected the folder holding {content}, got none; "
+            "name it by data_root (--data-root) for a run"
+        )
+    return os.path.expanduser(root)
 
 
 def _only_size(name: str, image_size: int | None, expected: int) -> None:

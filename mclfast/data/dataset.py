@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -85,7 +86,7 @@ class Dataset:
 
     Raises:
         ValueError: a label outside [0, num_classes), images of different or non-square shapes,
-            or a tuple of the wrong length.
+            a tuple of the wrong length, or a mean or std that is not finite.
     """
 
     name: str
@@ -113,8 +114,10 @@ class Dataset:
         for field, (got, expected) in lengths.items():
             if got != expected:
                 raise ValueError(f"{field}: expected {expected} entries, got {got}")
-        if not all(value > 0 for value in self.std):
-            raise ValueError(f"std: expected positive values, got {self.std}")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"mean: expected finite values, got {self.mean}")
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise ValueError(f"std: expected positive finite values, got {self.std}")
         _check_labels("train.labels", self.train.labels, self.num_classes)
         _check_labels("test.labels", self.test.labels, self.num_classes)
 

@@ -57,7 +57,9 @@ class BalancedSampler:
 
     Within an epoch no class is used more than once more often than another one, and neither is
     an image within its class. All classes are used alike, so in a set with classes of different
-    sizes the images of small classes come more often.
+    sizes the images of small classes come more often. (The published sampler draws the images of
+    every batch anew, so that some come again before others have come at all; here decks of them
+    are dealt without replacement across the batches of an epoch.)
 
     Args:
         labels: int64 [N], on any device.

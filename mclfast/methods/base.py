@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mclfast._checks import coerce_fields
 from mclfast.cohort import PeerOutputs
 
 
@@ -31,11 +32,22 @@ class Method(nn.Module):
 
     @dataclass
     class Options:
-        """Settings of the method; each becomes a command-line option and a recipe field."""
+        """Settings of the method; each becomes a command-line option and a recipe field.
+
+        Those of a method derive from these, so that their types are checked.
+        """
+
+        def __post_init__(self) -> None:
+            coerce_fields(self)
 
     def __init__(self, feature_dims: Sequence[Sequence[int]], options: Any = None) -> None:
         super().__init__()
         self.options: Any = self.Options() if options is None else options
+        if not isinstance(self.options, self.Options):
+            raise TypeError(
+                f"options: expected {self.Options.__qualname__}, "
+                f"got {type(options).__qualname__}"
+            )
 
     def loss(self, outputs: PeerOutputs, labels: Tensor) -> dict[str, Tensor]:
         """The loss of one training step.

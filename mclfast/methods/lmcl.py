@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mclfast import _backend, functional
-from mclfast._checks import check_positive
+from mclfast._checks import check_integer, check_not_negative, check_temperature
 from mclfast.aggregation import LogitAggregator
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
@@ -34,7 +34,7 @@ class LayerwiseMCL(Method):
     projections = True
 
     @dataclass
-    class Options:
+    class Options(Method.Options):
         temperature: float = field(
             default=0.1, metadata={"help": "divides the cosine similarities"}
         )
@@ -64,8 +64,12 @@ class LayerwiseMCL(Method):
         )
 
         def __post_init__(self) -> None:
-            for name in ("temperature", "kl_temperature", "distill_temperature", "matcher_dim"):
-                check_positive(name, getattr(self, name))
+            super().__post_init__()
+            for name in ("temperature", "kl_temperature", "distill_temperature"):
+                check_temperature(name, getattr(self, name))
+            for name in ("vcl_weight", "soft_vcl_weight", "icl_weight", "soft_icl_weight"):
+                check_not_negative(name, getattr(self, name))
+            check_integer("matcher_dim", self.matcher_dim, 1)
             _backend.check_name(self.backend)
 
     def __init__(

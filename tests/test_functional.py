@@ -373,7 +373,11 @@ ERRORS = [
     (lambda: mcl_rows(E2, Y2.float()), TypeError, "labels: expected an integer tensor .* float32"),
     (lambda: mcl_rows(E2, [0, 0, 0, 0]), TypeError, "labels: expected an integer tensor .* list"),
     (lambda: mcl_rows(E2, Y2.to("meta")), ValueError, "labels: expected device cpu .* got meta"),
-    (lambda: mcl_rows(E2, Y2, temperature=0.0), ValueError, r"temperature: expected a number in \[1e-6, 1e6\], got 0.0"),
+    (
+        lambda: mcl_rows(E2, Y2, temperature=0.0),
+        ValueError,
+        r"^temperature: expected a number in \[1e-6, 1e6\], got 0.0",
+    ),
     (lambda: mcl_rows(E2, Y2, temperature="a"), TypeError, "temperature: .* got 'a'"),
     (
         lambda: mcl_rows(E2, Y2, kl_temperature=float("nan")),

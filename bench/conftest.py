@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from mclfast.benchmark.cases import PROVIDERS, preset
+from mclfast.benchmark.cases import PRESETS, PROVIDERS, preset
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--preset",
         default="small",
-        choices=("smoke", "small", "paper", "gpu"),
+        choices=PRESETS,
         help="which shapes are measured",
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import mclfast
 from mclfast import _backend, reference
+from mclfast._checks import unknown_name
 from mclfast._optional import optional_import
 from mclfast.benchmark import published
 
@@ -495,11 +496,16 @@ SWEEP_M = [(m, 1, b) for b in (128, 512) for m in (2, 4, 8, 16)]
 SWEEP_B = [(2, 1, b) for b in (64, 128, 256, 512, 1024, 2048)]
 
 
+#: What :func:`preset` knows: seconds, minutes, the shapes with a goal, against M and B, all of
+#: these, on a GPU.
+PRESETS = ("smoke", "small", "targets", "sweeps", "paper", "gpu")
+
+
 def preset(name: str) -> list[Case]:
     """The cases of a preset, without repetition.
 
     Args:
-        name: "smoke" (seconds), "small" (minutes), "paper" (the targets and the sweeps), or "gpu".
+        name: one of :data:`PRESETS`.
 
     Raises:
         ValueError: there is no such preset.
@@ -517,6 +523,14 @@ def preset(name: str) -> list[Case]:
             *_layerwise_cases(SECOND, [(2, 3, 128)]),
             *_special_cases([128]),
         ]
+    elif name == "targets":
+        cases = [
+            *_layerwise_cases(BOTH, list(TARGETS)),
+            *_layerwise_cases(SECOND, [(2, 3, 128), (4, 3, 128), (2, 4, 512)]),
+            *_special_cases([128, 512]),
+        ]
+    elif name == "sweeps":
+        cases = _layerwise_cases(BOTH, [*SWEEP_M, *SWEEP_B])
     elif name == "paper":
         cases = [
             *_layerwise_cases(BOTH, list(TARGETS)),
@@ -535,5 +549,5 @@ def preset(name: str) -> list[Case]:
             *_special_cases([128, 512, 2048], device="cuda"),
         ]
     else:
-        raise ValueError(f"preset: expected smoke, small, paper or gpu, got {name!r}")
+        raise unknown_name("preset", name, PRESETS)
     return list(dict.fromkeys(cases))

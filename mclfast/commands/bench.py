@@ -8,22 +8,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mclfast.benchmark.cases import MODES, PROVIDERS, Case, preset
+from mclfast.benchmark.cases import MODES, PRESETS, PROVIDERS, Case, preset
 
 if TYPE_CHECKING:
     from mclfast.benchmark.run import Outcome
 
 HELP = "time and memory of the losses against the published form"
 
-_PRESETS = ("smoke", "small", "paper", "gpu")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``mclfast bench``."""
     providers = sorted({p.name for entries in PROVIDERS.values() for p in entries})
     add = parser.add_argument
-    add("--preset", choices=_PRESETS, default="small",
-        help="smoke: seconds; small: minutes; paper: targets and sweeps; gpu (default: small)")
+    add("--preset", choices=PRESETS, default="small",
+        help="smoke: seconds; small: minutes; targets: the shapes with a goal; sweeps: against "
+        "M and B; paper: all of these; gpu (default: small)")
     add("--op", action="append", choices=list(PROVIDERS), help="only this operation; repeatable")
     add("--mode", action="append", choices=MODES, help="only this mode; repeatable")
     add("--provider", action="append", choices=providers,

@@ -223,7 +223,7 @@ def test_presets_cover_the_targets():
     assert judged == set(cases.TARGETS)
     assert {c.mode for c in paper} == {FORWARD, BOTH, WEIGHTS, SECOND}
     assert all(c.device == "cuda" for c in cases.preset("gpu"))
-    with pytest.raises(ValueError, match="preset: expected smoke.*got 'large'"):
+    with pytest.raises(ValueError, match="preset: expected one of .*got .large."):
         cases.preset("large")
 
 

@@ -336,23 +336,24 @@ def _weighted_objective(
     with torch.autocast(nodes.device.type, enabled=False):
         if backend == "reference":
             all_rows = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
-            terms = MCLTerms(
-                *((w * r).sum() for w, r in zip(row_weights, all_rows[:4], strict=True))
-            )
+            terms = _weighted_sums(row_weights, all_rows[:4])
             detached = MCLTerms(*(term.detach() for term in terms))
             return MCLObjective(terms.weighted_sum(*coefficients), detached)
         loss, rows = _objective(
             nodes,
             networks,
             labels,
-            [c * w for c, w in zip(coefficients, row_weights, strict=True)],
+            [w if c == 1 else c * w for c, w in zip(coefficients, row_weights, strict=True)],
             temperature,
             kl_temperature,
             ops.ALL,
             backend,
         )
-        terms = MCLTerms(*((w * r).sum() for w, r in zip(row_weights, rows, strict=True)))
-        return MCLObjective(loss, terms)
+        return MCLObjective(loss, _weighted_sums(row_weights, rows))
+
+
+def _weighted_sums(row_weights: Sequence[Tensor], rows: Sequence[Tensor]) -> MCLTerms:
+    return MCLTerms(*(ops.weighted_sum(w, r) for w, r in zip(row_weights, rows, strict=True)))
 
 
 def supcon_loss(

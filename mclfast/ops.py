@@ -40,6 +40,11 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module("mclfast.kernels.ops"), name)
 
 
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """``(weights * rows).sum()`` in one call: small batches are bound by the number of calls."""
+    return torch.dot(weights.reshape(-1), rows.reshape(-1))
+
+
 def _row_shapes(nodes: Tensor, rows: int) -> list[Tensor]:
     """Empty tensors like vcl, soft_vcl, icl, soft_icl, lse, kl_lse."""
     count, dtype = nodes.shape[0], statistics_dtype(nodes)
@@ -203,12 +208,12 @@ def _mcl_objective(
     *rows, lse, kl_lse, grad = _implementation(backend, "mcl_rows_fused")(
         *cotangents, nodes, labels, networks, temperature, kl_temperature, families
     )
-    weighted = [
-        (g * row).sum()
+    first, *rest = (
+        weighted_sum(g, row)
         for bit, g, row in zip((VCL, SOFT_VCL, ICL, SOFT_ICL), cotangents, rows, strict=True)
         if families & bit
-    ]
-    return torch.stack(weighted).sum(), *rows, lse, kl_lse, grad
+    )
+    return sum(rest, start=first), *rows, lse, kl_lse, grad
 
 
 #: (four row weights, nodes, labels, ...) -> loss = sum of weights times rows, the rows, lse, kl_lse

@@ -38,7 +38,15 @@ def _checked(
     check_labels(labels, nodes.shape[1], nodes.device)
     check_temperature("temperature", temperature)
     check_temperature("kl_temperature", kl_temperature)
-    return _backend.resolve(backend, nodes.device.type)
+    return _backend_for(nodes, backend)
+
+
+def _backend_for(x: Tensor, backend: str) -> str:
+    found = _backend.resolve(backend, x.device.type)
+    # The Triton kernels have no float64.
+    if backend == "auto" and found == "triton" and x.dtype == torch.float64:
+        return "reference"
+    return found
 
 
 def _rows(
@@ -414,7 +422,7 @@ def info_nce_loss(
     check_embeddings("b", b, list(a.shape))
     check_same("b", b, "a", a)
     check_temperature("temperature", temperature)
-    backend = _backend.resolve(backend, a.device.type)
+    backend = _backend_for(a, backend)
     with torch.autocast(a.device.type, enabled=False):
         if backend == "reference":
             return reference.info_nce_loss(a, b, temperature=temperature)
@@ -456,7 +464,7 @@ def similarity_kl_loss(
     check_same("teacher", teacher, "student", student)
     check_temperature("temperature", temperature)
     check_temperature("kl_temperature", kl_temperature)
-    backend = _backend.resolve(backend, student.device.type)
+    backend = _backend_for(student, backend)
     with torch.autocast(student.device.type, enabled=False):
         if backend == "reference":
             return reference.similarity_kl_loss(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from mclfast import _backend, ops
+from mclfast import _backend, ops, reference
 from mclfast.functional import (
     has_positive,
     info_nce_loss,
@@ -194,3 +194,12 @@ def test_compiles_as_one_graph_with_its_backward(coefficients):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     (got,) = torch.autograd.grad(compiled(nodes), nodes)
     torch.testing.assert_close(got, want)
+
+
+def test_auto_does_not_send_float64_to_triton(monkeypatch):
+    nodes, labels = sample(torch.float64)
+    want = supcon_loss(nodes[0], labels, backend="reference")
+    monkeypatch.setattr(_backend, "resolve", lambda backend, device: "triton")
+    assert torch.equal(supcon_loss(nodes[0], labels), want)
+    a, b = nodes[0], nodes[1]
+    assert torch.equal(info_nce_loss(a, b), reference.info_nce_loss(a, b, temperature=0.1))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
-import types
-import typing
+import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +22,11 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def shortened(text: str, limit: int) -> str:
+    """``text``, cut to ``limit`` characters with an ellipsis."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def unknown_name(argument: str, got: object, known: Iterable[str]) -> ValueError:
     """The error for a name that is not in a registry, with the closest known name."""
     names = sorted(known)
@@ -36,31 +37,35 @@ def unknown_name(argument: str, got: object, known: Iterable[str]) -> ValueError
     return ValueError(f"{argument}: expected {expected}; got {got!r}{hint}")
 
 
+def _check_number(argument: str, value: float, kind: str, wanted: str, fits: bool) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument}: expected a number {wanted}, got {describe(value)}")
+    if not fits:
+        raise ValueError(f"{argument}: expected {kind} {wanted}, got {value!r}")
+    return float(value)
+
+
+def _is_between(value: Any, least: float, most: float) -> bool:
+    """False for what is no number: the type is judged elsewhere."""
+    return isinstance(value, (int, float)) and least <= value <= most
+
+
 def check_positive(argument: str, value: float) -> float:
     """A finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument}: expected a number > 0, got {describe(value)}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{argument}: expected a finite number > 0, got {value!r}")
-    return float(value)
+    fits = _is_between(value, 0, sys.float_info.max) and value != 0
+    return _check_number(argument, value, "a finite number", "> 0", fits)
 
 
 def check_not_negative(argument: str, value: float) -> float:
     """A finite number, zero or above."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument}: expected a number >= 0, got {describe(value)}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{argument}: expected a finite number >= 0, got {value!r}")
-    return float(value)
+    fits = _is_between(value, 0, sys.float_info.max)
+    return _check_number(argument, value, "a finite number", ">= 0", fits)
 
 
 def check_temperature(argument: str, value: float) -> float:
     """A divisor of similarities or logits, for which float32 neither overflows nor underflows."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument}: expected a number in [1e-6, 1e6], got {describe(value)}")
-    if not 1e-6 <= value <= 1e6:
-        raise ValueError(f"{argument}: expected a number in [1e-6, 1e6], got {value!r}")
-    return float(value)
+    fits = _is_between(value, 1e-6, 1e6)
+    return _check_number(argument, value, "a number", "in [1e-6, 1e6]", fits)
 
 
 def check_integer(argument: str, value: Any, least: int) -> int:
@@ -199,65 +204,3 @@ def check_pair_weights(weights: Any, nodes: Tensor) -> Tensor | None:
             f"pair_weights: expected device {nodes.device} as embeddings has, got {weights.device}"
         )
     return weights
-
-
-def field_types(cls: type) -> dict[str, Any]:
-    """Type of each field of a settings dataclass, without nested options."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "options"}
-
-
-def coerce_fields(settings: Any) -> None:
-    """Brings every field of a settings dataclass to its type, or raises."""
-    for name, kind in field_types(type(settings)).items():
-        setattr(settings, name, coerce(name, kind, getattr(settings, name)))
-
-
-def coerce(name: str, kind: Any, value: Any) -> Any:
-    """``value``, from YAML, the command line or Python, as the type of its field."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        kind = next(a for a in args if a is not type(None))
-        return coerce(name, kind, value)
-    if origin is Literal:
-        # YAML reads a bare `off` as false.
-        value = "off" if value is False and "off" in args else value
-        if value not in args:
-            raise ValueError(f"{name}: expected one of {', '.join(args)}; got {value!r}")
-        return value
-    if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list separated by commas, got {value!r}")
-        return tuple(
-            coerce(name, args[0], i.strip() if isinstance(i, str) else i)
-            for i in items
-            if i != ""
-        )
-    if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() not in words:
-            raise ValueError(f"{name}: expected true or false, got {value!r}")
-        return words[str(value).lower()]
-    if kind is str:
-        if not isinstance(value, (str, Path)):
-            raise ValueError(f"{name}: expected text, got {value!r}")
-        return str(value)
-    return _number(name, kind, value)
-
-
-def _number(name: str, kind: type, value: Any) -> Any:
-    what = "an integer" if kind is int else "a number"
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = kind(value)
-        if kind is int and float(value) != number:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}: expected {what}, got {value!r}") from None
-    return number

@@ -12,14 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mclfast import data, methods, models
-from mclfast._checks import (
-    check_not_negative,
-    check_positive,
-    coerce,
-    coerce_fields,
-    field_types,
-    unknown_name,
-)
+from mclfast._checks import check_not_negative, check_positive, unknown_name
+from mclfast._settings import coerce, coerce_fields, field_types
 
 
 def _field(default: Any, text: str) -> Any:

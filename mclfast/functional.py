@@ -178,18 +178,6 @@ def mcl_loss(
 ) -> MCLObjective: ...
 
 
-@overload
-def mcl_loss(
-    embeddings: Networks,
-    labels: Tensor,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float] | None = None,
-) -> MCLTerms | MCLObjective: ...
-
-
 def mcl_loss(
     embeddings: Networks,
     labels: Tensor,
@@ -255,19 +243,6 @@ def layerwise_mcl_loss(
     backend: str = "auto",
     coefficients: Sequence[float],
 ) -> MCLObjective: ...
-
-
-@overload
-def layerwise_mcl_loss(
-    embeddings: Nodes,
-    labels: Tensor,
-    pair_weights: Tensor | None = None,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float] | None = None,
-) -> MCLTerms | MCLObjective: ...
 
 
 def layerwise_mcl_loss(

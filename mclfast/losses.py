@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -49,7 +50,8 @@ class MCLLoss(_KLLoss):
         coefficients: Sequence[float] | None = None,
     ) -> None:
         super().__init__(temperature, kl_temperature, backend)
-        self.coefficients = coefficients
+        # Any: whether there are coefficients decides what the function returns.
+        self.coefficients: Any = coefficients
 
     def forward(
         self, embeddings: Tensor | Sequence[Tensor], labels: Tensor
@@ -80,7 +82,8 @@ class LayerwiseMCLLoss(_KLLoss):
         coefficients: Sequence[float] | None = None,
     ) -> None:
         super().__init__(temperature, kl_temperature, backend)
-        self.coefficients = coefficients
+        # Any: whether there are coefficients decides what the function returns.
+        self.coefficients: Any = coefficients
 
     def forward(
         self,

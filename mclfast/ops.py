@@ -40,6 +40,16 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module("mclfast.kernels.ops"), name)
 
 
+def _passed_on(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The implementation ``name`` of the backend that the last argument names."""
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        *values, backend = arguments
+        return tuple(_implementation(backend, name)(*values))
+
+    return call
+
+
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """``(weights * rows).sum()`` in one call: small batches are bound by the number of calls."""
     return torch.dot(weights.reshape(-1), rows.reshape(-1))
@@ -53,29 +63,11 @@ def _row_shapes(nodes: Tensor, rows: int) -> list[Tensor]:
     return [nodes.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _mcl_rows(
-    nodes: Tensor,
-    labels: Tensor,
-    networks: list[int],
-    temperature: float,
-    kl_temperature: float,
-    families: int,
-    row_start: int,
-    row_count: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    return tuple(
-        _implementation(backend, "mcl_rows_forward")(
-            nodes, labels, networks, temperature, kl_temperature, families, row_start, row_count
-        )
-    )
-
-
 #: (nodes [N, B, D], labels [B], ...) -> vcl [N, R], soft_vcl, icl, soft_icl [N, N, R], and the
 #: statistics lse, kl_lse [N, N, R], which are not differentiable.
 mcl_rows = torch.library.custom_op(
     "mclfast::mcl_rows",
-    _mcl_rows,
+    _passed_on("mcl_rows_forward"),
     mutates_args=(),
     schema=f"(Tensor nodes, Tensor labels, {_SETTINGS}, int row_start, int row_count, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -264,15 +256,11 @@ def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 mcl_objective.register_autograd(_objective_backward, setup_context=_objective_context)
 
 
-def _info_nce(a: Tensor, b: Tensor, temperature: float, backend: str) -> tuple[Tensor, ...]:
-    return tuple(_implementation(backend, "info_nce_forward")(a, b, temperature))
-
-
 #: (a [B, D], b [B, D], ...) -> log-sum-exp of the rows and of the columns of S = a b^T /
 #: temperature, and its diagonal; [B] each, all differentiable.
 info_nce = torch.library.custom_op(
     "mclfast::info_nce",
-    _info_nce,
+    _passed_on("info_nce_forward"),
     mutates_args=(),
     schema="(Tensor a, Tensor b, float temperature, str backend) -> (Tensor, Tensor, Tensor)",
 )
@@ -297,24 +285,6 @@ def _info_nce_first(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 info_nce.register_autograd(_info_nce_first, setup_context=_info_nce_context)
 
 
-def _info_nce_backward(
-    g_row: Tensor,
-    g_col: Tensor,
-    g_diagonal: Tensor,
-    a: Tensor,
-    b: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    temperature: float,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    return tuple(
-        _implementation(backend, "info_nce_backward")(
-            g_row, g_col, g_diagonal, a, b, row_lse, col_lse, temperature
-        )
-    )
-
-
 _INFO_NCE = (
     "Tensor g_row, Tensor g_col, Tensor g_diagonal, Tensor a, Tensor b, Tensor row_lse, "
     "Tensor col_lse, float temperature, str backend"
@@ -323,7 +293,7 @@ _INFO_NCE = (
 #: (cotangents of the three outputs, a, b, ...) -> gradients of a and b.
 info_nce_backward = torch.library.custom_op(
     "mclfast::info_nce_backward",
-    _info_nce_backward,
+    _passed_on("info_nce_backward"),
     mutates_args=(),
     schema=f"({_INFO_NCE}) -> (Tensor, Tensor)",
 )
@@ -351,30 +321,10 @@ def _info_nce_second(ctx: Any, v_a: Tensor, v_b: Tensor) -> tuple[Any, ...]:
 info_nce_backward.register_autograd(_info_nce_second, setup_context=_info_nce_backward_context)
 
 
-def _info_nce_double_backward(
-    v_a: Tensor,
-    v_b: Tensor,
-    g_row: Tensor,
-    g_col: Tensor,
-    g_diagonal: Tensor,
-    a: Tensor,
-    b: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    temperature: float,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    return tuple(
-        _implementation(backend, "info_nce_double_backward")(
-            v_a, v_b, g_row, g_col, g_diagonal, a, b, row_lse, col_lse, temperature
-        )
-    )
-
-
 #: Gradient of <v, info_nce_backward(cotangents, a, b)> for a, b and the cotangents.
 info_nce_double_backward = torch.library.custom_op(
     "mclfast::info_nce_double_backward",
-    _info_nce_double_backward,
+    _passed_on("info_nce_double_backward"),
     mutates_args=(),
     schema=f"(Tensor v_a, Tensor v_b, {_INFO_NCE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

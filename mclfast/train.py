@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mclfast import checkpoint, env, metrics, models, plots
+from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.config import TrainConfig
@@ -224,7 +226,7 @@ class Trainer:
                 self.bilevel_step(images, labels, lr)
             self.step += 1
             bar.update()
-        # The one synchronisation with the device in an epoch.
+        # Nothing before this in an epoch waits for the device.
         means = {f"train_{k}": float(v) / len(self.sampler) for k, v in totals.items()}
         # The last step of an epoch shows in no loss of it, but would in the checkpoint.
         tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
@@ -362,9 +364,9 @@ class Trainer:
             for kind, mine in (("settings", self._settings()), ("data", self._data_facts())):
                 for name, value in state[kind].items():
                     if name not in free and mine.get(name) != value:
+                        want, got = (shortened(repr(v), 80) for v in (value, mine.get(name)))
                         raise ValueError(
-                            f"{name}: expected {_short(value)} as in the checkpoint being "
-                            f"resumed, got {_short(mine.get(name))}"
+                            f"{name}: expected {want} as in the checkpoint being resumed, got {got}"
                         )
             self.cohort.load_state_dict(state["cohort"])
             self.method.load_state_dict(state["method"])
@@ -450,24 +452,13 @@ class Trainer:
             desc=f"{self.config.method} seed {self.config.seed}",
             unit="step",
             # A line now and then where there is no terminal to redraw.
-            mininterval=0.2 if _stderr_is_terminal() else 10.0,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )
 
 
 def class_name(backbone: StagedNetwork) -> str:
     """Class of a network; of the module inside one that ``staged`` adapted."""
     return type(getattr(backbone, "module", backbone)).__name__
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _stderr_is_terminal() -> bool:
-    import sys
-
-    return sys.stderr.isatty()
 
 
 def select_device(name: str) -> torch.device:

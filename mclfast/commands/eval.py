@@ -20,12 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
-def _short(names: list[str]) -> str:
-    text = ", ".join(names)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def run(known: argparse.Namespace, _: list[str]) -> int:
+    from mclfast._checks import shortened
     from mclfast.data import load as load_data
     from mclfast.evaluate import accuracy
     from mclfast.export import DESCRIPTION, load_backbone
@@ -54,10 +50,9 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
             image_size=about["image_size"] if about["data"] == "folder" else None,
         )
         if list(data.class_names) != about["class_names"]:
-            raise ValueError(
-                f"data_root: expected the classes {_short(about['class_names'])} of the export, "
-                f"got {_short(list(data.class_names))}"
-            )
+            both = (about["class_names"], data.class_names)
+            want, got = (shortened(", ".join(names), 60) for names in both)
+            raise ValueError(f"data_root: expected the classes {want} of the export, got {got}")
         # The statistics it was trained with; those of an image folder follow its training images.
         data = replace(data, mean=tuple(about["mean"]), std=tuple(about["std"]))
         found = accuracy(

@@ -59,7 +59,7 @@ def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]
         rest: those that are left.
         values: settings of the recipe or of the run resumed, shown as defaults.
     """
-    from mclfast._checks import coerce, field_types
+    from mclfast._settings import coerce, field_types
     from mclfast.config import TrainConfig, field_help
     from mclfast.methods import method_class
 

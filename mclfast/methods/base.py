@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mclfast._checks import coerce_fields
+from mclfast._settings import coerce_fields
 from mclfast.cohort import PeerOutputs
 
 

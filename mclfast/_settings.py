@@ -1,0 +1,71 @@
+"""Settings dataclasses: the types of their fields, and values brought to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Type of each field of a settings dataclass, without nested options."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "options"}
+
+
+def coerce_fields(settings: Any) -> None:
+    """Brings every field of a settings dataclass to its type, or raises."""
+    for name, kind in field_types(type(settings)).items():
+        setattr(settings, name, coerce(name, kind, getattr(settings, name)))
+
+
+def coerce(name: str, kind: Any, value: Any) -> Any:
+    """``value``, from YAML, the command line or Python, as the type of its field."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        kind = next(a for a in args if a is not type(None))
+        return coerce(name, kind, value)
+    if origin is Literal:
+        # YAML reads a bare `off` as false.
+        value = "off" if value is False and "off" in args else value
+        if value not in args:
+            raise ValueError(f"{name}: expected one of {', '.join(args)}; got {value!r}")
+        return value
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise ValueError(f"{name}: expected a list separated by commas, got {value!r}")
+        return tuple(
+            coerce(name, args[0], i.strip() if isinstance(i, str) else i)
+            for i in items
+            if i != ""
+        )
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() not in words:
+            raise ValueError(f"{name}: expected true or false, got {value!r}")
+        return words[str(value).lower()]
+    if kind is str:
+        if not isinstance(value, (str, Path)):
+            raise ValueError(f"{name}: expected text, got {value!r}")
+        return str(value)
+    return _number(name, kind, value)
+
+
+def _number(name: str, kind: type, value: Any) -> Any:
+    what = "an integer" if kind is int else "a number"
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = kind(value)
+        if kind is int and float(value) != number:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}: expected {what}, got {value!r}") from None
+    return number

@@ -83,14 +83,28 @@ def _probe_triton() -> BackendStatus:
     return BackendStatus(False, f"triton {version}, but no GPU and TRITON_INTERPRET is not 1")
 
 
+def _probe_cuda() -> BackendStatus:
+    module = extension()
+    if module is None:
+        return BackendStatus(False, extension_reason())
+    if not module.build_info()["with_cuda"]:
+        return BackendStatus(False, f"the extension was compiled without CUDA; {_REBUILD}")
+    if not torch.cuda.is_available():
+        return BackendStatus(False, "the extension has CUDA kernels, but there is no GPU")
+    return BackendStatus(True, f"CUDA kernels on {torch.cuda.get_device_name()}")
+
+
 _PROBES: dict[str, Callable[[], BackendStatus]] = {
     "triton": _probe_triton,
+    "cuda": _probe_cuda,
     "cpu": _probe_cpu,
     "reference": lambda: BackendStatus(True, "plain PyTorch, any device"),
 }
 
-# What "auto" takes for tensors on a device, where it is available.
+# What "auto" takes for tensors on a device, where it is available. The Triton kernels are those of
+# the in-batch losses, the CUDA kernels those of the memory-bank losses.
 _BEST = {"cpu": "cpu", "cuda": "triton"}
+_BEST_FOR_BANKS = {"cuda": "cuda"}
 
 
 @functools.cache
@@ -109,24 +123,33 @@ def check_name(backend: str) -> None:
         raise unknown_name("backend", backend, ["auto", *_PROBES])
 
 
-def resolve(backend: str, device: str) -> str:
+def resolve(backend: str, device: str, *, banks: bool = False) -> str:
     """Turns the argument ``backend`` of a loss into the name of a backend for a device.
 
     Args:
         backend: "auto" (the best for the device) or the name of one.
-        device: device type of the tensors, "cpu" or "cuda".
+        device: device type of the embeddings, "cpu" or "cuda".
+        banks: for a memory-bank loss.
 
     Returns:
         The name of an available backend; "auto" falls back to "reference".
 
     Raises:
-        ValueError: there is no such backend, or it does not take tensors of this device.
+        ValueError: there is no such backend, or it does not take tensors of this device, or has
+            no such losses.
         BackendUnavailableError: it is not available here; the text says why and what to do.
     """
     if backend == "auto":
-        best = _BEST.get(device, "reference")
+        names = _BEST | _BEST_FOR_BANKS if banks else _BEST
+        best = names.get(device, "reference")
         return best if _status(best).available else "reference"
     check_name(backend)
+    without = "triton" if banks else "cuda"
+    if backend == without:
+        kind, names = ("memory-bank", "cpu, cuda") if banks else ("in-batch", "cpu, triton")
+        raise ValueError(
+            f"backend: expected one with {kind} losses (auto, {names}, reference), got {backend!r}"
+        )
     status = _status(backend)
     if not status.available:
         raise BackendUnavailableError(
@@ -134,10 +157,10 @@ def resolve(backend: str, device: str) -> str:
             "Pass backend='auto' or 'reference'; `mclfast env` lists all backends"
         )
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    takes = {"triton": ("cpu" if interpreted else "cuda",), "cpu": ("cpu",)}.get(backend)
-    if takes and device not in takes:
+    takes = {"triton": "cpu" if interpreted else "cuda", "cuda": "cuda", "cpu": "cpu"}.get(backend)
+    if takes and device != takes:
         raise ValueError(
-            f"backend: expected one for {device} tensors, got {backend!r}, which takes {takes[0]}"
+            f"backend: expected one for {device} tensors, got {backend!r}, which takes {takes}"
         )
     return backend
 

@@ -204,3 +204,47 @@ def check_pair_weights(weights: Any, nodes: Tensor) -> Tensor | None:
             f"pair_weights: expected device {nodes.device} as embeddings has, got {weights.device}"
         )
     return weights
+
+
+def check_banks(banks: Any, nodes: Tensor, networks: int) -> Tensor:
+    """Memory banks [M, n, D], one for each network, where their rows can be read from."""
+    check_embeddings("banks", banks, [networks, "n", nodes.shape[-1]])
+    if not banks.is_contiguous():
+        raise ValueError(f"banks: expected a contiguous tensor, got strides {banks.stride()}")
+    if banks.requires_grad:
+        raise ValueError("banks: expected no requires_grad, got a tensor with; banks are constants")
+    # A GPU reads pinned host memory in place.
+    if banks.device != nodes.device and not (nodes.is_cuda and banks.is_pinned()):
+        raise ValueError(
+            f"banks: expected device {nodes.device} as embeddings has, or pinned host memory for "
+            f"embeddings on a GPU, got {banks.device}"
+        )
+    return banks
+
+
+def check_indices(
+    argument: str, value: Any, shape: Sequence[int | str], device: torch.device
+) -> Tensor:
+    """Sample numbers, int64; letters stand for any size >= 1."""
+    wanted = "[" + ", ".join(map(str, shape)) + "]"
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"{argument}: expected an int64 tensor {wanted}, got {describe(value)}")
+    fits = value.dim() == len(shape) and all(
+        size >= 1 if isinstance(want, str) else size == want
+        for size, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{argument}: expected shape {wanted}, got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(
+            f"{argument}: expected device {device} as embeddings has, got {value.device}"
+        )
+    return value
+
+
+def check_coefficients(coefficients: Sequence[float]) -> None:
+    """Weights of the four terms."""
+    if len(coefficients) != 4:
+        raise ValueError(
+            f"coefficients: expected 4 (vcl, soft_vcl, icl, soft_icl), got {len(coefficients)}"
+        )

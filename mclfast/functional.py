@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from mclfast import _backend, ops, reference
 from mclfast._checks import (
+    check_coefficients,
     check_embeddings,
     check_labels,
     check_pair_weights,
@@ -310,10 +311,7 @@ def _weighted_objective(
     backend: str,
 ) -> MCLObjective:
     """``coefficients`` times the terms; row weights ``lone`` [N, B] (vcl), ``pairs`` [N, N, B]."""
-    if len(coefficients) != 4:
-        raise ValueError(
-            f"coefficients: expected 4 (vcl, soft_vcl, icl, soft_icl), got {len(coefficients)}"
-        )
+    check_coefficients(coefficients)
     backend = _checked(nodes, labels, temperature, kl_temperature, backend)
     row_weights = (lone, pairs, pairs, pairs)
     with torch.autocast(nodes.device.type, enabled=False):

@@ -3,7 +3,8 @@
 An operator returns per-anchor rows, or a loss whose row weights are known in advance, and the row
 statistics from which its backward recomputes the similarities; no [B, B] matrix is kept. The string
 ``backend`` names the implementation: "cpu" the C++ extension, "triton" the kernels of
-``mclfast.kernels`` (on a GPU, or interpreted on a CPU). ``torch.compile`` sees one operator.
+``mclfast.kernels`` (on a GPU, or interpreted on a CPU), "cuda" the CUDA kernels of the extension.
+``torch.compile`` sees one operator. Those of the memory-bank losses stand in ``bank_ops.py``.
 
 ``families`` is a bit mask of the rows asked for: 1 vcl, 2 soft_vcl, 4 icl, 8 soft_icl; the others
 are zero and cost nothing. Teachers are constants in the first and in the second derivative, as in
@@ -32,20 +33,23 @@ _SETTINGS = "int[] networks, float temperature, float kl_temperature, int famili
 _COTANGENTS = "Tensor g_vcl, Tensor g_soft_vcl, Tensor g_icl, Tensor g_soft_icl"
 
 
-def _implementation(backend: str, name: str) -> Callable[..., Any]:
+def implementation(backend: str, name: str) -> Callable[..., Any]:
     if backend == "cpu":
         _backend.extension()  # its operators exist once it is loaded
         return getattr(torch.ops.mclfast_cpu, name)
+    if backend == "cuda":
+        _backend.extension()
+        return getattr(torch.ops.mclfast_cuda, name)
     # Imported by name: mypy does not see that the folder kernels/ is mclfast.kernels.
     return getattr(importlib.import_module("mclfast.kernels.ops"), name)
 
 
-def _passed_on(name: str) -> Callable[..., tuple[Tensor, ...]]:
+def passed_on(name: str) -> Callable[..., tuple[Tensor, ...]]:
     """The implementation ``name`` of the backend that the last argument names."""
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         *values, backend = arguments
-        return tuple(_implementation(backend, name)(*values))
+        return tuple(implementation(backend, name)(*values))
 
     return call
 
@@ -67,7 +71,7 @@ def _row_shapes(nodes: Tensor, rows: int) -> list[Tensor]:
 #: statistics lse, kl_lse [N, N, R], which are not differentiable.
 mcl_rows = torch.library.custom_op(
     "mclfast::mcl_rows",
-    _passed_on("mcl_rows_forward"),
+    passed_on("mcl_rows_forward"),
     mutates_args=(),
     schema=f"(Tensor nodes, Tensor labels, {_SETTINGS}, int row_start, int row_count, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -107,7 +111,7 @@ def _mcl_rows_backward(
     *settings: Any,
 ) -> Tensor:
     *numbers, backend = settings
-    result: Tensor = _implementation(backend, "mcl_rows_backward")(
+    result: Tensor = implementation(backend, "mcl_rows_backward")(
         g_vcl, g_soft_vcl, g_icl, g_soft_icl, nodes, labels, networks, lse, kl_lse, *numbers
     )
     return result
@@ -156,7 +160,7 @@ def _mcl_rows_double_backward(
 ) -> tuple[Tensor, ...]:
     *numbers, backend = settings
     return tuple(
-        _implementation(backend, "mcl_rows_double_backward")(
+        implementation(backend, "mcl_rows_double_backward")(
             v_nodes, g_vcl, g_soft_vcl, g_icl, g_soft_icl, nodes, labels, networks, lse, kl_lse,
             *numbers,
         )
@@ -197,7 +201,7 @@ def _mcl_objective(
     backend: str,
 ) -> tuple[Tensor, ...]:
     cotangents = (g_vcl, g_soft_vcl, g_icl, g_soft_icl)
-    *rows, lse, kl_lse, grad = _implementation(backend, "mcl_rows_fused")(
+    *rows, lse, kl_lse, grad = implementation(backend, "mcl_rows_fused")(
         *cotangents, nodes, labels, networks, temperature, kl_temperature, families
     )
     first, *rest = (
@@ -260,7 +264,7 @@ mcl_objective.register_autograd(_objective_backward, setup_context=_objective_co
 #: temperature, and its diagonal; [B] each, all differentiable.
 info_nce = torch.library.custom_op(
     "mclfast::info_nce",
-    _passed_on("info_nce_forward"),
+    passed_on("info_nce_forward"),
     mutates_args=(),
     schema="(Tensor a, Tensor b, float temperature, str backend) -> (Tensor, Tensor, Tensor)",
 )
@@ -293,7 +297,7 @@ _INFO_NCE = (
 #: (cotangents of the three outputs, a, b, ...) -> gradients of a and b.
 info_nce_backward = torch.library.custom_op(
     "mclfast::info_nce_backward",
-    _passed_on("info_nce_backward"),
+    passed_on("info_nce_backward"),
     mutates_args=(),
     schema=f"({_INFO_NCE}) -> (Tensor, Tensor)",
 )
@@ -324,7 +328,7 @@ info_nce_backward.register_autograd(_info_nce_second, setup_context=_info_nce_ba
 #: Gradient of <v, info_nce_backward(cotangents, a, b)> for a, b and the cotangents.
 info_nce_double_backward = torch.library.custom_op(
     "mclfast::info_nce_double_backward",
-    _passed_on("info_nce_double_backward"),
+    passed_on("info_nce_double_backward"),
     mutates_args=(),
     schema=f"(Tensor v_a, Tensor v_b, {_INFO_NCE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

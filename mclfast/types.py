@@ -1,4 +1,4 @@
-"""What the in-batch losses return."""
+"""What the losses return."""
 
 from __future__ import annotations
 
@@ -26,6 +26,26 @@ class MCLRows(NamedTuple):
     icl: Tensor
     soft_icl: Tensor
     valid: Tensor
+
+
+class BankMCLRows(NamedTuple):
+    """Per-anchor rows of the four terms against M memory banks, for N nodes.
+
+    Attributes:
+        vcl: [N, B], contrastive row of each node against its own network's bank, without the
+            anchor's own entry.
+        soft_vcl: [N, N, B], entry [a, b]: KL from b's (teacher) distribution over its own bank to
+            a's over its own; zero inside a network.
+        icl: [M, N, B], entry [m, e]: contrastive row of node e against the bank of network m, the
+            anchor's own entry a positive; zero where e belongs to network m.
+        soft_icl: [N, N, B], entry [a, b]: KL from the distribution of a over b's bank (teacher) to
+            that of b over a's bank; zero inside a network.
+    """
+
+    vcl: Tensor
+    soft_vcl: Tensor
+    icl: Tensor
+    soft_icl: Tensor
 
 
 class MCLTerms(NamedTuple):

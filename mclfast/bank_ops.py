@@ -1,0 +1,285 @@
+"""The memory-bank losses as torch.library operators; see ``ops.py`` for what they have in common.
+
+An operator gathers each bank row it needs once or twice and keeps statistics of [M, N, B], never
+the gathered rows. Index tensors may have any row stride, so that one set of negatives for the whole
+batch is passed as an expanded view. Banks get no gradient; they must not be updated between an
+operator and its backward, which autograd checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mclfast.ops import ICL, SOFT_ICL, SOFT_VCL, VCL, implementation, passed_on, weighted_sum
+from mclfast.reference import statistics_dtype
+
+_KEYS = "Tensor banks, Tensor pos_idx, Tensor neg_idx"
+_SETTINGS = "int[] networks, float temperature, float kl_temperature, int families, str backend"
+_COTANGENTS = "Tensor g_vcl, Tensor g_soft_vcl, Tensor g_icl, Tensor g_soft_icl"
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _row_shapes(nodes: Tensor, banks: Tensor) -> list[Tensor]:
+    """Empty tensors like vcl, soft_vcl, icl, soft_icl, lse, kl_lse."""
+    (count, batch), dtype = nodes.shape[:2], statistics_dtype(nodes)
+    pair, per_bank = (count, count, batch), (banks.shape[0], count, batch)
+    shapes = ((count, batch), pair, per_bank, pair, per_bank, per_bank)
+    return [nodes.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+#: (nodes [N, B, D], banks [M, n, D], pos_idx [B, 1 + P], neg_idx [B, K], ...) -> vcl [N, B],
+#: soft_vcl [N, N, B], icl [M, N, B], soft_icl [N, N, B], and the statistics lse, kl_lse [M, N, B],
+#: which are not differentiable.
+bank_mcl_rows = torch.library.custom_op(
+    "mclfast::bank_mcl_rows",
+    passed_on("bank_mcl_forward"),
+    mutates_args=(),
+    schema=f"(Tensor nodes, {_KEYS}, {_SETTINGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@bank_mcl_rows.register_fake
+def _(nodes: Tensor, banks: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(_row_shapes(nodes, banks))
+
+
+def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[4:])
+    ctx.save_for_backward(*inputs[:4], *output[4:])
+    ctx.settings = inputs[4:]
+
+
+def _rows_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    grad = bank_mcl_rows_backward(*grads[:4], *ctx.saved_tensors, *ctx.settings)
+    return grad, *(None,) * 8
+
+
+bank_mcl_rows.register_autograd(_rows_backward, setup_context=_rows_context)
+
+
+def _single(name: str) -> Any:
+    """The implementation ``name`` of the backend that the last argument names."""
+
+    def call(*arguments: Any) -> Tensor:
+        *values, backend = arguments
+        found: Tensor = implementation(backend, name)(*values)
+        return found
+
+    return call
+
+
+def _with_statistics(name: str) -> Any:
+    """The implementation ``name``, which takes the statistics after the networks."""
+
+    def call(*arguments: Any) -> Any:
+        *tensors, lse, kl_lse, networks, temperature, kl_temperature, families, backend = arguments
+        found = implementation(backend, name)(
+            *tensors, networks, lse, kl_lse, temperature, kl_temperature, families
+        )
+        return found if isinstance(found, Tensor) else tuple(found)
+
+    return call
+
+
+#: (four cotangents, nodes, banks, indices, statistics, ...) -> gradient [N, B, D] in the dtype of
+#: nodes.
+bank_mcl_rows_backward = torch.library.custom_op(
+    "mclfast::bank_mcl_rows_backward",
+    _with_statistics("bank_mcl_backward"),
+    mutates_args=(),
+    schema=f"({_COTANGENTS}, Tensor nodes, {_KEYS}, Tensor lse, Tensor kl_lse, {_SETTINGS})"
+    " -> Tensor",
+)
+
+
+@bank_mcl_rows_backward.register_fake
+def _(*inputs: Any) -> Tensor:
+    return _like(inputs[4])
+
+
+def _rows_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.settings = inputs[10:]
+
+
+def _rows_double_backward(ctx: Any, v_nodes: Tensor) -> tuple[Any, ...]:
+    h_nodes, *h_cotangents = bank_mcl_rows_double_backward(
+        v_nodes, *ctx.saved_tensors, *ctx.settings
+    )
+    return *h_cotangents, h_nodes, *(None,) * 10
+
+
+bank_mcl_rows_backward.register_autograd(
+    _rows_double_backward, setup_context=_rows_backward_context
+)
+
+
+#: (v [N, B, D], four cotangents, nodes, ...) -> gradient of <v, backward(cotangents, nodes)> for
+#: nodes and the four cotangents.
+bank_mcl_rows_double_backward = torch.library.custom_op(
+    "mclfast::bank_mcl_rows_double_backward",
+    _with_statistics("bank_mcl_double_backward"),
+    mutates_args=(),
+    schema=f"(Tensor v_nodes, {_COTANGENTS}, Tensor nodes, {_KEYS}, Tensor lse, Tensor kl_lse, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@bank_mcl_rows_double_backward.register_fake
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    nodes, banks = inputs[5:7]
+    return _like(nodes), *_row_shapes(nodes, banks)[:4]
+
+
+def _bank_mcl_objective(*arguments: Any) -> tuple[Tensor, ...]:
+    *values, backend = arguments
+    *rows, lse, kl_lse, grad = implementation(backend, "bank_mcl_fused")(*values)
+    first, *rest = (
+        weighted_sum(g, row)
+        for bit, g, row in zip((VCL, SOFT_VCL, ICL, SOFT_ICL), values[:4], rows, strict=True)
+        if values[-1] & bit
+    )
+    return sum(rest, start=first), *rows, lse, kl_lse, grad
+
+
+#: (four row weights, nodes, banks, indices, ...) -> loss = sum of weights times rows, the rows,
+#: lse, kl_lse and the gradient of the loss for nodes. The loss is differentiable for nodes, twice;
+#: the weights get no gradient and the rows give none.
+bank_mcl_objective = torch.library.custom_op(
+    "mclfast::bank_mcl_objective",
+    _bank_mcl_objective,
+    mutates_args=(),
+    schema=f"({_COTANGENTS}, Tensor nodes, {_KEYS}, {_SETTINGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@bank_mcl_objective.register_fake
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    nodes, banks = inputs[4:6]
+    loss = nodes.new_empty((), dtype=statistics_dtype(nodes))
+    return loss, *_row_shapes(nodes, banks), _like(nodes)
+
+
+def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:7])
+    ctx.save_for_backward(*inputs[:8], *output[5:8])
+    ctx.settings = inputs[8:]
+
+
+def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """The gradient of the loss is an output already; that output's own gradient is second order."""
+    *inputs, grad_nodes = ctx.saved_tensors
+    g_loss, v_nodes = grads[0], grads[7]
+    total = None
+    if g_loss is not None:
+        total = (g_loss * grad_nodes).to(grad_nodes.dtype)
+    if v_nodes is not None:
+        second, *_ = bank_mcl_rows_double_backward(v_nodes, *inputs, *ctx.settings)
+        total = second if total is None else total + second
+    return *(None,) * 4, total, *(None,) * 8
+
+
+bank_mcl_objective.register_autograd(_objective_backward, setup_context=_objective_context)
+
+
+#: (nodes [M, B, D], banks [M, n, D], pos_idx [B, 1], neg_idx [B, K], ...) -> log-sum-exp over the
+#: keys of anchor j's logits with bank i, [M, M, B]; 0 on the diagonal, not differentiable.
+bank_nce_lse = torch.library.custom_op(
+    "mclfast::bank_nce_lse",
+    _single("bank_nce_lse"),
+    mutates_args=(),
+    schema=f"(Tensor nodes, {_KEYS}, float temperature, str backend) -> Tensor",
+)
+
+
+@bank_nce_lse.register_fake
+def _(nodes: Tensor, banks: Tensor, *rest: Any) -> Tensor:
+    return _row_shapes(nodes, banks)[4]
+
+
+_NCE = f"Tensor nodes, {_KEYS}, Tensor log_normalizer, float temperature, float eps, str backend"
+
+
+def _bank_nce(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *values, backend = arguments
+    rows, grad = implementation(backend, "bank_nce_fused")(*values)
+    return rows.sum() / rows.shape[-1], grad
+
+
+#: (nodes, banks, indices, log_normalizer [M, M], ...) -> the loss, differentiable for nodes, twice,
+#: and its gradient.
+bank_nce = torch.library.custom_op(
+    "mclfast::bank_nce",
+    _bank_nce,
+    mutates_args=(),
+    schema=f"({_NCE}) -> (Tensor, Tensor)",
+)
+
+
+@bank_nce.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    nodes = inputs[0]
+    return nodes.new_empty((), dtype=statistics_dtype(nodes)), _like(nodes)
+
+
+def _nce_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.settings = inputs[5:]
+
+
+def _nce_backward(ctx: Any, g_loss: Tensor | None, v_nodes: Tensor | None) -> tuple[Any, ...]:
+    *inputs, grad_nodes = ctx.saved_tensors
+    total = None
+    if g_loss is not None:
+        total = (g_loss * grad_nodes).to(grad_nodes.dtype)
+    if v_nodes is not None:
+        second = bank_nce_double_backward(v_nodes, *inputs, *ctx.settings)
+        total = second if total is None else total + second
+    return total, *(None,) * 7
+
+
+bank_nce.register_autograd(_nce_backward, setup_context=_nce_context)
+
+
+#: (v [M, B, D], ...) -> gradient of <v, gradient of the loss> for nodes.
+bank_nce_double_backward = torch.library.custom_op(
+    "mclfast::bank_nce_double_backward",
+    _single("bank_nce_double_backward"),
+    mutates_args=(),
+    schema=f"(Tensor v_nodes, {_NCE}) -> Tensor",
+)
+
+
+@bank_nce_double_backward.register_fake
+def _(*inputs: Any) -> Tensor:
+    return _like(inputs[1])
+
+
+def _bank_update(
+    banks: Tensor, index: Tensor, embeddings: Tensor, momentum: float, backend: str
+) -> None:
+    implementation(backend, "bank_update_")(banks, index, embeddings, momentum)
+
+
+#: (banks [M, n, D], index [B], embeddings [M, B, D], ...): banks are changed in place.
+bank_update = torch.library.custom_op(
+    "mclfast::bank_update",
+    _bank_update,
+    mutates_args=("banks",),
+    schema="(Tensor(a!) banks, Tensor index, Tensor embeddings, float momentum, str backend) -> ()",
+)
+
+
+@bank_update.register_fake
+def _(*inputs: Any) -> None:
+    return None

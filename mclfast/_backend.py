@@ -146,9 +146,10 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
     check_name(backend)
     without = "triton" if banks else "cuda"
     if backend == without:
-        kind, names = ("memory-bank", "cpu, cuda") if banks else ("in-batch", "cpu, triton")
+        kind, on_gpu = ("memory-bank", "cuda") if banks else ("in-batch", "triton")
         raise ValueError(
-            f"backend: expected one with {kind} losses (auto, {names}, reference), got {backend!r}"
+            f"backend: expected one with {kind} losses (auto, cpu, {on_gpu} or reference), "
+            f"got {backend!r}"
         )
     status = _status(backend)
     if not status.available:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mclfast import _backend, bank_ops, reference_bank
-from mclfast._checks import check_embeddings, check_indices, check_integer, check_same, unknown_name
+from mclfast._checks import check_embeddings, check_indices, check_integer, unknown_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}  # fmt: skip
@@ -91,18 +91,17 @@ class MemoryBank(nn.Module):
         # A bank that was put into host memory because it is large must not follow the model to
         # the GPU, and a model cast to half must not change the stored precision.
         banks = self._buffers.pop("banks")
+        assert banks is not None
         try:
             super()._apply(fn, recurse)
         finally:
-            self._buffers["banks"] = banks
-        if not self.pinned and banks is not None:
-            moved = fn(banks)
-            self._buffers["banks"] = moved.to(banks.dtype)
+            target = banks.device if self.pinned else fn(banks.new_empty(0)).device
+            self._buffers["banks"] = banks.to(target)
         return self
 
     @torch.no_grad()
     def update(self, index: Tensor, embeddings: Tensor, *, backend: str = "auto") -> None:
-        """Mixes new embeddings in: ``banks[m, i] = unit_norm(momentum * old + (1 - momentum) * v)``.
+        """Mixes new embeddings in: ``unit_norm(momentum * banks[m, i] + (1 - momentum) * v)``.
 
         Call it once a step, after the backward of the losses. Where a sample occurs more than once
         in ``index``, the last occurrence counts and the others are left out, whatever the backend.
@@ -120,7 +119,10 @@ class MemoryBank(nn.Module):
         check_embeddings("embeddings", embeddings, [networks, "B", dim])
         check_indices("index", index, [embeddings.shape[1]], embeddings.device)
         if embeddings.device != self.banks.device and not self.pinned:
-            check_same("embeddings", embeddings, "banks", self.banks.to(embeddings.dtype))
+            raise ValueError(
+                f"embeddings: expected device {self.banks.device} as the bank has, "
+                f"got {embeddings.device}"
+            )
         found = _backend.resolve(backend, embeddings.device.type, banks=True)
         if found == "cuda" and torch.float64 in (embeddings.dtype, self.banks.dtype):
             found = "reference"

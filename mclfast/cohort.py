@@ -74,6 +74,7 @@ class Cohort(nn.Module):
             raise ValueError(f"networks: expected one number of classes for all, got {classes}")
         self.num_classes = classes[0]
         self.networks = nn.ModuleList(peers)
+        self.projection_dim = projection_dim
         self.projections = nn.ModuleList()
         if projection_dim is not None:
             self.projections.extend(

@@ -37,6 +37,7 @@ from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
 from mclfast.models.staged import StagedNetwork
 from mclfast.schedule import learning_rate
+from mclfast.types import Batch
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
 RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
@@ -133,6 +134,7 @@ class Trainer:
         self.cohort = cohort.to(self.device)
         self.method = method.to(self.device)
         self.method.check_device(self.device)
+        self.method.prepare(self.data.train.labels, self.cohort.projection_dim, config.seed)
         self.own_parts = network_names is None
         self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
         self.sampler = self._sampler()
@@ -219,20 +221,22 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for index in self.sampler.epoch(epoch).to(self.device):
             images, labels = self._augmented(index)
-            parts = self.train_step(images, labels)
+            batch = Batch(labels, index, self.step, epoch)
+            parts = self.train_step(images, batch)
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0) + value.detach()
             if self.meta_optimizer and c.bilevel_every and self.step % c.bilevel_every == 0:
-                self.bilevel_step(images, labels, lr)
+                self.bilevel_step(images, batch, lr)
             self.step += 1
             bar.update()
         # Nothing before this in an epoch waits for the device.
         means = {f"train_{k}": float(v) / len(self.sampler) for k, v in totals.items()}
         # The last step of an epoch shows in no loss of it, but would in the checkpoint.
         tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
+        # Sums need no memory beside a large bank.
+        sums = [t.sum(dtype=torch.float64).to(self.device) for t in tensors]
         if not (
-            math.isfinite(means["train_loss"])
-            and bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+            math.isfinite(means["train_loss"]) and bool(torch.stack(sums).isfinite().all())
         ):
             raise FloatingPointError(
                 f"lr: expected a finite loss and weights, got loss {means['train_loss']} in epoch "
@@ -255,10 +259,11 @@ class Trainer:
         )
         return images, self.data.train.labels[index]
 
-    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def train_step(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
         with self._autocast():
-            parts = self.method.loss(self.cohort(images), labels)
+            outputs = self.cohort(images)
+            parts = self.method.loss(outputs, batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(parts["loss"]).backward()
         if self.config.clip_grad_norm is not None:
@@ -266,9 +271,10 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.method.after_step(outputs, batch)
         return parts
 
-    def bilevel_step(self, images: Tensor, labels: Tensor, lr: float) -> None:
+    def bilevel_step(self, images: Tensor, batch: Batch, lr: float) -> None:
         """One SGD step of the method's meta parameters along the exact bilevel gradient.
 
         Networks, their buffers and the ordinary optimiser stay as they are. In fp16 it runs in
@@ -279,12 +285,12 @@ class Trainer:
         buffers = dict(self.cohort.named_buffers())
 
         def objective(
-            loss: Callable[[PeerOutputs, Tensor], Tensor],
+            loss: Callable[[PeerOutputs, Batch], Tensor],
         ) -> Callable[[dict[str, Tensor]], Tensor]:
             def value(params: dict[str, Tensor]) -> Tensor:
                 # BatchNorm updates its statistics in place: on copies here.
                 copies = {name: b.clone() for name, b in buffers.items()}
-                return loss(functional_call(self.cohort, {**params, **copies}, images), labels)
+                return loss(functional_call(self.cohort, {**params, **copies}, images), batch)
 
             return value
 
@@ -386,7 +392,8 @@ class Trainer:
         import yaml
 
         if (run_dir / CHECKPOINT).exists():
-            self.load_state(checkpoint.load(run_dir / CHECKPOINT, self.device))
+            # In host memory: beside the modules, a second copy of the banks may not fit the GPU.
+            self.load_state(checkpoint.load(run_dir / CHECKPOINT))
             return
         write_text(run_dir / CONFIG, yaml.safe_dump(self._settings(), sort_keys=False))
         write_json(run_dir / ENVIRONMENT, env.report_dict())

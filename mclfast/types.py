@@ -1,7 +1,8 @@
-"""What the losses return."""
+"""What the losses return, and what a method gets."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -80,3 +81,21 @@ class MCLObjective(NamedTuple):
 
     loss: Tensor
     terms: MCLTerms
+
+
+# No NamedTuple: those have a method called index.
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a method knows of a batch beside the outputs of the peers.
+
+    Attributes:
+        labels: [B] int64.
+        index: [B] int64, numbers of the samples in the training set.
+        step: number of the training step, over the whole run.
+        epoch: number of the epoch, from 0.
+    """
+
+    labels: Tensor
+    index: Tensor
+    step: int
+    epoch: int

@@ -50,6 +50,13 @@ CHANGED: dict[str, Any] = {
     "soft_icl_weight": 0.6,
     "matcher_dim": 16,
     "backend": "reference",
+    "loss": "bank",
+    "num_positives": 2,
+    "num_negatives": 64,
+    "shared_negatives": True,
+    "bank_momentum": 0.9,
+    "bank_dtype": "bfloat16",
+    "bank_storage": "pinned",
 }
 
 
@@ -141,7 +148,7 @@ def test_amp_off_as_yaml_reads_it():
             {"method": "baseline", "matcher_dim": 3},
             "^matcher_dim: expected a setting of method baseline, got one of method lmcl",
         ),
-        ({"method": "lmcll"}, r"^method: expected one of baseline, lmcl; got 'lmcll' .*'lmcl'"),
+        ({"method": "lmcll"}, r"^method: expected one of baseline, lmcl, mcl; got 'lmcll' .*'lmcl'"),
         ({"method": ["lmcl"]}, r"^method: expected text, got \['lmcl'\]"),
         ({"cohort": "resnet8,resnet9"}, r"^cohort: .*got 'resnet9' \(did you mean"),
         ({"cohort": ""}, "^cohort: expected at least one network, got none"),

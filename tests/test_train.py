@@ -24,6 +24,7 @@ from mclfast.methods import Method, method_class
 from mclfast.models import StagedNetwork, staged
 from mclfast.schedule import learning_rate
 from mclfast.train import CHECKPOINT, METRICS, RESULT, Trainer, build, select_device, train
+from mclfast.types import Batch
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -135,10 +136,14 @@ def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
     return {k for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
 
 
-def batch(trainer: Trainer, count: int = 20) -> tuple[Tensor, Tensor]:
+def labelled(labels: Tensor) -> Batch:
+    return Batch(labels, torch.arange(len(labels)), step=0, epoch=0)
+
+
+def batch(trainer: Trainer, count: int = 20) -> tuple[Tensor, Batch]:
     train_set = trainer.data.train
     images = prepare(train_set.images[:count], trainer.data.mean, trainer.data.std)
-    return images, train_set.labels[:count]
+    return images, labelled(train_set.labels[:count])
 
 
 # ---------------------------------------------------------------- resuming and reproducing
@@ -255,11 +260,11 @@ def test_train_step_is_sgd_on_the_mean_gradient():
     trainer = tiny_trainer(
         (4, 6), method="baseline", momentum=0, nesterov=False, weight_decay=0.1, lr=0.5
     )
-    images, labels = batch(trainer)
+    images, sample = batch(trainer)
     before = {n: p.detach().clone() for n, p in trainer.cohort.named_parameters()}
-    loss = nn.functional.cross_entropy(trainer.cohort(images).final_logits[0], labels)
+    loss = nn.functional.cross_entropy(trainer.cohort(images).final_logits[0], sample.labels)
     grads = torch.autograd.grad(loss, list(trainer.cohort.parameters()))
-    parts = trainer.train_step(images, labels)
+    parts = trainer.train_step(images, sample)
     torch.testing.assert_close(parts["loss"], loss)
     for (name, value), grad in zip(trainer.cohort.named_parameters(), grads, strict=True):
         torch.testing.assert_close(value, before[name] - 0.5 * (grad + 0.1 * before[name]))
@@ -273,9 +278,9 @@ def test_train_steps_are_nesterov_sgd_with_weight_decay():
     by_hand = copy.deepcopy(trainer.cohort)
     parameters = list(by_hand.parameters())
     velocity = [torch.zeros_like(p) for p in parameters]
-    images, labels = batch(trainer, 40)
+    images, labels = batch(trainer, 40)[0], trainer.data.train.labels[:40]
     for part in torch.arange(40).view(4, 10):
-        trainer.train_step(images[part], labels[part])
+        trainer.train_step(images[part], labelled(labels[part]))
         logits = by_hand(images[part]).final_logits
         loss = sum(nn.functional.cross_entropy(z, labels[part]) for z in logits)
         grads = torch.autograd.grad(loss, parameters)
@@ -382,7 +387,7 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps
         weight_decay=0.05,
     )  # fmt: skip
     cohort, method = trainer.cohort.double(), trainer.method.double()
-    images, labels = batch(trainer, 12)
+    images, sample = batch(trainer, 12)
     images, lr, momentum, decay = images.double(), 0.3, 0.9, 0.05
 
     assert trainer.meta_optimizer is not None
@@ -392,7 +397,7 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps
         trainer.meta_optimizer, "step", lambda: found.extend(p.grad.clone() for p in meta)
     )
     rng = torch.get_rng_state()
-    trainer.bilevel_step(images, labels, lr)
+    trainer.bilevel_step(images, sample, lr)
 
     buffers = dict(cohort.named_buffers())
 
@@ -404,7 +409,7 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps
     params = {n: p.detach().clone().requires_grad_() for n, p in cohort.named_parameters()}
     velocity = {n: torch.zeros_like(p) for n, p in params.items()}
     for loss in [method.inner_loss] * inner_steps + [method.outer_loss] * outer_steps:
-        value = loss(outputs(params), labels)
+        value = loss(outputs(params), sample)
         grads = torch.autograd.grad(
             value, list(params.values()), create_graph=True, allow_unused=True
         )
@@ -412,7 +417,7 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps
             gradient = torch.zeros_like(p) if g is None else g
             velocity[name] = momentum * velocity[name] + gradient + decay * p
             params[name] = p - lr * velocity[name]
-    expected = torch.autograd.grad(method.outer_loss(outputs(params), labels), meta)
+    expected = torch.autograd.grad(method.outer_loss(outputs(params), sample), meta)
     assert len(found) == len(expected) > 0
     for a, b in zip(found, expected, strict=True):
         assert b.abs().max() > 1e-9
@@ -524,14 +529,14 @@ COHORTS = [[(3, 4, 5)], [(3, 4), (3, 4)], [(4,), (3, 5), (3, 4, 6)]]
 def test_lmcl_is_the_published_loss(widths, which):
     cohort, method, outputs, labels = lmcl_in_double(widths)
     if which == "loss":
-        found = method.loss(outputs, labels)
+        found = method.loss(outputs, labelled(labels))
         expected = published_loss(outputs, labels, method)
     elif which == "inner":
         terms = published_terms(outputs, labels, method.matcher, method.options, live=True)
-        found = {"loss": method.inner_loss(outputs, labels)}
+        found = {"loss": method.inner_loss(outputs, labelled(labels))}
         expected = {"loss": weighted(terms, method.options)}
     else:
-        found = {"loss": method.outer_loss(outputs, labels)}
+        found = {"loss": method.outer_loss(outputs, labelled(labels))}
         expected = {"loss": published_loss(outputs, labels, method)["ce"]}
     assert found.keys() == expected.keys()
     # Cross entropies are computed in float32.
@@ -569,7 +574,7 @@ def test_baseline_is_the_sum_of_cross_entropies():
     expected = sum(
         -torch.softmax(stages[0], 1).log()[range(6), labels].mean() for stages in outputs.logits
     )
-    found = methods.Baseline(cohort.feature_dims).loss(outputs, labels)
+    found = methods.Baseline(cohort.feature_dims).loss(outputs, labelled(labels))
     # Cross entropies are computed in float32.
     torch.testing.assert_close(found["loss"].double(), expected, rtol=1e-6, atol=0)
 
@@ -742,9 +747,9 @@ def test_batches_without_a_pair_of_one_class():
     assert all(math.isfinite(v) for v in record.values())
     assert all(p.isfinite().all() for p in trainer.method.parameters())
 
-    images, labels = batch(trainer, 4)
-    assert len(labels.unique()) == 4
-    parts = trainer.train_step(images, labels)
+    images, sample = batch(trainer, 4)
+    assert len(sample.labels.unique()) == 4
+    parts = trainer.train_step(images, sample)
     assert parts["vcl"] == parts["icl"] == 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.parameters)
 

@@ -6,10 +6,11 @@ from mclfast._checks import unknown_name
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import Baseline
 from mclfast.methods.lmcl import LayerwiseMCL
+from mclfast.methods.mcl import MCL
 
-__all__ = ["Baseline", "LayerwiseMCL", "Method", "available", "method_class"]
+__all__ = ["MCL", "Baseline", "LayerwiseMCL", "Method", "available", "method_class"]
 
-_METHODS: dict[str, type[Method]] = {"baseline": Baseline, "lmcl": LayerwiseMCL}
+_METHODS: dict[str, type[Method]] = {"baseline": Baseline, "lmcl": LayerwiseMCL, "mcl": MCL}
 
 
 def available() -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mclfast._settings import coerce_fields
 from mclfast.cohort import PeerOutputs
+from mclfast.types import Batch
 
 
 class Method(nn.Module):
@@ -49,13 +50,25 @@ class Method(nn.Module):
                 f"got {type(options).__qualname__}"
             )
 
-    def loss(self, outputs: PeerOutputs, labels: Tensor) -> dict[str, Tensor]:
+    def prepare(self, labels: Tensor, projection_dim: int | None, seed: int) -> None:
+        """Builds what depends on the data set; the trainer calls it once, before a run starts.
+
+        Args:
+            labels: [n] int64, of the training set, on the device of the run.
+            projection_dim: width of the embeddings, None where the cohort has none.
+            seed: of the run.
+        """
+
+    def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         """The loss of one training step.
 
         Returns:
             "loss", the 0-dim total to differentiate, and its parts by name for logging.
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss")
+
+    def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
+        """Called after the optimiser's step, with the outputs that the loss got."""
 
     def check_device(self, device: torch.device) -> None:
         """Raises, before a run starts, where the method cannot work on a device."""
@@ -64,10 +77,10 @@ class Method(nn.Module):
         """Parameters that only the bilevel step trains; none unless overridden."""
         return []
 
-    def inner_loss(self, outputs: PeerOutputs, labels: Tensor) -> Tensor:
+    def inner_loss(self, outputs: PeerOutputs, batch: Batch) -> Tensor:
         """The objective whose SGD steps the bilevel gradient runs through."""
         raise NotImplementedError(f"{type(self).__name__} has meta parameters but no inner_loss")
 
-    def outer_loss(self, outputs: PeerOutputs, labels: Tensor) -> Tensor:
+    def outer_loss(self, outputs: PeerOutputs, batch: Batch) -> Tensor:
         """The objective that the meta parameters should lower."""
         raise NotImplementedError(f"{type(self).__name__} has meta parameters but no outer_loss")

@@ -8,13 +8,14 @@ from torch.nn.functional import cross_entropy
 from mclfast.cohort import PeerOutputs
 from mclfast.methods.base import Method
 from mclfast.reference import wide
+from mclfast.types import Batch
 
 
 class Baseline(Method):
     """Sum over networks of the cross entropy of their logits; the peers do not interact."""
 
-    def loss(self, outputs: PeerOutputs, labels: Tensor) -> dict[str, Tensor]:
-        total = sum_cross_entropy(outputs, labels)
+    def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
+        total = sum_cross_entropy(outputs, batch.labels)
         return {"loss": total, "ce": total}
 
 

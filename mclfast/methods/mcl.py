@@ -1,0 +1,52 @@
+"""MCL: mutual contrastive learning between whole networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mclfast._checks import check_temperature
+from mclfast.cohort import PeerOutputs
+from mclfast.distillation import kd_loss
+from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.methods.contrastive import ContrastiveMethod
+from mclfast.types import Batch
+
+
+class MCL(ContrastiveMethod):
+    """The loss of arXiv 2104.12565 for any number of networks, with one embedding each.
+
+    ``sum_a CE_a + MCL``, with MCL the four terms between the networks, and with ``logit_distill``
+    ``KD(logits_a <- mean of all logits)`` on top, the mean a constant: for all networks, or for the
+    last one only, as the published code does for more than two.
+    """
+
+    @dataclass
+    class Options(ContrastiveMethod.Options):
+        logit_distill: Literal["none", "all", "last"] = field(
+            default="none",
+            metadata={"help": "networks that also learn from the mean logits: none, all or last"},
+        )
+        distill_temperature: float = field(
+            default=3.0, metadata={"help": "softens the logits in logit distillation"}
+        )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_temperature("distill_temperature", self.distill_temperature)
+
+    def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
+        contrastive = self.contrastive_objective(outputs, batch)
+        parts = {"ce": sum_cross_entropy(outputs, batch.labels)}
+        if self.options.logit_distill != "none":
+            logits = outputs.final_logits
+            teacher = torch.stack(logits).mean(0).detach()
+            students = logits if self.options.logit_distill == "all" else logits[-1:]
+            parts["distill"] = torch.stack(
+                [kd_loss(z, teacher, self.options.distill_temperature) for z in students]
+            ).sum()
+        total = torch.stack(list(parts.values())).sum() + contrastive.loss
+        return {"loss": total, **parts, **contrastive.terms._asdict()}

@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 from mclfast._version import __version__
 from mclfast.aggregation import LogitAggregator
+from mclfast.bank_functional import (
+    bank_mcl_loss,
+    bank_mcl_rows,
+    bank_nce_log_normalizer,
+    bank_nce_loss,
+    layerwise_bank_mcl_loss,
+)
 from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.contrast_sampler import ContrastIndices, ContrastSampler
 from mclfast.functional import (
     info_nce_loss,
     layerwise_mcl_loss,
@@ -22,16 +30,21 @@ from mclfast.losses import (
     SupConLoss,
 )
 from mclfast.matching import LayerMatcher
+from mclfast.memory_bank import MemoryBank
 from mclfast.meta import BilevelResult, bilevel_gradient
 from mclfast.models.staged import staged
-from mclfast.types import MCLObjective, MCLRows, MCLTerms
+from mclfast.types import BankMCLRows, Batch, MCLObjective, MCLRows, MCLTerms
 
 if TYPE_CHECKING:
     from mclfast.train import Trainer
 
 __all__ = [
+    "BankMCLRows",
+    "Batch",
     "BilevelResult",
     "Cohort",
+    "ContrastIndices",
+    "ContrastSampler",
     "InfoNCELoss",
     "LayerMatcher",
     "LayerwiseMCLLoss",
@@ -40,14 +53,20 @@ __all__ = [
     "MCLObjective",
     "MCLRows",
     "MCLTerms",
+    "MemoryBank",
     "PeerOutputs",
     "ProjectionHead",
     "SimilarityKLLoss",
     "SupConLoss",
     "Trainer",
     "__version__",
+    "bank_mcl_loss",
+    "bank_mcl_rows",
+    "bank_nce_log_normalizer",
+    "bank_nce_loss",
     "bilevel_gradient",
     "info_nce_loss",
+    "layerwise_bank_mcl_loss",
     "layerwise_mcl_loss",
     "mcl_loss",
     "mcl_rows",

@@ -23,7 +23,10 @@ from mclfast.functional import (
 )
 from mclfast.heads import ProjectionHead
 from mclfast.losses import (
+    BankMCLLoss,
+    BankNCELoss,
     InfoNCELoss,
+    LayerwiseBankMCLLoss,
     LayerwiseMCLLoss,
     MCLLoss,
     SimilarityKLLoss,
@@ -39,7 +42,9 @@ if TYPE_CHECKING:
     from mclfast.train import Trainer
 
 __all__ = [
+    "BankMCLLoss",
     "BankMCLRows",
+    "BankNCELoss",
     "Batch",
     "BilevelResult",
     "Cohort",
@@ -47,6 +52,7 @@ __all__ = [
     "ContrastSampler",
     "InfoNCELoss",
     "LayerMatcher",
+    "LayerwiseBankMCLLoss",
     "LayerwiseMCLLoss",
     "LogitAggregator",
     "MCLLoss",

@@ -10,6 +10,9 @@ from torch import Tensor
 
 import golden
 from mclfast import (
+    BankMCLLoss,
+    BankNCELoss,
+    LayerwiseBankMCLLoss,
     bank_mcl_loss,
     bank_mcl_rows,
     bank_nce_log_normalizer,
@@ -380,3 +383,37 @@ def test_nce_wrong_arguments():
         bank_nce_loss(e[:, 0], banks, neg, log_normalizer=torch.zeros(3, 3))
     with pytest.raises(ValueError, match="^eps: expected a number"):
         bank_nce_loss(e[:, 0], banks, neg, eps=-1.0)
+
+
+# ---------------------------------------------------------------- modules
+
+
+def test_modules_equal_functions():
+    e, banks, pos, neg = sample(2, 2, 4, 6)
+    settings = {"temperature": 0.3, "kl_temperature": 2.0}
+    keys = (banks, pos, neg)
+    assert BankMCLLoss(**settings)(e[:, 0], *keys) == bank_mcl_loss(e[:, 0], *keys, **settings)
+    coefficients = (0.1, 1, 0.1, 1)
+    w = torch.rand(4, 4, 4, dtype=torch.float64)
+    got = LayerwiseBankMCLLoss(coefficients=coefficients, **settings)(e, *keys, w).loss
+    want = layerwise_bank_mcl_loss(e, *keys, w, coefficients=coefficients, **settings).loss
+    assert got == want
+    contrast = torch.cat([pos[:, :1], neg], 1)
+    assert BankNCELoss(0.3)(e[:, 0], banks, contrast) == bank_nce_loss(
+        e[:, 0], banks, contrast, temperature=0.3
+    )
+
+
+def test_frozen_normalizers_are_those_of_the_first_batch():
+    e, banks, pos, neg = sample(2, 1, 4, 6)
+    x, y = e[:, 0].detach(), unit_norm(torch.randn(2, 4, 6, dtype=torch.float64))
+    contrast = torch.cat([pos[:, :1], neg], 1)
+    log_z = bank_nce_log_normalizer(x, banks, contrast, temperature=0.3)
+    loss = BankNCELoss(0.3, freeze_normalizer=True)
+    assert "log_normalizer" not in loss.state_dict()
+    loss(x, banks, contrast)
+    want = bank_nce_loss(y, banks, contrast, temperature=0.3, log_normalizer=log_z)
+    torch.testing.assert_close(loss(y, banks, contrast), want)
+    other = BankNCELoss(0.3, freeze_normalizer=True)
+    other.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(other(y, banks, contrast), want)

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from mclfast import models
 from mclfast.models.staged import fresh_copy
+from torchvision_record import NETWORKS
 
 # name: parameters, mega-MACs, the same with auxiliary heads (32 px, 100 classes).
 SIZES = {
@@ -21,10 +22,22 @@ SIZES = {
     "wrn_40_2": (2_255_156, 327.61, 6_122_684, 654.8),
     "wrn_28_4": (5_872_180, 845.62, 15_961_212, 1701.3),
 }
-FAMILIES = [
+CIFAR_FAMILIES = [
     lambda: models.resnet8(num_classes=5),
     lambda: models.CifarResNet(models.resnet.Bottleneck, 1, num_classes=5),
     lambda: models.WideResNet(10, 1, num_classes=5),
+]
+
+
+def slim_resnet(block: type[nn.Module]) -> models.ImageNetResNet:
+    return models.ImageNetResNet(block, (1, 2, 1, 1), num_classes=5, width=4)
+
+
+FAMILIES = [
+    *CIFAR_FAMILIES,
+    lambda: slim_resnet(models.imagenet_resnet.BasicBlock),
+    lambda: slim_resnet(models.imagenet_resnet.Bottleneck),
+    lambda: models.ImageNetShuffleNetV2((8, 12, 16), num_classes=5, feature_width=20),
 ]
 
 
@@ -133,14 +146,14 @@ def test_macs_leave_the_module_alone() -> None:
 
 
 def test_registry() -> None:
-    assert set(SIZES) | {"resnet8", "resnet20"} == set(models.available())
+    assert set(SIZES) | set(NETWORKS) | {"resnet8", "resnet20"} == set(models.available())
     net = models.create("resnet8", num_classes=7, in_channels=1)
     assert net.num_classes == 7 and net.stem_forward(torch.randn(1, 1, 8, 8)).shape[1] == 16
     for name in models.available():
         assert callable(getattr(models, name))
 
 
-@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("make", CIFAR_FAMILIES)
 @pytest.mark.parametrize("size", [8, 16, 32, 19])
 def test_shapes(make, size: int) -> None:
     peer = models.PeerNetwork(make())
@@ -489,8 +502,10 @@ def test_errors_when_adapting(stages, options, message: str) -> None:
 
 
 def test_other_errors() -> None:
-    with pytest.raises(ValueError, match=r"name: expected one of resnet110, .*'resnet23' \(did"):
+    with pytest.raises(ValueError, match=r"name: expected a known name; got 'resnet23' \(did"):
         models.create("resnet23")
+    with pytest.raises(ValueError, match=r"name: expected one of resnet110, .*; got 'zzz'$"):
+        models.create("zzz")
     with pytest.raises(ValueError, match=r"depth: expected 6n \+ 4 with n >= 1, got 17"):
         models.WideResNet(17, 2)
     with pytest.raises(ValueError, match=r"stage_index: .* 0 <= index < 2, got 2"):

@@ -5,6 +5,12 @@ from collections.abc import Callable
 from mclfast._checks import unknown_name
 from mclfast.models.auxiliary import AuxiliaryHead, PeerNetwork, StageOutputs
 from mclfast.models.counting import macs, parameter_count
+from mclfast.models.imagenet_resnet import ImageNetResNet, resnet18, resnet34, resnet50
+from mclfast.models.imagenet_shufflenet import (
+    ImageNetShuffleNetV2,
+    shufflenet_v2_x0_5,
+    shufflenet_v2_x1_0,
+)
 from mclfast.models.resnet import (
     CifarResNet,
     resnet8,
@@ -19,6 +25,8 @@ from mclfast.models.wrn import WideResNet, wrn_16_2, wrn_28_4, wrn_40_2
 __all__ = [
     "AuxiliaryHead",
     "CifarResNet",
+    "ImageNetResNet",
+    "ImageNetShuffleNetV2",
     "PeerNetwork",
     "StageOutputs",
     "StagedNetwork",
@@ -29,10 +37,15 @@ __all__ = [
     "macs",
     "parameter_count",
     "resnet8",
+    "resnet18",
     "resnet20",
     "resnet32",
+    "resnet34",
+    "resnet50",
     "resnet56",
     "resnet110",
+    "shufflenet_v2_x0_5",
+    "shufflenet_v2_x1_0",
     "staged",
     "wrn_16_2",
     "wrn_28_4",
@@ -48,6 +61,11 @@ _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
     "wrn_16_2": wrn_16_2,
     "wrn_40_2": wrn_40_2,
     "wrn_28_4": wrn_28_4,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "shufflenet_v2_x0_5": shufflenet_v2_x0_5,
+    "shufflenet_v2_x1_0": shufflenet_v2_x1_0,
 }
 
 
@@ -56,12 +74,13 @@ def available() -> list[str]:
     return list(_NETWORKS)
 
 
-def create(name: str, *, num_classes: int = 100, in_channels: int = 3) -> StagedNetwork:
+def create(name: str, *, num_classes: int | None = None, in_channels: int = 3) -> StagedNetwork:
     """Build a named network with newly drawn weights.
 
     Args:
         name: one of :func:`available`.
-        num_classes: number of logits C.
+        num_classes: number of logits C; None for that of the network's own data set, 100 for
+            CIFAR-100 or 1000 for ImageNet.
         in_channels: channels of the input image [B, in_channels, H, W].
 
     Raises:
@@ -69,4 +88,5 @@ def create(name: str, *, num_classes: int = 100, in_channels: int = 3) -> Staged
     """
     if name not in _NETWORKS:
         raise unknown_name("name", name, _NETWORKS)
-    return _NETWORKS[name](num_classes=num_classes, in_channels=in_channels)
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    return _NETWORKS[name](in_channels=in_channels, **classes)

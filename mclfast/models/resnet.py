@@ -23,19 +23,41 @@ def init_conv(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-        nn.BatchNorm2d(out_channels),
-    )
+class ResidualBlock(nn.Module):
+    """Sum of a residual branch and a shortcut, then ReLU.
 
+    A subclass adds its layers, calls :meth:`add_shortcut` last and defines :meth:`residual`.
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; [B, in_channels, h, w] -> [B, width, h / stride, w / stride]."""
+    Attributes:
+        expansion: output channels over ``width``.
+        shortcut_name: name of the shortcut in the state dict, where published weights differ.
+    """
 
     expansion = 1
+    shortcut_name = "shortcut"
+
+    def add_shortcut(self, in_channels: int, out_channels: int, stride: int) -> None:
+        """The identity where the shape stays, else a 1x1 convolution with batch norm."""
+        shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+        self.add_module(self.shortcut_name, shortcut)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """[B, in_channels, h, w] -> [B, expansion * width, h / stride, w / stride]."""
+        raise NotImplementedError(f"{type(self).__name__} must define residual")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The shape is that of :meth:`residual`."""
+        shortcut = getattr(self, self.shortcut_name)
+        return F.relu(self.residual(x) + shortcut(x), inplace=True)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions; [B, in_channels, h, w] -> [B, width, h / stride, w / stride]."""
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -43,15 +65,14 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width)
         self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = _shortcut(in_channels, width, stride)
+        self.add_shortcut(in_channels, width, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def residual(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x), inplace=True)
+        return self.bn2(self.conv2(out))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3, 1x1 convolutions; [B, in_channels, h, w] -> [B, 4 width, h / stride, ...]."""
 
     expansion = 4
@@ -64,13 +85,21 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
-        self.shortcut = _shortcut(in_channels, width * self.expansion, stride)
+        self.add_shortcut(in_channels, width * self.expansion, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def residual(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x), inplace=True)
+        return self.bn3(self.conv3(out))
+
+
+def residual_stage(
+    block: type[ResidualBlock], in_channels: int, width: int, count: int, stride: int
+) -> nn.Sequential:
+    """``count`` blocks, of which the first takes ``in_channels`` and the stride."""
+    blocks = [block(in_channels, width, stride)]
+    blocks += [block(width * block.expansion, width, 1) for _ in range(count - 1)]
+    return nn.Sequential(*blocks)
 
 
 class CifarResNet(StagedNetwork):
@@ -85,7 +114,7 @@ class CifarResNet(StagedNetwork):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[ResidualBlock],
         blocks_per_stage: int,
         *,
         num_classes: int = 100,
@@ -95,9 +124,9 @@ class CifarResNet(StagedNetwork):
         self.conv1 = conv3x3(in_channels, 16)
         self.bn1 = nn.BatchNorm2d(16)
         wide = block.expansion
-        self.layer1 = _stage(block, 16, 16, blocks_per_stage, stride=1)
-        self.layer2 = _stage(block, 16 * wide, 32, blocks_per_stage, stride=2)
-        self.layer3 = _stage(block, 32 * wide, 64, blocks_per_stage, stride=2)
+        self.layer1 = residual_stage(block, 16, 16, blocks_per_stage, stride=1)
+        self.layer2 = residual_stage(block, 16 * wide, 32, blocks_per_stage, stride=2)
+        self.layer3 = residual_stage(block, 32 * wide, 64, blocks_per_stage, stride=2)
         self.fc = nn.Linear(64 * wide, num_classes)
         self.apply(self.init_weights)
 
@@ -114,18 +143,6 @@ class CifarResNet(StagedNetwork):
 
     def stem_forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn1(self.conv1(x)), inplace=True)
-
-
-def _stage(
-    block: type[BasicBlock] | type[Bottleneck],
-    in_channels: int,
-    width: int,
-    count: int,
-    stride: int,
-) -> nn.Sequential:
-    blocks: list[nn.Module] = [block(in_channels, width, stride)]
-    blocks += [block(width * block.expansion, width, 1) for _ in range(count - 1)]
-    return nn.Sequential(*blocks)
 
 
 def resnet8(*, num_classes: int = 100, in_channels: int = 3) -> CifarResNet:

@@ -71,6 +71,19 @@ def fresh_copy(
     return fresh.requires_grad_(True)
 
 
+def fresh_blocks(
+    stage: nn.Module, count: int, init_weights: Callable[[nn.Module], None] | None = None
+) -> nn.Module:
+    """:func:`fresh_copy` of the first ``count`` blocks of a stage, a shallower stage.
+
+    Args:
+        stage: its children are the blocks, in the order they run.
+        count: how many of them to copy.
+        init_weights: see :func:`fresh_copy`.
+    """
+    return fresh_copy(nn.Sequential(*list(stage.children())[:count]), init_weights)
+
+
 class StagedNetwork(nn.Module):
     """Backbone = stem, ordered stages, tail, global average pool, one linear classifier.
 

@@ -643,7 +643,7 @@ def test_argument_errors(message: str) -> None:
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("place, name", enumerate(["vcl", "soft_vcl", "icl", "soft_icl"]))
+@pytest.mark.parametrize("place, name", list(enumerate(NAMES)))
 def test_cotangent_errors(place: int, name: str) -> None:
     case = make_case([0, 0, 1], 3, 5, 1, 7)
     wrong = list(case.cotangents)

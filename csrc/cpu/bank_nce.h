@@ -1,7 +1,7 @@
 // Noise-contrastive estimation against the banks of the other networks, sample by sample.
 //
 // x[k] = z[k] - log_normalizer - log_noise is the log-odds of a key to be the positive; a row is
-// softplus(-x[0]) + sum_k>=1 (softplus(x[k]) - log_noise_excess).
+// softplus(-x[0]) + sum_k>=1 (softplus(x[k]) + log_noise_excess).
 
 // log(1 + x) for x in 0 .. 1, as 2 artanh(x / (2 + x)): exact to rounding for small x too, where
 // the many negatives are.
@@ -125,7 +125,7 @@ private:
       const T x = row[0] - shift;
       sum += x > T(0) ? std::log1p(std::exp(-x)) : std::log1p(std::exp(x)) - x;
     } else {
-      sum += sum_lanes<T>(terms) - T(p.log_noise_excess * double(tile.count));
+      sum += sum_lanes<T>(terms) + T(p.log_noise_excess * double(tile.count));
     }
   }
 };

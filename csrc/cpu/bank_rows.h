@@ -6,10 +6,13 @@
 //
 // The forward keeps the logits of its block and takes the statistics from whole rows; the fused
 // gradient goes over the keys once more with these logits. The backward, given the statistics, is
-// one pass that computes the logits of each tile again. The double backward keeps logits and their
-// tangents, because the means of the tangents are needed before the first gradient.
+// one pass that computes the logits of each tile again; at a sharp temperature, where the rounding
+// of the statistics is large beside 1, it keeps the logits to divide the weights by their sums. The
+// double backward keeps logits and their tangents: the means of the tangents come before the first
+// gradient.
 
 template <class T> struct BankProblem : BankRows<T> {
+  static constexpr double kSharp = 0.02;
   Mode mode;
   int64_t M, N, B, columns, padded;
   int64_t own_stride; // of a row of logits
@@ -24,7 +27,7 @@ template <class T> struct BankProblem : BankRows<T> {
         inverse_kl(T(1 / arguments.kl_temperature)), kl(T(arguments.kl_temperature)),
         forward(mode == Mode::kForward || mode == Mode::kFused),
         gradient(mode != Mode::kForward), second(mode == Mode::kDoubleBackward),
-        keeps(mode != Mode::kBackward) {
+        keeps(mode != Mode::kBackward || arguments.temperature < kSharp) {
     // Tiles are read in whole vectors from any column on.
     own_stride = keeps ? padded + kLanes<T> : kKeyTile;
   }
@@ -126,6 +129,7 @@ template <class T> struct BankBand {
   void run(int64_t first, int64_t count);
   void take_products(const KeyTile& tile, int64_t m);
   void forward_row(int64_t i, int64_t r);
+  void normalise_row(int64_t i);
   void second_row(int64_t i, int64_t r);
   void set_cotangents(int64_t i, int64_t r);
   void soft_weights(const KeyTile& tile, int64_t i);
@@ -216,6 +220,21 @@ template <class T> void BankBand<T>::forward_row(int64_t i, int64_t r) {
     if (p.wants(kSoftIcl))
       p.soft_icl[p.pair(a, e, r)] =
           divergence(soft_row(m, e), soft_row(n, a), cross_inter[a * N + e]);
+  });
+}
+
+// Scales of the weights from the logits and the saved statistics.
+template <class T> void BankBand<T>::normalise_row(int64_t i) {
+  for_each_vector([&](int64_t m, int64_t e) {
+    BankVector<T>& v = vector(i, m, e);
+    T hard = 0, soft = 0;
+    for (int64_t c = 0; c < p.padded; c += kChunk) {
+      const T* row = z(i, m, e) + c;
+      const int64_t count = min_of(p.padded - c, kChunk);
+      if (p.hard(m, e)) hard += exp_row(row, T(1), v.hard_shift, scratch.get(), count);
+      if (p.soft(m, e)) soft += exp_row(row, p.inverse_kl, v.soft_shift, scratch.get(), count);
+    }
+    v.hard_scale = T(1) / hard, v.soft_scale = T(1) / soft;
   });
 }
 
@@ -369,8 +388,11 @@ template <class T> void BankBand<T>::run(int64_t first, int64_t count) {
         take_products(tile, m);
       }
     });
-    for (int64_t i = 0; i < count; ++i)
-      p.forward ? forward_row(i, first + i) : second_row(i, first + i);
+    for (int64_t i = 0; i < count; ++i) {
+      if (p.forward) forward_row(i, first + i);
+      else if (p.second) second_row(i, first + i);
+      else normalise_row(i);
+    }
   }
   if (!p.gradient) return;
   for (int64_t i = 0; i < count; ++i) set_cotangents(i, first + i);

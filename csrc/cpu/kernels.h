@@ -1,4 +1,4 @@
-// Interface between the torch-facing file (mcl_ops.cpp) and the numeric kernels.
+// Interface between the torch-facing files (mcl_ops.cpp, bank_ops.cpp) and the numeric kernels.
 //
 // The kernels are compiled once per instruction set, so they see raw pointers only: an inline
 // function of a torch or standard container header compiled for AVX-512 could be the copy that the
@@ -72,12 +72,106 @@ template <class T> struct InfoNce {
   T* grad_b;          // [B, D]
 };
 
+// Type of the values of a memory bank, which is never copied or converted as a whole.
+enum class Element { kFloat, kDouble, kHalf, kBFloat16 };
+
+// Memory banks and the keys of every sample: columns 0 .. positives_count - 1 name the anchor's
+// own entry and its positives, the columns after them the negatives.
+struct BankKeys {
+  const void* banks; // [M, n, D]
+  Element element;
+  int64_t banks_count, samples, width; // M, n, D
+  const int64_t* positives;            // [B, 1 + P], rows positives_stride apart
+  int64_t positives_count, positives_stride;
+  const int64_t* negatives; // [B, K], rows negatives_stride apart; 0: one set for the batch
+  int64_t negatives_count, negatives_stride;
+};
+
+// Arguments of the bank_mcl family. N nodes, B samples.
+template <class T> struct BankRows {
+  BankKeys keys;
+  int64_t nodes_count, batch;
+  double temperature, kl_temperature;
+  unsigned families;
+  const int64_t* networks; // [N], ascending
+  const int64_t* offsets;  // [M + 1], the nodes of network m are offsets[m] .. offsets[m + 1] - 1
+
+  const T* nodes;    // [N, B, D]
+  const T* tangents; // [N, B, D], v_nodes of the double backward, else nullptr
+
+  const T* g_vcl;      // [N, B], nullptr in the forward, and so are the next three
+  const T* g_soft_vcl; // [N, N, B]
+  const T* g_icl;      // [M, N, B]
+  const T* g_soft_icl; // [N, N, B]
+
+  // As in MclRows.
+  T* vcl;      // [N, B]
+  T* soft_vcl; // [N, N, B]
+  T* icl;      // [M, N, B]
+  T* soft_icl; // [N, N, B]
+
+  T* lse;    // [M, N, B], written by the forward (zeroed by the caller), read by the others
+  T* kl_lse; // [M, N, B], the same
+
+  T* grad_nodes; // [N, B, D], written whole; nullptr in the forward
+};
+
+// Arguments of the bank_nce family: one node for each of the M banks.
+// Mode::kForward writes lse; kFused rows and grad_nodes; kDoubleBackward grad_nodes.
+template <class T> struct BankNce {
+  BankKeys keys;
+  int64_t batch;
+  double temperature;
+  double log_noise;        // log(K / n + eps)
+  double log_noise_excess; // log((K / n + eps) / (K / n))
+  const T* nodes;          // [M, B, D]
+  const T* tangents;       // [M, B, D], double backward only
+  const T* log_normalizer; // [M, M], nullptr in the forward
+  T* lse;                  // [M, M, B], zeroed by the caller
+  T* rows;                 // [M, M, B], zeroed by the caller
+  T* grad_nodes;           // [M, B, D], written whole
+};
+
+// Arguments of bank_update_: places of the bank and the samples that go there, no place twice.
+template <class T> struct BankUpdate {
+  void* banks; // [M, n, D]
+  Element element;
+  int64_t banks_count, samples, width;
+  int64_t batch, count;
+  const int64_t* places;  // [count], in 0 .. n - 1
+  const int64_t* sources; // [count], in 0 .. batch - 1
+  const T* embeddings;    // [M, B, D]
+  double momentum;
+};
+
+// Arguments of sample_contrast; the tables group the samples of the data set by class.
+struct SampleContrast {
+  int64_t batch, samples;
+  const int64_t* index;    // [B]
+  const int32_t* order;    // [n], samples sorted by class
+  const int32_t* position; // [n], place of each sample in order
+  const int32_t* labels;   // [n]
+  const int32_t* starts;   // [C + 1], first place of each class
+  int64_t positives_count, negatives_count;
+  uint64_t seed;
+  uint32_t step;
+  int64_t* positives; // [B, 1 + P]
+  int64_t* negatives; // [B, K]
+};
+
 struct Kernels {
   const char* name;
   void (*mcl_rows_float)(const MclRows<float>&, Mode);
   void (*mcl_rows_double)(const MclRows<double>&, Mode);
   void (*info_nce_float)(const InfoNce<float>&, Mode);
   void (*info_nce_double)(const InfoNce<double>&, Mode);
+  void (*bank_rows_float)(const BankRows<float>&, Mode);
+  void (*bank_rows_double)(const BankRows<double>&, Mode);
+  void (*bank_nce_float)(const BankNce<float>&, Mode);
+  void (*bank_nce_double)(const BankNce<double>&, Mode);
+  void (*bank_update_float)(const BankUpdate<float>&);
+  void (*bank_update_double)(const BankUpdate<double>&);
+  void (*sample_contrast)(const SampleContrast&);
 };
 
 // One per instruction set; nullptr where the compiler or the architecture has none.

@@ -27,7 +27,11 @@ namespace mclfast::cpu {
 
 const Kernels* kernels_avx2() {
   static const Kernels kernels{"avx2", avx2::mcl_rows<float>, avx2::mcl_rows<double>,
-                               avx2::info_nce<float>, avx2::info_nce<double>};
+                               avx2::info_nce<float>, avx2::info_nce<double>,
+                               avx2::bank_rows<float>, avx2::bank_rows<double>,
+                               avx2::bank_nce<float>, avx2::bank_nce<double>,
+                               avx2::bank_update<float>, avx2::bank_update<double>,
+                               avx2::sample_contrast};
   return &kernels;
 }
 

@@ -28,7 +28,11 @@ namespace mclfast::cpu {
 
 const Kernels* kernels_avx512() {
   static const Kernels kernels{"avx512", avx512::mcl_rows<float>, avx512::mcl_rows<double>,
-                               avx512::info_nce<float>, avx512::info_nce<double>};
+                               avx512::info_nce<float>, avx512::info_nce<double>,
+                               avx512::bank_rows<float>, avx512::bank_rows<double>,
+                               avx512::bank_nce<float>, avx512::bank_nce<double>,
+                               avx512::bank_update<float>, avx512::bank_update<double>,
+                               avx512::sample_contrast};
   return &kernels;
 }
 

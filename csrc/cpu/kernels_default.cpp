@@ -10,7 +10,11 @@ namespace mclfast::cpu {
 
 const Kernels* kernels_default() {
   static const Kernels kernels{"default", baseline::mcl_rows<float>, baseline::mcl_rows<double>,
-                               baseline::info_nce<float>, baseline::info_nce<double>};
+                               baseline::info_nce<float>, baseline::info_nce<double>,
+                               baseline::bank_rows<float>, baseline::bank_rows<double>,
+                               baseline::bank_nce<float>, baseline::bank_nce<double>,
+                               baseline::bank_update<float>, baseline::bank_update<double>,
+                               baseline::sample_contrast};
   return &kernels;
 }
 

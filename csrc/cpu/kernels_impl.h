@@ -34,6 +34,12 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 #include "positives.h"
 #include "mcl_rows.h"
 #include "info_nce.h"
+#include "bank_elements.h"
+#include "bank_sweep.h"
+#include "bank_rows.h"
+#include "bank_nce.h"
+#include "bank_update.h"
+#include "philox.h"
 
 } // namespace MCLFAST_CAPABILITY
 } // namespace mclfast::cpu

@@ -12,6 +12,7 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "runtime.h"
 
 namespace mclfast::cpu {
@@ -21,34 +22,6 @@ using at::Tensor;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-void check_cpu(const Tensor& x, const char* name) {
-  TORCH_CHECK(x.device().is_cpu(), name, " must be on the CPU, got ", x.device());
-}
-
-void check_floating(const Tensor& x, const char* name) {
-  check_cpu(x, name);
-  const auto type = x.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kHalf ||
-                  type == at::kBFloat16,
-              name, " must be float16, bfloat16, float32 or float64, got ", type);
-}
-
-void check_positive(double value, const char* name) {
-  TORCH_CHECK(std::isfinite(value) && value > 0, name, " must be finite and positive, got ", value);
-}
-
-// Statistics of half precision are float32.
-at::ScalarType wide_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// Contiguous, in `type`, of the given shape.
-Tensor prepare(const Tensor& x, at::ScalarType type, at::IntArrayRef shape, const char* name) {
-  check_cpu(x, name);
-  TORCH_CHECK(x.sizes() == shape, name, " must be ", shape, ", got ", x.sizes());
-  return x.to(type).contiguous();
-}
 
 // Samples grouped by class. The sort is stable, so members ascend inside a class.
 struct ClassIndex {

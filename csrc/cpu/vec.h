@@ -49,6 +49,15 @@ template <class T, int Distance> struct Butterfly {
     const Vec<T> other = swap(v, LaneIndices<T>());
     return Butterfly<T, Distance / 2>::max(v > other ? v : other);
   }
+  // Sums of 2 * Distance vectors, which are overwritten: lane l of the result for vector l, when
+  // Distance is half the lanes.
+  static INLINE Vec<T> sums(Vec<T>* v) {
+    UNROLL for (int i = 0; i < Distance; ++i) {
+      exchange(v[i], v[i + Distance], LaneIndices<T>());
+      v[i] += v[i + Distance];
+    }
+    return Butterfly<T, Distance / 2>::sums(v);
+  }
   static INLINE void transpose(Vec<T>* rows) {
     UNROLL for (int i = 0; i < kLanes<T>; ++i)
       if (!(i & Distance)) exchange(rows[i], rows[i + Distance], LaneIndices<T>());
@@ -58,11 +67,16 @@ template <class T, int Distance> struct Butterfly {
 template <class T> struct Butterfly<T, 0> {
   static INLINE T sum(Vec<T> v) { return v[0]; }
   static INLINE T max(Vec<T> v) { return v[0]; }
+  static INLINE Vec<T> sums(Vec<T>* v) { return v[0]; }
   static INLINE void transpose(Vec<T>*) {}
 };
 
 template <class T> INLINE T sum_lanes(Vec<T> v) { return Butterfly<T, kLanes<T> / 2>::sum(v); }
 template <class T> INLINE T max_lanes(Vec<T> v) { return Butterfly<T, kLanes<T> / 2>::max(v); }
+// Lane l of the result is the sum of vectors[l]; overwrites the kLanes vectors.
+template <class T> INLINE Vec<T> sums_of(Vec<T>* vectors) {
+  return Butterfly<T, kLanes<T> / 2>::sums(vectors);
+}
 template <class T> INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 
 // to[i * to_stride + j] = from[j * from_stride + i] for a block of kLanes x kLanes.

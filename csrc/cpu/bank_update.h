@@ -1,0 +1,26 @@
+// Momentum update of memory banks, in place: every place belongs to one worker.
+
+template <class T, class Value>
+void update_entry(T momentum, const T* embedding, int64_t width, T* mixed, Value* entry) {
+  widen_row(entry, mixed, width);
+  for (int64_t i = 0; i < width; ++i)
+    mixed[i] = momentum * mixed[i] + (T(1) - momentum) * embedding[i];
+  const T norm = std::sqrt(squared_norm(mixed, width));
+  const T scale = T(1) / (norm > T(1e-12) ? norm : T(1e-12));
+  for (int64_t i = 0; i < width; ++i) narrow(mixed[i] * scale, entry[i]);
+}
+
+template <class T> void bank_update(const BankUpdate<T>& p) {
+  const EvenSplit split(p.banks_count * p.count);
+  with_element_type(p.element, [&](auto zero) {
+    auto* banks = static_cast<decltype(zero)*>(p.banks);
+    run_parallel(split.workers, [&](int64_t worker) {
+      Buffer<T> mixed(p.width);
+      for (int64_t i = split.begin(worker); i < split.begin(worker + 1); ++i) {
+        const int64_t m = i / p.count, k = i % p.count;
+        update_entry(T(p.momentum), p.embeddings + (m * p.batch + p.sources[k]) * p.width, p.width,
+                     mixed.get(), banks + (m * p.samples + p.places[k]) * p.width);
+      }
+    });
+  });
+}

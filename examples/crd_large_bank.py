@@ -115,7 +115,7 @@ def main() -> None:
         loss = criterion(embeddings, bank.banks, contrast)
         optimizer.zero_grad()
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         seconds.append(time.perf_counter() - began)
         optimizer.step()
         bank.update(index, embeddings.detach())

@@ -15,6 +15,7 @@ import copy
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -276,8 +277,17 @@ def _context() -> Any:
     return context
 
 
+def _end_with_main_process() -> None:
+    main = multiprocessing.parent_process()
+    if main is not None:
+        main.join()
+        os._exit(1)
+
+
 def _init_worker(_: int) -> None:
     # Ctrl-C reaches the whole group of processes; the main one ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A main process that is killed cannot, and it is not the parent that the loader looks at.
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
     # Pillow warns of damaged metadata, as in some files of ImageNet, each time it reads them.
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")

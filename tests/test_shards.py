@@ -153,7 +153,7 @@ def test_damaged_image_is_named(tmp_path):
     files = [("x.jpg", b"no image"), ("x.cls", b"0"), *sample("y", 1, 2), *sample("z", 1, 1)]
     path = write_shard(tmp_path / "s" / "train" / "set-000.tar", files)
     split = loaded(tmp_path / "s")
-    message = rf"^{path}: x\.jpg: expected a readable image, got Unidentified"
+    message = rf"^{path}: x\.jpg: expected a readable image, got .*8 bytes of no known image format"
     with pytest.raises(ValueError, match=message):
         next(split.train.pixels(torch.tensor([[1, 0]]), "cpu"))
 

@@ -158,9 +158,13 @@ def _uniform(generator: random.Random, low: float, high: float) -> float:
 
 
 def _opened(data: bytes) -> Image.Image:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    return Image.open(io.BytesIO(data))
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        # Its own text names the buffer.
+        raise ValueError(f"{len(data)} bytes of no known image format") from None
 
 
 def _bilinear() -> Any:

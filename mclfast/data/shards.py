@@ -5,8 +5,9 @@ jpeg, png) and `key.cls` with its class number; other files are left out. Sample
 the order of the shards' names, then in that of the shard. Where each one lies is found out once
 and kept in an index, so that a sample takes one read.
 
-The package webdataset is not needed: its random access, wids, looks through every shard again in
-every worker process, and does not know the long names of the tar formats pax and GNU.
+The package webdataset is not needed: what it reads itself is a stream, and wids, the random access
+that it shipped for a while, looks through every shard again in every worker process and does not
+know the long names of the tar formats pax and GNU.
 """
 
 from __future__ import annotations

@@ -30,7 +30,12 @@ class TrainConfig:
     )
     data: str = _field("digits", "data set")
     data_root: str | None = _field(None, "folder with the data set's archive or images")
-    image_size: int | None = _field(None, "side in pixels that images of a folder are brought to")
+    image_size: int | None = _field(
+        None, "side in pixels that images in files are brought to; none for the set's own"
+    )
+    workers: int | None = _field(
+        None, "processes that decode streamed images; none for one per core, 0 for none"
+    )
     train_per_class: int | None = _field(
         None, "labelled training images per class; none for the data set's own number"
     )
@@ -109,6 +114,8 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("bilevel_every", "outer_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
+        if self.workers is not None:
+            _at_least("workers", self.workers, 0)
         for milestone in self.milestones:
             _at_least("milestones", milestone, 0)
         check_not_negative("weight_decay", self.weight_decay)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mclfast.cohort import Cohort
-from mclfast.data.augment import prepare
-from mclfast.data.dataset import Dataset, ImageSet
+from mclfast.data.dataset import Dataset
+from mclfast.data.feed import evaluation_batches
+from mclfast.data.source import ImageSource
 
 
 class CohortAccuracy(NamedTuple):
@@ -28,34 +29,28 @@ class CohortAccuracy(NamedTuple):
     best_head: float
 
 
-def batches(
-    images: ImageSet, data: Dataset, batch_size: int, device: torch.device | str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images [b, C, H, W] and labels [b] in order, on ``device``."""
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        yield (
-            prepare(images.images[part].to(device), data.mean, data.std),
-            images.labels[part].to(device),
-        )
-
-
 @torch.no_grad()
 def _percent_correct(
     module: nn.Module,
     heads: Callable[[Tensor], Sequence[Tensor]],
-    images: ImageSet,
+    images: ImageSource,
     data: Dataset,
     batch_size: int,
 ) -> list[float]:
     """Accuracy of every head; ``heads`` maps images to a sequence of logits."""
     was_training = module.training
     module.eval()
-    device = next(module.parameters()).device
+    batches = evaluation_batches(
+        images,
+        mean=data.mean,
+        std=data.std,
+        batch_size=batch_size,
+        device=next(module.parameters()).device,
+    )
     try:
         correct = [
             torch.stack([(logits.argmax(1) == y).sum() for logits in heads(x)])
-            for x, y in batches(images, data, batch_size, device)
+            for x, y in batches
         ]
     finally:
         module.train(was_training)

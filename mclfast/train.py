@@ -8,7 +8,6 @@ or with your own parts: ``Trainer(cohort, method, data, config, run_dir).fit()``
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 import time
@@ -28,8 +27,8 @@ from mclfast._files import write_json, write_text
 from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.config import TrainConfig
 from mclfast.data import load as load_data
-from mclfast.data.augment import Augmentation, augment
 from mclfast.data.dataset import Dataset
+from mclfast.data.feed import TrainingFeed
 from mclfast.data.sampler import BalancedSampler, ShuffleSampler
 from mclfast.evaluate import cohort_accuracy
 from mclfast.export import export_backbone
@@ -77,6 +76,7 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
         root=config.data_root,
         train_per_class=config.train_per_class,
         image_size=config.image_size,
+        workers=config.workers,
     )
     torch.manual_seed(config.seed)
     cls = method_class(config.method)
@@ -138,6 +138,9 @@ class Trainer:
         self.own_parts = network_names is None
         self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
         self.sampler = self._sampler()
+        self.feed = TrainingFeed(
+            self.data, device=self.device, seed=config.seed, augmented=config.augment
+        )
         self.history: list[dict[str, float]] = []
         self.step = 0
 
@@ -219,8 +222,8 @@ class Trainer:
         self.cohort.train()
         self.method.train()
         totals: dict[str, Tensor] = {}
-        for index in self.sampler.epoch(epoch).to(self.device):
-            images, labels = self._augmented(index)
+        rows = self.sampler.epoch(epoch)
+        for images, labels, index in self.feed.batches(rows, first_step=self.step):
             batch = Batch(labels, index, self.step, epoch)
             parts = self.train_step(images, batch)
             for name, value in parts.items():
@@ -242,22 +245,9 @@ class Trainer:
                 f"lr: expected a finite loss and weights, got loss {means['train_loss']} in epoch "
                 f"{epoch + 1}; try a smaller learning rate or clip_grad_norm (lr was {lr:.3g})"
             )
-        return {"epoch": epoch + 1, "step": self.step, "lr": lr, **means}
-
-    def _augmented(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """One batch, a pure function of the seed and the step, so that a run can be resumed."""
-        digest = hashlib.blake2b(
-            f"augment {self.config.seed} {self.step}".encode(), digest_size=4
-        ).digest()
-        generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest, "little"))
-        images = augment(
-            self.data.train.images[index],
-            self.data.augmentation if self.config.augment else Augmentation(),
-            mean=self.data.mean,
-            std=self.data.std,
-            generator=generator,
-        )
-        return images, self.data.train.labels[index]
+        return {
+            "epoch": epoch + 1, "step": self.step, "lr": lr, **means, **self.feed.throughput()
+        }  # fmt: skip
 
     def train_step(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
@@ -350,13 +340,17 @@ class Trainer:
     def _data_facts(self) -> dict[str, Any]:
         """What tells one data set from another, wherever its files lie."""
         d = self.data
-        return {
+        facts = {
             "training images": len(d.train),
             "test images": len(d.test),
             "class_names": list(d.class_names),
             "mean": list(d.mean),
             "std": list(d.std),
         }
+        if d.train.fingerprint is not None:
+            # Their numbers mean the same images only while these are the same files.
+            facts["training files"] = d.train.fingerprint
+        return facts
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continues from what :meth:`state` gave.
@@ -365,7 +359,7 @@ class Trainer:
             ValueError: the state is of other settings, other data or other networks.
         """
         # Where a run computes, and where its data lie, may change; what it computes may not.
-        free = {"device", "eval_batch_size", "data_root"}
+        free = {"device", "eval_batch_size", "data_root", "workers"}
         try:
             for kind, mine in (("settings", self._settings()), ("data", self._data_facts())):
                 for name, value in state[kind].items():

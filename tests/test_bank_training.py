@@ -29,8 +29,8 @@ def tiny(run_dir: Any = None, **values: Any) -> Trainer:
 
 
 def drawn(trainer: Trainer) -> tuple[Tensor, Batch]:
-    index = trainer.sampler.epoch(0)[0]
-    images, labels = trainer._augmented(index)
+    rows = trainer.sampler.epoch(0)[:1]
+    images, labels, index = next(trainer.feed.batches(rows, first_step=0))
     return images, Batch(labels, index, trainer.step, 0)
 
 

@@ -19,6 +19,7 @@ CHANGED: dict[str, Any] = {
     "data": "folder",
     "data_root": "somewhere/else",
     "image_size": 24,
+    "workers": 3,
     "train_per_class": 5,
     "seed": 7,
     "epochs": 11,

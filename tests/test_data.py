@@ -154,7 +154,8 @@ class TestLimitPerClass:
 
 class TestLoad:
     def test_available(self):
-        assert data.available() == ["digits", "digits-full", "cifar10", "cifar100", "folder"]
+        in_memory = ["digits", "digits-full", "cifar10", "cifar100", "folder"]
+        assert data.available() == [*in_memory, "imagefolder", "webdataset"]
 
     def test_unknown_name_suggests_the_closest(self):
         with pytest.raises(ValueError, match="did you mean 'cifar100'") as error:
@@ -165,7 +166,7 @@ class TestLoad:
         with pytest.raises(ValueError, match="'zzz'$"):
             data.load("zzz")
 
-    @pytest.mark.parametrize("name", ["cifar10", "cifar100", "folder"])
+    @pytest.mark.parametrize("name", ["cifar10", "cifar100", "folder", "imagefolder", "webdataset"])
     def test_root_is_required(self, name):
         with pytest.raises(ValueError, match=r"root: expected .* data_root \(--data-root\)"):
             data.load(name)

@@ -224,14 +224,13 @@ def test_build_is_fixed_by_the_seed():
 
 
 def test_epochs_see_different_batches_and_augmentation():
-    trainer = tiny_trainer()
-    index = torch.arange(20)
-    first, _ = trainer._augmented(index)
-    assert torch.equal(first, trainer._augmented(index)[0])
-    trainer.step += 1
-    assert not torch.equal(first, trainer._augmented(index)[0])
-    trainer.config.augment = False
-    assert torch.equal(trainer._augmented(index)[0], batch(trainer)[0])
+    def images(step: int, **values: Any) -> Tensor:
+        feed = tiny_trainer(**values).feed
+        return next(feed.batches(torch.arange(20).view(1, 20), first_step=step))[0]
+
+    assert torch.equal(images(0), images(0))
+    assert not torch.equal(images(0), images(1))
+    assert torch.equal(images(0, augment=False), batch(tiny_trainer())[0])
 
 
 def test_history_and_result(tmp_path):

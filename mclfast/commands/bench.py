@@ -1,4 +1,4 @@
-"""``mclfast bench``: time and memory of the losses against the published form."""
+"""``mclfast bench``: time and memory of the losses, or images/s of the loader (``--loader``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mclfast.benchmark.cases import MODES, PRESETS, PROVIDERS, Case, preset
 if TYPE_CHECKING:
     from mclfast.benchmark.run import Outcome
 
-HELP = "time and memory of the losses against the published form"
+HELP = "time and memory of the losses against the published form, or images/s of the loader"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=float, default=20.0, metavar="S",
         help="seconds of timing per case, after at least three rounds (default: 20)")
     add("--no-memory", action="store_true", help="do not measure peak memory")
+    loader = parser.add_argument_group("the loader alone")
+    add = loader.add_argument
+    add("--loader", action="store_true",
+        help="images/s at which the training images of a streamed set are read, decoded and "
+        "augmented, for --budget seconds, and nothing else")
+    add("--data", help="imagefolder or webdataset")
+    add("--data-root", help="folder with the images")
+    add("--batch-size", type=int, default=256, help="images per batch (default: 256)")
+    add("--image-size", type=int, help="side in pixels (default: 224)")
+    add("--workers", type=int, help="processes that decode; 0 for none (default: one per core)")
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
@@ -44,6 +54,8 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     """
     import torch
 
+    if known.loader:
+        return _measure_loader(known)
     if known.replot:
         return _replot(known)
     if known.plot and known.out is None:
@@ -58,6 +70,41 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     if not cases:
         raise ValueError("op, mode: expected cases in the preset, the choice leaves none")
     return _measure(known, cases)
+
+
+def _measure_loader(known: argparse.Namespace) -> int:
+    from mclfast.benchmark.loader import measure_loader
+    from mclfast.data import load
+    from mclfast.data.streamed import StreamedSet
+
+    if known.data is None:
+        raise ValueError("data: expected imagefolder or webdataset beside --loader, got none")
+    started = time.perf_counter()
+    train = load(
+        known.data, root=known.data_root, image_size=known.image_size, workers=known.workers
+    ).train
+    if not isinstance(train, StreamedSet):
+        raise ValueError(
+            f"data: expected imagefolder or webdataset, got {known.data}, which is in memory"
+        )
+    seconds = time.perf_counter() - started
+    side = train.image_shape[1]
+    print(f"{known.data}: {len(train)} training images; listing all took {seconds:.1f} s")
+    found = measure_loader(train, batch_size=known.batch_size, budget=known.budget)
+    t = found.times
+    print(
+        f"arriving    {found.images_per_s:.1f} images/s of {side} x {side}, batches of "
+        f"{known.batch_size}, {train.workers} workers, {found.images} images in "
+        f"{found.seconds:.1f} s"
+    )
+    print(f"workers     {t.images_per_s:.1f} images/s if nothing made them wait")
+    per_image = (1000 * seconds / t.images for seconds in (t.read, t.decode, t.transform, t.cpu))
+    print(
+        "one image   {:.2f} ms reading, {:.2f} decoding, {:.2f} cropping and resizing; "
+        "{:.2f} ms of a core".format(*per_image)
+    )
+    print(f"bound by    {found.bound}")
+    return 0
 
 
 def _measure(known: argparse.Namespace, cases: list[Case]) -> int:

@@ -18,10 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="folder of an exported backbone, or of a run")
     parser.add_argument("--data-root", help="folder with the data set, where it has moved")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--workers", type=int, help="processes that decode streamed images (default: one per core)"
+    )
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
     from mclfast._checks import shortened
+    from mclfast.data import has_image_size
     from mclfast.data import load as load_data
     from mclfast.evaluate import accuracy
     from mclfast.export import DESCRIPTION, load_backbone
@@ -47,7 +51,8 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
             about["data"],
             root=known.data_root or about["data_root"],
             train_per_class=about["train_per_class"],
-            image_size=about["image_size"] if about["data"] == "folder" else None,
+            image_size=about["image_size"] if has_image_size(about["data"]) else None,
+            workers=known.workers,
         )
         if list(data.class_names) != about["class_names"]:
             both = (about["class_names"], data.class_names)

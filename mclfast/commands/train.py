@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,22 @@ def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bo
         f"published protocol (best of all heads and epochs on the test set): "
         f"{result.published_protocol:.2f} %"
     )
+    if summary := _throughput(result.history[-1]):
+        print(summary)
     print(f"curves      {run_dir / CURVES}")
     print(f"metrics     {run_dir / METRICS}")
     print(f"checkpoint  {run_dir / CHECKPOINT}")
     print("backbones   " + ", ".join(str(run_dir / f"peer{i}") for i in range(len(result.peers))))
     return 0
+
+
+def _throughput(row: Mapping[str, float]) -> str:
+    """Loader and steps of an epoch side by side; empty for a set in memory."""
+    if "data_images_per_s" not in row:
+        return ""
+    wait, steps = row["data_wait_seconds"], row["step_seconds"]
+    return (
+        f"last epoch  data {row['data_images_per_s']:.1f} images/s, "
+        f"steps {row['step_images_per_s']:.1f} images/s; "
+        f"waited {wait:.1f} s for data beside {steps:.1f} s of steps"
+    )

@@ -1,7 +1,8 @@
-"""Labelled image sets held in memory as uint8 tensors, their augmentation and batch samplers.
+"""Labelled image sets, in memory or streamed from files, their augmentation and batch samplers.
 
 Nothing here needs torchvision, and nothing is downloaded. `load` reads a set by name; a set of
-your own is a `Dataset` built from four tensors (see its docstring).
+your own is a `Dataset` built from four tensors (see its docstring). "imagefolder" and "webdataset"
+are read from files batch by batch (`mclfast.data.streamed`), all others are held in memory.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from mclfast._checks import unknown_name
 from mclfast.data.augment import Augmentation
 from mclfast.data.dataset import Dataset, ImageSet, channel_stats, limit_per_class
 from mclfast.data.sampler import BalancedSampler, ShuffleSampler
+from mclfast.data.source import ImageSource
 
 __all__ = [
     "Augmentation",
     "BalancedSampler",
     "Dataset",
     "ImageSet",
+    "ImageSource",
     "ShuffleSampler",
     "available",
     "channel_stats",
@@ -26,7 +29,14 @@ __all__ = [
     "load",
 ]
 
-_NAMES = ("digits", "digits-full", "cifar10", "cifar100", "folder")
+_IN_MEMORY = ("digits", "digits-full", "cifar10", "cifar100", "folder")
+_STREAMED = ("imagefolder", "webdataset")
+_NAMES = (*_IN_MEMORY, *_STREAMED)
+
+
+def has_image_size(name: str) -> bool:
+    """Whether a set's images are brought to any `image_size`."""
+    return name == "folder" or name in _STREAMED
 
 
 def available() -> list[str]:
@@ -41,6 +51,7 @@ def load(
     train_per_class: int | None = None,
     seed: int = 0,
     image_size: int | None = None,
+    workers: int | None = None,
 ) -> Dataset:
     """Reads a labelled image set by name.
 
@@ -48,17 +59,21 @@ def load(
         name: one of `available()`. "digits" trains on few labels and tests on all the rest,
             "digits-full" is an 80 / 20 split of the same images.
         root: folder holding the CIFAR archive or extracted files, or the folders train and
-            test of "folder"; ~ stands for the home folder. The digits sets come with
-            scikit-learn and do not read it.
+            test of "folder", or train and val of "imagefolder" and "webdataset"; ~ stands for
+            the home folder. The digits sets come with scikit-learn and do not read it.
         train_per_class: keeps that many training images of every class, the test images stay.
             For "digits" it sets the split itself (default 10) and the rest becomes the test set.
         seed: which images `train_per_class` keeps. It is not the seed of a training run: leave
             it alone to compare runs on the same images. "digits" has one split and ignores it.
-        image_size: side of the square images of "folder" (default 32). The other sets have one
-            size; naming another one is an error.
+        image_size: side of the square images of "folder" (default 32), "imagefolder" and
+            "webdataset" (default 224). The other sets have one size; naming another one is an
+            error.
+        workers: processes that read and decode the images of "imagefolder" and "webdataset";
+            None for one per core, 0 for none. The others are in memory and ignore it.
 
     Returns:
-        The `Dataset`, images uint8 [N, C, H, W] and labels int64 [N], in CPU memory.
+        The `Dataset`, images uint8 [N, C, H, W] (those of "imagefolder" and "webdataset" in
+        files) and labels int64 [N], in CPU memory.
 
     Raises:
         ValueError: an unknown name, an unusable argument, or damaged data.
@@ -68,7 +83,10 @@ def load(
     if name not in _NAMES:
         raise unknown_name("name", name, _NAMES)
 
-    for argument, value in (("train_per_class", train_per_class), ("image_size", image_size)):
+    integers = {
+        "train_per_class": train_per_class, "image_size": image_size, "workers": workers
+    }  # fmt: skip
+    for argument, value in integers.items():
         if value is not None and not isinstance(value, int):
             raise ValueError(f"{argument}: expected an integer or None, got {value!r}")
 
@@ -76,6 +94,16 @@ def load(
         from mclfast.data.folder import load_folder
 
         dataset = load_folder(_required(root, "train/<class> and test/<class>"), image_size)
+    elif name == "imagefolder":
+        from mclfast.data.imagefolder import load_imagefolder
+
+        folder = _required(root, "train/<class> and val/<class>")
+        dataset = load_imagefolder(folder, image_size, workers)
+    elif name == "webdataset":
+        from mclfast.data.shards import load_shards
+
+        folder = _required(root, "train/*.tar and val/*.tar")
+        dataset = load_shards(folder, image_size, workers)
     elif name in ("cifar10", "cifar100"):
         from mclfast.data.cifar import CIFAR10, CIFAR100, load_cifar
 

@@ -1,8 +1,9 @@
-"""The in-memory image set that every loader returns."""
+"""The set that every loader returns, and the images of one that is in memory."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from mclfast.data.augment import Augmentation
+from mclfast.data.source import ImageSource, LoaderTimes, Source, Views
 
 
 # eq=False: comparing tensors element by element has no truth value; identity is what is left.
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images with their labels.
+    """Images in memory with their labels.
 
     Attributes:
         images: uint8 [N, C, H, W].
@@ -51,9 +53,43 @@ class ImageSet:
         """Number of images N."""
         return len(self.labels)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width (C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def fingerprint(self) -> None:
+        """Nothing is known of where the images came from."""
+        return None
+
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on `device`."""
         return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def subset(self, index: Tensor) -> ImageSet:
+        """The images with these numbers, int64 [n], in that order."""
+        index = index.to(self.labels.device)
+        return ImageSet(self.images[index], self.labels[index])
+
+    def pixels(
+        self,
+        rows: Sequence[Tensor] | Tensor,
+        device: torch.device | str,
+        *,
+        views: Views | None = None,
+        times: LoaderTimes | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields uint8 [B, C, H, W] for each row of numbers, see `ImageSource.pixels`.
+
+        There is one view of an image, and no time to speak of: views and times stay unused.
+        """
+        if isinstance(rows, Tensor):
+            # At once: a copy to a GPU in every step would make the host wait for it.
+            rows = rows.to(self.images.device)
+        for row in rows:
+            yield self.images[row.to(self.images.device)].to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +112,15 @@ class Dataset:
 
     Attributes:
         name: free text, for logs.
-        train: images uint8 [N, C, S, S], labels int64 [N].
-        test: images uint8 [N', C, S, S], labels int64 [N'].
+        train: images uint8 [N, C, S, S], labels int64 [N]; an `ImageSet`, or another
+            `ImageSource` such as the `StreamedSet` of images that do not fit in memory.
+        test: images uint8 [N', C, S, S], labels int64 [N'], likewise.
         num_classes: labels lie in [0, num_classes).
         class_names: one name per class.
         mean: mean of each channel, of pixels scaled to [0, 1]; C values.
         std: standard deviation of each channel, on the same scale; C positive values.
-        augmentation: what to do to training images.
+        augmentation: what to do to training images on the device; a `StreamedSet` has drawn its
+            crops before.
 
     Raises:
         ValueError: a label outside [0, num_classes), images of different or non-square shapes,
@@ -90,8 +128,8 @@ class Dataset:
     """
 
     name: str
-    train: ImageSet
-    test: ImageSet
+    train: ImageSource
+    test: ImageSource
     num_classes: int
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -101,7 +139,7 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {self.num_classes}")
-        shapes = [list(split.images.shape[1:]) for split in (self.train, self.test)]
+        shapes = [list(split.image_shape) for split in (self.train, self.test)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"test.images: expected [N, *{shapes[0]}] as train, got {shapes[1]}")
         if shapes[0][1] != shapes[0][2]:
@@ -124,12 +162,12 @@ class Dataset:
     @property
     def in_channels(self) -> int:
         """Channels C of every image."""
-        return self.train.images.shape[1]
+        return self.train.image_shape[0]
 
     @property
     def image_size(self) -> int:
         """Side S of the square images, in pixels."""
-        return self.train.images.shape[2]
+        return self.train.image_shape[1]
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same set with both splits on `device`."""
@@ -197,8 +235,8 @@ def class_ranks(labels: Tensor, num_classes: int, seed: int) -> Tensor:
 
 
 def limit_per_class(
-    image_set: ImageSet, per_class: int, num_classes: int, seed: int = 0
-) -> ImageSet:
+    image_set: Source, per_class: int, num_classes: int, seed: int = 0
+) -> Source:
     """Keeps `per_class` images of every class, in their original order.
 
     Args:
@@ -228,10 +266,9 @@ def limit_per_class(
     return select(image_set, keep)
 
 
-def select(image_set: ImageSet, keep: Tensor) -> ImageSet:
+def select(image_set: Source, keep: Tensor) -> Source:
     """The images with keep == True, in their order; keep is bool [N]."""
-    index = keep.nonzero().squeeze(1).to(image_set.labels.device)
-    return ImageSet(image_set.images[index], image_set.labels[index])
+    return image_set.subset(keep.nonzero().squeeze(1))
 
 
 def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, rank: int, shape: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mclfast.data.augment import Augmentation
 from mclfast.data.dataset import Dataset, ImageSet, channel_stats
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"})
 
 
 def load_folder(root: str | os.PathLike[str], image_size: int | None = None) -> Dataset:
@@ -38,9 +38,9 @@ def load_folder(root: str | os.PathLike[str], image_size: int | None = None) -> 
     size = 32 if image_size is None else image_size
     if size < 1:
         raise ValueError(f"image_size: expected at least 1, got {size}")
-    train_root, test_root = _splits(Path(root))
-    class_names = _class_names(train_root)
-    unknown = sorted(set(_class_names(test_root)) - set(class_names))
+    train_root, test_root = split_folders(Path(root), ("test", "val"))
+    class_names = class_folders(train_root)
+    unknown = sorted(set(class_folders(test_root)) - set(class_names))
     if unknown:
         raise ValueError(
             f"{test_root}: expected the classes of train, got also {', '.join(unknown)}"
@@ -60,9 +60,10 @@ def load_folder(root: str | os.PathLike[str], image_size: int | None = None) -> 
     )
 
 
-def _splits(root: Path) -> tuple[Path, Path]:
+def split_folders(root: Path, tests_named: tuple[str, ...]) -> tuple[Path, Path]:
+    """The folder of the training images, and the first of those named for the test images."""
     train = root / "train"
-    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    tests = [root / name for name in tests_named if (root / name).is_dir()]
     if not train.is_dir() or not tests:
         raise FileNotFoundError(
             "root: expected a folder holding train and test (or val) with one folder per class, "
@@ -71,7 +72,8 @@ def _splits(root: Path) -> tuple[Path, Path]:
     return train, tests[0]
 
 
-def _class_names(split: Path) -> list[str]:
+def class_folders(split: Path) -> list[str]:
+    """Names of the class folders of a split, in order."""
     names = sorted(d.name for d in split.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not names:
         raise ValueError(f"{split}: expected one folder per class, got none")
@@ -80,11 +82,11 @@ def _class_names(split: Path) -> list[str]:
 
 def _read_split(split: Path, numbers: dict[str, int], size: int) -> ImageSet:
     files: list[tuple[Path, int]] = []
-    for name in _class_names(split):
+    for name in class_folders(split):
         found = sorted(
             file
             for file in (split / name).iterdir()
-            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
         )
         if not found:
             raise ValueError(f"{split / name}: expected at least one image, got none")

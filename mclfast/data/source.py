@@ -1,0 +1,108 @@
+"""What a set of images must offer so that training and evaluation need not know where it lies.
+
+`ImageSet` holds its images in memory, `StreamedSet` reads them from files; a source of your own
+needs the members of `ImageSource` to be the train or test part of a `Dataset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Source = TypeVar("Source", bound="ImageSource")
+
+
+class Views(NamedTuple):
+    """Asks for random views of the images: row i of a pass is step `first_step + i`.
+
+    Attributes:
+        seed: seed of the run.
+        first_step: number of the first row's step, counted over the whole run.
+    """
+
+    seed: int
+    first_step: int
+
+
+@dataclass
+class LoaderTimes:
+    """Where the time of reading and decoding went, summed over images and worker processes.
+
+    Attributes:
+        images: images delivered.
+        wait: seconds in which whoever asked for a batch waited for it.
+        read: seconds of reading files.
+        decode: seconds of decoding them.
+        transform: seconds of cropping and resizing, and of everything after it.
+        cpu: seconds of processor time in the three; less than their sum where a worker waited
+            for the storage or for a free core.
+        workers: processes that worked side by side, at least 1.
+    """
+
+    images: int = 0
+    wait: float = 0.0
+    read: float = 0.0
+    decode: float = 0.0
+    transform: float = 0.0
+    cpu: float = 0.0
+    workers: int = 1
+
+    @property
+    def images_per_s(self) -> float:
+        """Images/s that the workers deliver when nobody makes them wait: images * workers / busy.
+
+        Busy is the sum of read, decode and transform. Handing batches over to the process that
+        trains is not in it.
+        """
+        busy = self.read + self.decode + self.transform
+        return self.images * self.workers / busy if busy > 0 else 0.0
+
+
+class ImageSource(Protocol):
+    """Labelled images with fixed numbers 0 to N - 1, read by number."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width (C, H, W) of what `pixels` yields."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Tells one numbering of the images from another; None where nothing is known of it."""
+
+    def __len__(self) -> int:
+        """Number of images N."""
+
+    def to(self: Source, device: torch.device | str) -> Source:
+        """The same set with its labels, and images that are in memory, on `device`."""
+
+    def subset(self: Source, index: Tensor) -> Source:
+        """The images with these numbers, int64 [n], in that order."""
+
+    def pixels(
+        self,
+        rows: Sequence[Tensor] | Tensor,
+        device: torch.device | str,
+        *,
+        views: Views | None = None,
+        times: LoaderTimes | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields the images of each row of numbers.
+
+        Args:
+            rows: the numbers of each batch, int64 [B].
+            device: where the batches shall be.
+            views: random crops and flips, where it is the source that makes them: a pure
+                function of (seed, step, image number). None for the view of evaluation.
+            times: gets what the pass takes added, where reading takes time.
+
+        Yields:
+            uint8 [B, C, H, W].
+        """

@@ -377,7 +377,7 @@ template <class T> void BankBand<T>::run(int64_t first, int64_t count) {
   if (p.keeps) {
     sweep.for_each_tile(false, [&](const KeyTile& tile) {
       for (int64_t m = 0; m < p.M; ++m) {
-        sweep.gather(tile, m);
+        sweep.gather(tile, m, false);
         take_products(tile, m);
       }
     });
@@ -391,7 +391,7 @@ template <class T> void BankBand<T>::run(int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) set_cotangents(i, first + i);
   sweep.for_each_tile(p.keeps, [&](const KeyTile& tile) {
     for (int64_t m = 0; m < p.M; ++m) {
-      sweep.gather(tile, m);
+      sweep.gather(tile, m, p.keeps);
       if (!p.keeps) take_products(tile, m);
     }
     for (int64_t i = tile.first; i < tile.last; ++i) {

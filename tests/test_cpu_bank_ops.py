@@ -13,10 +13,11 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-import literal_bank
 import pytest
 import torch
 from torch import Tensor
+
+import literal_bank
 
 if not hasattr(torch.ops.mclfast_cpu, "bank_mcl_forward"):
     pytest.importorskip("mclfast._C", reason="the C++ extension is not built")
@@ -202,9 +203,7 @@ SHAPES = [
 def test_float64_rows_and_both_orders(
     networks: list[int], batch: int, width: int, positives: int, negatives: int, shared: bool
 ) -> None:
-    assert_equal_to_literal(
-        make_case(networks, batch, width, positives, negatives, shared=shared)
-    )
+    assert_equal_to_literal(make_case(networks, batch, width, positives, negatives, shared=shared))
 
 
 @pytest.mark.parametrize("kl_temperature", [1.0, 2.5, 4.0, 0.5])
@@ -247,7 +246,7 @@ def test_identical_networks_have_no_soft_rows_and_gradients() -> None:
 @pytest.mark.parametrize("temperature", [0.1, 0.07, 0.01, 1e-3])
 def test_float32_is_as_accurate_as_eager(temperature: float, agreement: float) -> None:
     case = make_case(
-        [0, 0, 1], 3, 128, 2, 300, samples=500, temperature=temperature, agreement=agreement
+        [0, 0, 1], 24, 128, 2, 300, samples=500, temperature=temperature, agreement=agreement
     )
     assert_as_accurate_as_eager(case)
 
@@ -291,7 +290,7 @@ def test_half_precision_nodes_are_float32_inside(dtype: torch.dtype) -> None:
     for name, value in op_results(case).items():
         wanted = dtype if name in ("grad", "h_nodes") else torch.float32
         assert value.dtype == wanted, name
-        assert torch.equal(value, expected[name].to(wanted)) or name == "h_nodes", name
+        assert torch.equal(value, expected[name].to(wanted)), name
 
 
 @pytest.mark.parametrize("batch", [1, 7, 19])
@@ -314,9 +313,7 @@ def test_strided_arguments() -> None:
         v_nodes=case.v_nodes.transpose(1, 2).contiguous().transpose(1, 2),
         pos_idx=wide[:, 3:6],
         neg_idx=wide[:, 7:27],
-        cotangents=tuple(
-            g.transpose(0, -1).contiguous().transpose(0, -1) for g in case.cotangents
-        ),
+        cotangents=tuple(g.transpose(0, -1).contiguous().transpose(0, -1) for g in case.cotangents),
     )
     for name, value in op_results(strided).items():
         assert torch.equal(value, expected[name]), name
@@ -417,9 +414,7 @@ def make_nce_case(
     ).to(dtype)
     generator = torch.Generator().manual_seed(1)
     log_normalizer = normal(generator, members, members) + 5
-    return NceCase(
-        *case.where[:4], log_normalizer.to(dtype), temperature, eps, case.v_nodes
-    )
+    return NceCase(*case.where[:4], log_normalizer.to(dtype), temperature, eps, case.v_nodes)
 
 
 def literal_nce(case: NceCase) -> dict[str, Tensor]:

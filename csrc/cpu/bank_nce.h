@@ -50,11 +50,12 @@ template <class T> struct NceBand {
     sweep.start(first, count);
     sweep.for_each_tile(false, [&](const KeyTile& tile) {
       for (int64_t m = 0; m < M; ++m) {
-        sweep.gather(tile, m);
+        sweep.gather(tile, m, false);
         for (int64_t i = tile.first; i < tile.last; ++i)
           for_each_range(m, [&](NodeRange range) {
             sweep.products(tile, m, i, range, BankSweep<T>::kNodes, inverse_temperature,
-                           z(i, m, range.begin) + tile.column, stride, makes_prefetch(tile, i, m, range));
+                           z(i, m, range.begin) + tile.column, stride,
+                           makes_prefetch(tile, i, m, range));
           });
       }
     });
@@ -73,7 +74,7 @@ template <class T> struct NceBand {
     sweep.start(first, count);
     sweep.for_each_tile(false, [&](const KeyTile& tile) {
       for (int64_t m = 0; m < M; ++m) {
-        sweep.gather(tile, m);
+        sweep.gather(tile, m, false);
         for (int64_t i = tile.first; i < tile.last; ++i)
           for_each_range(m, [&](NodeRange range) {
             sweep.products(tile, m, i, range, BankSweep<T>::kNodes, inverse_temperature,

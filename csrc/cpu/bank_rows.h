@@ -238,52 +238,45 @@ template <class T> void BankBand<T>::normalise_row(int64_t i) {
   });
 }
 
-// Means of the tangents and gradients of the cotangents. Dividing by the sums of the weights takes
-// out the rounding of the saved statistics.
+// Means of the tangents and gradients of the cotangents.
 template <class T> void BankBand<T>::second_row(int64_t i, int64_t r) {
   const int64_t N = p.N;
   T *cross_intra = cross, *cross_inter = cross + N * N;
   fill(cross.get(), 2 * N * N, T(0));
-  for_each_vector([&](int64_t m, int64_t e) {
-    BankVector<T>& v = vector(i, m, e);
-    v.hard_scale = v.soft_scale = v.hard_mean = v.soft_mean = T(0);
-  });
+  normalise_row(i);
   for (int64_t c = 0; c < p.padded; c += kChunk) {
     const int64_t count = min_of(p.padded - c, kChunk);
     for_each_vector([&](int64_t m, int64_t e) {
       BankVector<T>& v = vector(i, m, e);
       const T *row = z(i, m, e) + c, *tangent = y(i, m, e) + c;
       if (p.hard(m, e)) {
-        v.hard_scale += exp_row(row, T(1), v.hard_shift, scratch.get(), count);
-        v.hard_mean += dot(scratch.get(), tangent, count);
+        exp_row(row, T(1), v.hard_shift, scratch.get(), count);
+        v.hard_mean += dot(scratch.get(), tangent, count) * v.hard_scale;
       }
       if (p.soft(m, e)) {
-        v.soft_scale += exp_row(row, p.inverse_kl, v.soft_shift, chunk(m, e), count);
+        exp_row(row, p.inverse_kl, v.soft_shift, chunk(m, e), count);
+        scale_row(chunk(m, e), v.soft_scale, count);
         v.soft_mean += dot(chunk(m, e), tangent, count);
       }
     });
+    // The difference of two means would lose what student and teacher have in common.
     p.for_each_cross([&](int64_t m, int64_t a, int64_t e) {
       const int64_t n = p.networks[e];
-      if (p.wants(kSoftVcl)) cross_intra[a * N + e] += dot(chunk(n, e), y(i, m, a) + c, count);
-      if (p.wants(kSoftIcl)) cross_inter[a * N + e] += dot(chunk(n, a), y(i, m, e) + c, count);
+      if (p.wants(kSoftVcl))
+        cross_intra[a * N + e] += mean_difference(y(i, m, a) + c, chunk(m, a), chunk(n, e), count);
+      if (p.wants(kSoftIcl))
+        cross_inter[a * N + e] += mean_difference(y(i, m, e) + c, chunk(m, e), chunk(n, a), count);
     });
   }
   for_each_vector([&](int64_t m, int64_t e) {
-    BankVector<T>& v = vector(i, m, e);
-    v.hard_scale = T(1) / v.hard_scale, v.soft_scale = T(1) / v.soft_scale;
-    v.hard_mean *= v.hard_scale, v.soft_mean *= v.soft_scale;
     if (p.hard(m, e) && p.positives(m, e) > 0)
       *p.hard_row(p.vcl, p.icl, m, e, r) =
-          v.hard_mean - mean_of(y(i, m, e), p.intra(m, e) ? 1 : 0, p.keys.positives_count);
+          vector(i, m, e).hard_mean -
+          mean_of(y(i, m, e), p.intra(m, e) ? 1 : 0, p.keys.positives_count);
   });
-  p.for_each_cross([&](int64_t m, int64_t a, int64_t e) {
-    const int64_t n = p.networks[e];
-    if (p.wants(kSoftVcl))
-      p.soft_vcl[p.pair(a, e, r)] =
-          p.kl * (vector(i, m, a).soft_mean - cross_intra[a * N + e] * vector(i, n, e).soft_scale);
-    if (p.wants(kSoftIcl))
-      p.soft_icl[p.pair(a, e, r)] =
-          p.kl * (vector(i, m, e).soft_mean - cross_inter[a * N + e] * vector(i, n, a).soft_scale);
+  p.for_each_cross([&](int64_t, int64_t a, int64_t e) {
+    if (p.wants(kSoftVcl)) p.soft_vcl[p.pair(a, e, r)] = p.kl * cross_intra[a * N + e];
+    if (p.wants(kSoftIcl)) p.soft_icl[p.pair(a, e, r)] = p.kl * cross_inter[a * N + e];
   });
 }
 
@@ -384,7 +377,7 @@ template <class T> void BankBand<T>::run(int64_t first, int64_t count) {
   if (p.keeps) {
     sweep.for_each_tile(false, [&](const KeyTile& tile) {
       for (int64_t m = 0; m < p.M; ++m) {
-        sweep.gather(tile, m);
+        sweep.gather(tile, m, false);
         take_products(tile, m);
       }
     });
@@ -398,7 +391,7 @@ template <class T> void BankBand<T>::run(int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) set_cotangents(i, first + i);
   sweep.for_each_tile(p.keeps, [&](const KeyTile& tile) {
     for (int64_t m = 0; m < p.M; ++m) {
-      sweep.gather(tile, m);
+      sweep.gather(tile, m, p.keeps);
       if (!p.keeps) take_products(tile, m);
     }
     for (int64_t i = tile.first; i < tile.last; ++i) {

@@ -47,7 +47,8 @@ INLINE void key_products(const T* keys, int64_t count, const T* vectors, int64_t
       }
       T lanes[W];
       store(lanes, scale * sums_of<T>(sums));
-      const int64_t columns = min_of(count - i0, kKeys), rows = min_of(vectors_count - j0, kVectors);
+      const int64_t columns = min_of(count - i0, kKeys);
+      const int64_t rows = min_of(vectors_count - j0, kVectors);
       for (int64_t j = 0; j < rows; ++j)
         for (int64_t i = 0; i < columns; ++i)
           out[(j0 + j) * out_stride + i0 + i] = lanes[j * kKeys + i];
@@ -87,8 +88,6 @@ public:
 
   const int64_t stride; // of a vector or key: whole panels, zeros at the end
 
-  int64_t columns() const { return keys_.positives_count + keys_.negatives_count; }
-
   // Starts with the samples first .. first + count - 1.
   void start(int64_t first, int64_t count) {
     first_ = first, count_ = count;
@@ -117,13 +116,17 @@ public:
     }
   }
 
-  void gather(const KeyTile& tile, int64_t bank) {
+  // `ahead`: with prefetches of the next tile, where no products make them.
+  void gather(const KeyTile& tile, int64_t bank, bool ahead) {
+    ahead = ahead && tile.next;
     with_element_type(keys_.element, [&](auto zero) {
       const auto* rows =
           static_cast<const decltype(zero)*>(keys_.banks) + bank * keys_.samples * keys_.width;
       T* to = keys_of(bank);
-      for (int64_t i = 0; i < tile.count; ++i)
+      for (int64_t i = 0; i < tile.count; ++i) {
         widen_row(rows + tile.index[i] * keys_.width, to + i * stride, keys_.width);
+        if (ahead && i < tile.next_count) prefetch(bank, tile.next[i]);
+      }
     });
   }
 
@@ -138,7 +141,7 @@ public:
     key_products(keys_of(bank), tile.count, vectors + (i * nodes_count_ + range.begin) * stride,
                  range.size(), round_up(keys_.width, kLanes<T>), stride, scale, out, out_stride,
                  [&](int64_t key) INLINE_LAMBDA {
-                   if (ahead && key < tile.next_count) prefetch(bank, tile.next[key]);
+                   if (ahead && tile.next && key < tile.next_count) prefetch(bank, tile.next[key]);
                  });
   }
 

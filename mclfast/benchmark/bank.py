@@ -256,8 +256,8 @@ def _gathers(per_ordered_pair: float, per_matrix: float = 0.0) -> Callable[[Case
     return kept
 
 
-#: The published form adds logarithms of numbers next to 1, thousands for each anchor, and the second
-#: derivative of ``logsigmoid`` cancels: about 1e-4 in float32 at 16384 negatives.
+#: The published form adds logarithms of numbers next to 1, thousands for each anchor, and the
+#: second derivative of ``logsigmoid`` cancels: about 1e-4 in float32 at 16384 negatives.
 _NCE_ROUNDING = 5e-4
 
 #: The providers of each operation. Layer-wise MCL has two paths of ours: "rows" gives the four

@@ -92,7 +92,7 @@ def test_loss(benchmark: Any, case: Case, provider: Provider) -> None:
     for name, times in theirs.items():
         pairs = zip(times[-len(own) :], own, strict=True)
         benchmark.extra_info[BASELINES[name]] = statistics.median(t / o for t, o in pairs)
-    saved = measure.saved_bytes(functools.partial(ready.loss, inputs.leaves), inputs.leaves)
+    saved = measure.saved_bytes(functools.partial(ready.loss, inputs.leaves), inputs.held())
     benchmark.extra_info["saved_mib"] = saved / measure.MIB
     measure.release()
     try:

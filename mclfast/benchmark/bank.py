@@ -56,6 +56,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     drawn = (case.k,) if case.shared_negatives else (case.b, case.k)
     neg_idx = rest[torch.randint(len(rest), drawn, **options)]
 
+    rows = torch.cat([pos_idx, neg_idx.expand(case.b, -1)], dim=1)
+
     common = torch.randn(case.b, case.d, **options)
 
     def related(*shape: int) -> Tensor:
@@ -79,7 +81,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         pos_idx[:, 0],
         weights,
         (direction,),
-        Keys(banks, pos_idx, neg_idx),
+        Keys(banks, pos_idx, neg_idx, rows),
     )
 
 
@@ -106,11 +108,7 @@ def truth(case: Case, inputs: Inputs, rows: int | None = None) -> tuple[Tensor, 
     if rows is None:
         rows = max(1, int(_TRUTH_BYTES / (case.m * case.nodes * case.keys * case.d * 8)))
     starts = range(0, case.b, rows)
-    blocks = [
-        Keys(keys.banks, keys.pos_idx[i : i + rows],
-             keys.neg_idx if case.shared_negatives else keys.neg_idx[i : i + rows])
-        for i in starts
-    ]  # fmt: skip
+    blocks = [keys.block(start, rows) for start in starts]
     loss = _mcl_block
     if case.op == "bank_nce":
         loss = functools.partial(_nce_block, log_normalizer=_log_normalizer(case, exact, blocks))
@@ -143,7 +141,7 @@ def _log_normalizer(case: Case, inputs: Inputs, blocks: Sequence[Keys]) -> Tenso
     for keys in blocks:
         count = len(keys.pos_idx)
         log_z = reference_bank.bank_nce_log_normalizer(
-            inputs.leaves[0][:, start : start + count], keys.banks, keys.rows(),
+            inputs.leaves[0][:, start : start + count], keys.banks, keys.rows,
             temperature=TEMPERATURE[case.op],
         )  # fmt: skip
         found.append(log_z + math.log(count / case.b))
@@ -157,7 +155,7 @@ def _nce_block(
 ) -> Tensor:  # fmt: skip
     count = len(keys.pos_idx)
     value = reference_bank.bank_nce_loss(
-        leaves[0][:, start : start + count], keys.banks, keys.rows(), log_normalizer,
+        leaves[0][:, start : start + count], keys.banks, keys.rows, log_normalizer,
         temperature=TEMPERATURE[case.op], eps=EPS,
     )  # fmt: skip
     return value * (count / case.b)
@@ -183,7 +181,7 @@ def _published(case: Case, inputs: Inputs, compiled: bool) -> Loss:
     torch._dynamo.config.recompile_limit = 64
     keys = _keys(inputs)
     # The published loader gives one table of negatives per anchor, shared or not.
-    rows, temperature = keys.rows(), TEMPERATURE[case.op]
+    rows, temperature = keys.rows, TEMPERATURE[case.op]
     if case.op == "bank_nce":
         term = _compiled_nce() if compiled else published_bank.nce_term
         return lambda leaves: published_bank.bank_nce_loss(
@@ -236,10 +234,10 @@ def _layerwise(backend: str, fused: bool, case: Case, inputs: Inputs) -> Loss:
 def _nce(backend: str, case: Case, inputs: Inputs) -> Loss:
     _check_operators(backend, case)
     keys = _keys(inputs)
-    rows = keys.rows()
-    return lambda leaves: mclfast.bank_nce_loss(
-        leaves[0], keys.banks, rows, temperature=TEMPERATURE[case.op], eps=EPS, backend=backend
-    )
+    options: dict[str, Any] = {
+        "temperature": TEMPERATURE[case.op], "eps": EPS, "backend": backend,
+    }  # fmt: skip
+    return lambda leaves: mclfast.bank_nce_loss(leaves[0], keys.banks, keys.rows, **options)
 
 
 def _gathers(per_ordered_pair: float, per_matrix: float = 0.0) -> Callable[[Case], float]:

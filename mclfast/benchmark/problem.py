@@ -121,16 +121,20 @@ class Keys:
         banks: [M, n, D].
         pos_idx: [B, 1 + P], the anchor's own row first.
         neg_idx: [B, K], or [K] where all anchors share their negatives.
+        rows: [B, 1 + P + K], all in one.
     """
 
     banks: Tensor
     pos_idx: Tensor
     neg_idx: Tensor
+    rows: Tensor
 
-    def rows(self) -> Tensor:
-        """[B, 1 + P + K], all in one."""
-        negatives = self.neg_idx.expand(len(self.pos_idx), -1)
-        return torch.cat([self.pos_idx, negatives], dim=1)
+    def block(self, start: int, count: int) -> Keys:
+        """Those of the anchors from ``start`` on, at most ``count``."""
+        chosen = slice(start, start + count)
+        shared = self.neg_idx.dim() == 1
+        negatives = self.neg_idx if shared else self.neg_idx[chosen]
+        return Keys(self.banks, self.pos_idx[chosen], negatives, self.rows[chosen])
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,13 @@ class Inputs:
     pair_weights: Tensor | None
     direction: tuple[Tensor, ...]
     keys: Keys | None = None
+
+    def held(self) -> tuple[Tensor, ...]:
+        """Leaves, banks and the tables of keys: tensors that stay, whatever a graph keeps."""
+        keys = self.keys
+        if keys is None:
+            return self.leaves
+        return *self.leaves, keys.banks, keys.pos_idx, keys.neg_idx, keys.rows
 
     def double(self) -> Inputs:
         """The same numbers in float64, as leaves of their own; banks keep their dtype."""

@@ -204,7 +204,7 @@ def _memory_rows(
     for item in ready:
         name = item.provider.name
         forward = functools.partial(item.loss, inputs.leaves)
-        saved = measure.saved_bytes(forward, inputs.leaves)
+        saved = measure.saved_bytes(forward, inputs.held())
         rows.append(_exact(_row(case, item, "saved_for_backward", "MiB"), saved))
         try:
             if case.device == "cuda":

@@ -73,6 +73,7 @@ struct Fiber {
 
 std::map<const void*, size_t> allowed_shared;
 int thread_order = 0;
+int cooperative_launches = 0;
 Fiber* running = nullptr;
 jmp_buf scheduler;
 const std::function<void()>* kernel_body;
@@ -236,6 +237,7 @@ cudaError_t run(const void* kernel, const std::function<void()>& body, dim3 grid
   if (cooperative) {
     if (static_cast<int>(grid.x) > device.processors * blocks_per_processor(shared))
       return cudaErrorCooperativeLaunchTooLarge;
+    ++cooperative_launches;
     return run_blocks(0, grid.x, block.x, shared);
   }
   for (unsigned i = 0; i < grid.x; ++i)
@@ -244,6 +246,33 @@ cudaError_t run(const void* kernel, const std::function<void()>& body, dim3 grid
 }
 
 }  // namespace emulation
+
+namespace {
+
+struct RaceParams {
+  float* out;
+};
+
+// Reads what other threads write without a barrier in between.
+void race_kernel(RaceParams p) {
+  float* shared = reinterpret_cast<float*>(emulation::dynamic_shared());
+  if (threadIdx.x == 0) shared[0] = 0;
+  __syncthreads();
+  shared[0] = 2 * shared[0] + static_cast<float>(threadIdx.x);
+  if (threadIdx.x == 7) *p.out = shared[0];
+}
+
+}  // namespace
+
+extern "C" int emulation_race() {
+  float out = 0;
+  RaceParams params{&out};
+  void* arguments[] = {&params};
+  cudaLaunchKernel(race_kernel, dim3(1), dim3(32), arguments, 4, nullptr);
+  return static_cast<int>(out);
+}
+
+extern "C" int emulation_cooperative_launches() { return emulation::cooperative_launches; }
 
 extern "C" void emulation_set(int order, int processors, int cache) {
   emulation::thread_order = order;

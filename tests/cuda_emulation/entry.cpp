@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "philox.h"
 
 using namespace mclfast::cuda;
 
@@ -67,6 +68,11 @@ int emulated_nce_double(const Bank* b, const void* tangents, const float* normal
   });
 }
 int emulated_update(const Update* update) { return bank_update(*update, nullptr); }
+void emulated_philox(uint32_t* words, uint32_t key0, uint32_t key1) {
+  mclfast::PhiloxBlock block{{words[0], words[1], words[2], words[3]}};
+  block = mclfast::philox(block, key0, key1);
+  for (int i = 0; i < 4; ++i) words[i] = block.w[i];
+}
 int emulated_sample(const Sample* sample) { return sample_contrast(*sample, nullptr); }
 
 }  // extern "C"

@@ -54,10 +54,11 @@ class Sample(c.Structure):
     ]
 
 
-def build(folder: Path) -> c.CDLL:
+def build(folder: Path, *flags: str) -> c.CDLL:
     library = folder / "emulated.so"
     emulation = ROOT / "tests" / "cuda_emulation"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
+    command += flags
     # A longjmp to another stack is what the checked form of it refuses.
     command += ["-Werror", "-U_FORTIFY_SOURCE", f"-I{emulation}", f"-I{ROOT / 'csrc/cuda'}"]
     command += [*map(str, sorted(emulation.glob("*.cpp"))), "-x", "c++"]
@@ -81,9 +82,15 @@ class Kernels:
             assert library.emulated_sizeof(i) == c.sizeof(struct)
         self.device()
 
-    def device(self, order: int = 0, processors: int = 2, cache: int = 1 << 20) -> None:
-        """order: of the threads between barriers; 0 ascending, 1 descending, 2 shuffled."""
-        self.library.emulation_set(order, processors, cache)
+    def device(
+        self,
+        order: int = 0,
+        processors: int = 2,
+        cache: int = 1 << 20,
+        shared: int = 227 * 1024,
+    ) -> None:
+        """order: of the threads between barriers, see emulation.cpp; 0, 1 or 2."""
+        self.library.emulation_set(order, processors, cache, shared)
 
     def call(self, name: str, *args: object) -> None:
         converted = [

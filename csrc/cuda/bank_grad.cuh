@@ -65,7 +65,7 @@ struct GradientSum {
 
   // Sums over the sharers in a fixed order and writes the parts to out [nodes, width], which
   // is 16-byte aligned where width % 4 == 0. `scratch` holds [tiles, kNodeTile, kChunk]. All threads
-  // call this; it begins and ends with a barrier.
+  // call this; it begins with a barrier, and one has to follow before `scratch` changes.
   __device__ __forceinline__ void store(float* scratch, float* out, int nodes, int width,
                                         int pass) {
     const WarpPart part(nodes, width, pass);
@@ -98,7 +98,6 @@ struct GradientSum {
           if (part.d + i < width) to[i] = values[i];
       }
     }
-    __syncthreads();
   }
 };
 

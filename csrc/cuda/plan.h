@@ -9,7 +9,10 @@
 namespace mclfast::cuda {
 
 // Enough blocks for several rounds on the largest devices; more only adds partial results.
-constexpr int64_t kWantedBlocks = 2048;
+#ifndef MCLFAST_WANTED_BLOCKS  // tests set it: a small problem would never fill a block twice
+#define MCLFAST_WANTED_BLOCKS 2048
+#endif
+constexpr int64_t kWantedBlocks = MCLFAST_WANTED_BLOCKS;
 constexpr int64_t kPartialBytes = 64 << 20;
 constexpr size_t kPreferredShared = 100 * 1024;  // two blocks per multiprocessor
 

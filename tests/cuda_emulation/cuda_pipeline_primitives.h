@@ -1,4 +1,4 @@
-// Copies happen when they are waited for, not when they start: a missing wait shows.
+// Copies happen when they start or when they are waited for: a missing wait or barrier shows.
 #pragma once
 #include "cuda_runtime.h"
 

@@ -127,14 +127,16 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
   setcontext(&fiber.start);
 }
 
-// Forward, backward, or shuffled: a race between barriers gives different results.
-std::vector<size_t> fiber_order(size_t count) {
-  std::vector<size_t> order(count);
-  std::iota(order.begin(), order.end(), size_t{0});
-  if (thread_order == 1) std::reverse(order.begin(), order.end());
-  if (thread_order == 2)
-    for (size_t i = count - 1; i > 0; --i) std::swap(order[i], order[i * 2654435761u % (i + 1)]);
-  return order;
+// The order of the threads between barriers: 0 ascending; 1 descending; 2 drawn anew in each round,
+// with threads that pause. A race between barriers gives different results.
+void draw_order(std::vector<size_t>& order) {
+  static uint64_t state = 1;
+  const auto draw = [&](size_t below) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<size_t>((state >> 33) % below);
+  };
+  for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[draw(i + 1)]);
+  order.resize(order.size() - order.size() / 4);
 }
 
 cudaError_t run_blocks(unsigned first, unsigned count, unsigned threads, size_t shared) {
@@ -162,20 +164,21 @@ cudaError_t run_blocks(unsigned first, unsigned count, unsigned threads, size_t 
     }
     blocks.push_back(std::move(block));
   }
-  const std::vector<size_t> order = fiber_order(fibers.size());
+  std::vector<size_t> order(fibers.size());
   long idle = 0;
-  for (bool alive = true; alive;) {
-    alive = progress = false;
-    bool ran = false;
-    for (const size_t i : order) {
-      if (fibers[i].done) continue;
-      alive = true;
-      if (fibers[i].blocked()) continue;
-      ran = true;
-      resume(fibers[i]);
-    }
+  for (;;) {
+    progress = false;
+    order.resize(fibers.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    if (thread_order == 1) std::reverse(order.begin(), order.end());
+    if (thread_order == 2) draw_order(order);
+    for (const size_t i : order)
+      if (!fibers[i].done && !fibers[i].blocked()) resume(fibers[i]);
+    const auto done = [](const Fiber& fiber) { return fiber.done; };
+    if (std::all_of(fibers.begin(), fibers.end(), done)) break;
+    const auto stuck = [](const Fiber& fiber) { return fiber.done || fiber.blocked(); };
     idle = progress ? 0 : idle + 1;
-    if (alive && (!ran || idle > kPatience)) {
+    if (idle > kPatience || std::all_of(fibers.begin(), fibers.end(), stuck)) {
       std::fprintf(stderr, "emulation: threads wait for one another forever\n");
       return cudaErrorLaunchFailure;
     }
@@ -207,7 +210,11 @@ void copy_async(void* to, const void* from, size_t bytes) {
   if (bytes != 4 && bytes != 8 && bytes != 16) std::abort();
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
     std::abort();
-  running->open.push_back({to, from, bytes});
+  // A copy happens at any time between start and wait: in one order at once, else at the wait.
+  if (thread_order == 1)
+    std::memcpy(to, from, bytes);
+  else
+    running->open.push_back({to, from, bytes});
 }
 void commit_copies() {
   running->committed.push_back(std::move(running->open));
@@ -274,7 +281,8 @@ extern "C" int emulation_race() {
 
 extern "C" int emulation_cooperative_launches() { return emulation::cooperative_launches; }
 
-extern "C" void emulation_set(int order, int processors, int cache) {
+extern "C" void emulation_set(int order, int processors, int cache, int shared) {
+  emulation::device.shared = shared;
   emulation::thread_order = order;
   emulation::device.processors = processors;
   emulation::device.cache = cache;

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
       load_cotangents(b, s.graph, p.g, r, s.coefficients);
       clear_record(s.record, rows, size);
       for (int k = threadIdx.x; k < groups * kGroup; k += kThreads)
-        s.keys[k] = key_at(b, r, min(begin + k, all - 1));
+        s.keys[k] = static_cast<int>(*key_address(b, r, min(begin + k, all - 1)));
       __syncthreads();
       for (int unit = warp; unit < b.network_count * groups; unit += kWarps) {
         const int m = unit / groups, first = s.graph.first[m], last = s.graph.last[m];

@@ -35,7 +35,7 @@ struct GradShared {
   float *inner_hard, *inner_soft, *soft;  // [M, N], double backward
   float* rows;                            // [M, N], NCE
   char* banks;
-  int* keys;
+  int64_t* keys;  // two tiles of them
   int padded, stride, row_bytes, stage_bytes;
 
   __host__ __device__ GradShared(Carver& memory, const Bank& b, int tile, int stages, Mode mode)
@@ -52,7 +52,7 @@ struct GradShared {
     inner_soft = memory.take<float>(mode == Mode::kDouble ? row_count : 0);
     soft = memory.take<float>(mode == Mode::kDouble ? row_count : 0);
     rows = memory.take<float>(mode == Mode::kNce ? row_count : 0);
-    keys = memory.take<int>(2 * tile);
+    keys = memory.take<int64_t>(2 * tile);
     banks = memory.take<char>(stages * stage_bytes);
     // The sums of the end take the place of the banks.
     const size_t needed =
@@ -64,8 +64,8 @@ struct GradShared {
 };
 
 // Starts the copies of one tile of `count` keys. One warp per row.
-__device__ __forceinline__ void fetch_tile(const Bank& b, const Graph& graph, const int* keys,
-                                           int count, int tile, char* to, int row_bytes) {
+__device__ __forceinline__ void fetch_tile(const Bank& b, const Graph& graph,
+                                           const int64_t* keys, int count, int tile, char* to, int row_bytes) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int size = element_size(b.bank_type), bytes = b.width * size;
   const char* banks = static_cast<const char*>(b.banks);
@@ -89,6 +89,13 @@ __device__ __forceinline__ void fetch_tile(const Bank& b, const Graph& graph, co
             reinterpret_cast<const unsigned short*>(from)[d];
     }
   }
+}
+
+// Starts the copies of the keys of `count` columns of anchor r.
+__device__ __forceinline__ void fetch_keys(const Bank& b, int r, int begin, int count,
+                                           int64_t* to) {
+  for (int i = threadIdx.x; i < count; i += kThreads)
+    __pipeline_memcpy_async(to + i, key_address(b, r, begin + i), sizeof(int64_t));
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -179,8 +186,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
   if (has_tangents(kMode)) load_nodes(b, p.tangents, r, s.nodes + nodes * s.padded, s.padded);
   for (int i = threadIdx.x; i < p.stages * s.stage_bytes / 4; i += kThreads)
     reinterpret_cast<float*>(s.banks)[i] = 0;  // the copies leave the padding and missing keys
-  for (int i = threadIdx.x; i < p.tile && begin + i < end; i += kThreads)
-    s.keys[i] = key_at(b, r, begin + i);
+  for (int i = threadIdx.x; i < 2 * p.tile && begin + i < end; i += kThreads)
+    s.keys[i] = *key_address(b, r, begin + i);
   load_graph(b, s.graph);
   if (kMode == Mode::kBackward || kMode == Mode::kDouble) {
     load_cotangents(b, s.graph, p.g, r, s.coefficients);
@@ -208,22 +215,20 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
   SharedRows source{s.banks, p.tile, s.row_bytes, b.width, b.bank_type};
   for (int tile = begin, index = 0; tile < end; tile += p.tile, ++index) {
     const int count = min(p.tile, end - tile), groups = (count + kGroup - 1) / kGroup;
-    const int next = tile + p.tile, next_count = min(p.tile, end - next);
-    int* next_keys = s.keys + (index + 1) % 2 * p.tile;
-    for (int i = threadIdx.x; i < next_count; i += kThreads)
-      next_keys[i] = key_at(b, r, next + i);
-    __syncthreads();
-    const bool ahead = p.stages == 2 && next < end;
-    if (ahead) {
-      fetch_tile(b, s.graph, next_keys, next_count, p.tile,
-                 s.banks + (index + 1) % 2 * s.stage_bytes, s.row_bytes);
+    // While this tile is worked on, the next one comes, and the keys of the one after.
+    const int next = tile + p.tile;
+    const auto fetch_next = [&] {
+      if (next >= end) return;
+      fetch_tile(b, s.graph, s.keys + (index + 1) % 2 * p.tile, min(p.tile, end - next), p.tile,
+                 s.banks + (index + 1) % p.stages * s.stage_bytes, s.row_bytes);
+      fetch_keys(b, r, next + p.tile, min(p.tile, end - next - p.tile),
+                 s.keys + index % 2 * p.tile);
       __pipeline_commit();
-      __pipeline_wait_prior(1);
-    } else {
-      __pipeline_wait_prior(0);
-    }
+    };
+    __pipeline_wait_prior(0);
     __syncthreads();
-    source.tile = s.banks + (p.stages == 2 ? index % 2 : 0) * s.stage_bytes;
+    if (p.stages == 2) fetch_next();
+    source.tile = s.banks + index % p.stages * s.stage_bytes;
 
     for (int unit = warp; unit < b.network_count * groups; unit += kWarps) {
       const int m = unit / groups, first = s.graph.first[m], last = s.graph.last[m];
@@ -258,10 +263,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     }
     __syncthreads();
     sum.add(source, s.z, s.stride, stacked * s.stride, s.graph, b, pass, groups);
-    if (p.stages == 1 && next < end) {
+    if (p.stages == 1) {
       __syncthreads();
-      fetch_tile(b, s.graph, next_keys, next_count, p.tile, s.banks, s.row_bytes);
-      __pipeline_commit();
+      fetch_next();
     }
   }
   sum.store(s.sums, p.partial + static_cast<int64_t>(block) * nodes * b.width, nodes, b.width,

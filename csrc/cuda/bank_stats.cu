@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2) stats_kernel(const __grid_constan
     const int count = min(p.tile, end - tile), groups = (count + kGroup - 1) / kGroup;
     // The last group may be short: its keys repeat the last column and their scores are not used.
     for (int k = threadIdx.x; k < groups * kGroup; k += kThreads)
-      s.keys[k] = key_at(b, r, min(tile + k, end - 1));
+      s.keys[k] = static_cast<int>(*key_address(b, r, min(tile + k, end - 1)));
     __syncthreads();
     for (int unit = warp; unit < b.network_count * groups; unit += kWarps) {
       const int m = unit / groups, first = s.graph.first[m], last = s.graph.last[m];

@@ -10,11 +10,10 @@ constexpr int kGroup = 4;         // keys
 constexpr int kNodeTile = 8;      // nodes
 constexpr int kChunk = 4 * 32;    // features of a warp
 
-// Data-set number of column k of anchor r.
-__device__ __forceinline__ int key_at(const Bank& b, int r, int k) {
-  const int64_t key = k <= b.positives ? b.pos_idx[r * b.pos_stride + k]
-                                       : b.neg_idx[r * b.neg_stride + (k - 1 - b.positives)];
-  return static_cast<int>(key);
+// Where the data-set number of column k of anchor r stands.
+__device__ __forceinline__ const int64_t* key_address(const Bank& b, int r, int k) {
+  return k <= b.positives ? b.pos_idx + r * b.pos_stride + k
+                          : b.neg_idx + r * b.neg_stride + (k - 1 - b.positives);
 }
 
 // Stride of rows of `keys` scores: 16-byte aligned, and 8 nodes x 4 keys hit 32 different banks.

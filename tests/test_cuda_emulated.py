@@ -188,6 +188,17 @@ def test_fused_with_teams(kernels, library, processors, cache, batch):
     assert relative_error(grad, problem.gradients()[0]) < 1e-5
 
 
+def test_fused_with_more_blocks_in_a_team_than_lanes(kernels, library):
+    problem = Problem(batch=2, negatives=1200, width=8)
+    kernels.device(processors=20, cache=1)
+    before = team_launches(library)
+    *rows, grad = kernels.fused(problem.cotangents, *problem.args)
+    assert team_launches(library) == before + 1
+    for mine, want in zip(rows, problem.rows(), strict=True):
+        assert relative_error(mine, want) < 2e-5
+    assert relative_error(grad, problem.gradients()[0]) < 1e-5
+
+
 def test_fused_falls_back_where_no_team_fits(kernels, library):
     problem = Problem(**CASES["more_parts_than_warps"])
     before = team_launches(library)

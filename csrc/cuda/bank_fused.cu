@@ -16,7 +16,7 @@ struct FusedParams {
   float *lse, *kl_lse;  // [M, N, B]
   void* grad;           // [N, B, D]
   unsigned* arrived;    // [teams], zero at the start
-  float* records;       // [teams, 2, team, record_size]
+  float* records;       // [teams, 2, record_size, team]
   float* partial;       // [teams, 2, team, N, D]
   int teams, team, tile;
 };
@@ -71,13 +71,12 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
   const int groups = (count + kGroup - 1) / kGroup;
   const float scale = 1.0f / b.temperature;
   const GlobalRows source(b, s.keys);
-  const Record record(s.record, rows);
   load_graph(b, s.graph);
 
   for (int step = 0, r = team;; ++step, r += p.teams) {
     // Two sets of exchange buffers: a fast block may be one step ahead of a slow one.
-    const int64_t set = static_cast<int64_t>(team) * 2 + step % 2;
-    float* records = p.records + set * p.team * size;
+    const int set = team * 2 + step % 2;
+    float* records = p.records + static_cast<int64_t>(set) * p.team * size;
     if (r < b.batch) {
       load_nodes(b, b.nodes, r, s.nodes, s.padded);
       load_cotangents(b, s.graph, p.g, r, s.coefficients);
@@ -94,29 +93,32 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
       __syncthreads();
       for (int row = warp; row < rows; row += kWarps)
         forward_row(b, s.graph, s.z, s.stride, s.p + row * s.stride, begin, count, row / nodes,
-                    row % nodes, record);
+                    row % nodes, Record(s.record, rows));
       __syncthreads();
-      for (int i = threadIdx.x; i < size; i += kThreads) records[rank * size + i] = s.record[i];
+      write_record(s.record, size, records, p.team, rank);
     }
     team_barrier(p.arrived + team, step + 1, p.team);
     if (step > 0) {
-      // Every block sums its share of the gradient of the anchor before.
-      const int64_t before = static_cast<int64_t>(team) * 2 + (step + 1) % 2;
-      const float* partial = p.partial + before * p.team * nodes * b.width;
-      for (int i = rank * kThreads + threadIdx.x; i < nodes * b.width; i += p.team * kThreads) {
+      // The gradient of the anchor before: one warp of the team per entry.
+      const int entries = nodes * b.width;
+      const float* partial = p.partial + static_cast<int64_t>(set ^ 1) * p.team * entries;
+      for (int i = rank * kWarps + warp; i < entries; i += p.team * kWarps) {
         float total = 0;
-        for (int part = 0; part < p.team; ++part)
-          total += __ldcg(partial + static_cast<int64_t>(part) * nodes * b.width + i);
+        for (int part = threadIdx.x % 32; part < p.team; part += 32)
+          total += __ldcg(partial + static_cast<int64_t>(part) * entries + i);
+        total = warp_sum(total);
         const int64_t n = i / b.width, d = i % b.width;
-        store_element(p.grad, (n * b.batch + r - p.teams) * b.width + d, b.node_type,
-                      total * scale);
+        if (threadIdx.x % 32 == 0)
+          store_element(p.grad, (n * b.batch + r - p.teams) * b.width + d, b.node_type,
+                        total * scale);
       }
     }
     if (r >= b.batch) break;
 
-    combine_statistics(b, s.graph, records, p.team, size, s.combined);
-    if (rank == 0)
-      write_rows(b, s.graph, r, records, p.team, size, s.combined, p.rows, p.lse, p.kl_lse);
+    const Parts parts{records, p.team};
+    combine_statistics(b, s.graph, parts, s.combined);
+    write_rows(b, s.graph, r, parts, s.combined, p.rows, p.lse, p.kl_lse, rank * kWarps + warp,
+               p.team * kWarps);
     for (int row = threadIdx.x; row < rows; row += kThreads) {
       s.coefficients.lse[row] = s.combined.lse[row];
       s.coefficients.kl_lse[row] = s.combined.kl_lse[row];
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
     GradientSum sum;
     sum.clear();
     sum.add(source, s.z, s.stride, nodes * s.stride, s.graph, b, 0, groups);
-    sum.store(s.sums, p.partial + (set * p.team + rank) * nodes * b.width, nodes, b.width, 0);
+    sum.store(s.sums, p.partial + (static_cast<int64_t>(set) * p.team + rank) * nodes * b.width, nodes, b.width, 0);
   }
 }
 

@@ -176,7 +176,38 @@ __device__ __forceinline__ void tangent_row(const Bank& b, const Graph& graph, c
   }
 }
 
-// Statistics of one anchor from `parts` forward records, `size` floats each.
+// Records of the blocks of one anchor, [record_size, parts]: lanes read neighbouring parts. Other
+// blocks may have written them during this kernel: reads go past the non-coherent cache.
+struct Parts {
+  const float* data;
+  int count;
+
+  __device__ __forceinline__ float at(int i, int part) const {
+    return __ldcg(data + static_cast<int64_t>(i) * count + part);
+  }
+
+  // Sum over the parts by one warp: of entry i, or with weights exp(shift of the part's top).
+  __device__ __forceinline__ float sum(int i) const {
+    float total = 0;
+    for (int part = threadIdx.x & 31; part < count; part += 32) total += at(i, part);
+    return warp_sum(total);
+  }
+  __device__ __forceinline__ float scaled_sum(int i, int row, float top, float inverse) const {
+    float total = 0;
+    for (int part = threadIdx.x & 31; part < count; part += 32)
+      total += at(i, part) * expf((at(row, part) - top) * inverse);
+    return warp_sum(total);
+  }
+};
+
+// This block's record among them.
+__device__ __forceinline__ void write_record(const float* record, int size, float* data, int parts,
+                                             int part) {
+  for (int i = threadIdx.x; i < size; i += kThreads)
+    data[static_cast<int64_t>(i) * parts + part] = record[i];
+}
+
+// Statistics of one anchor from its forward records.
 struct Combined {
   float *top, *soft, *lse, *kl_lse;  // [M, N] each
 
@@ -188,24 +219,22 @@ struct Combined {
   }
 };
 
-// Ends with a barrier. Records come from other blocks: read past the non-coherent cache.
+// Ends with a barrier.
 __device__ __forceinline__ void combine_statistics(const Bank& b, const Graph& graph,
-                                                   const float* records, int parts, int size,
-                                                   const Combined& out) {
-  const int rows = b.network_count * b.node_count;
+                                                   const Parts& parts, const Combined& out) {
+  const int rows = b.network_count * b.node_count, lane = threadIdx.x & 31;
   const float inverse = 1.0f / b.kl_temperature;
-  for (int row = threadIdx.x; row < rows; row += kThreads) {
+  for (int row = threadIdx.x / 32; row < rows; row += kWarps) {
     const bool intra = graph.network[row % b.node_count] == row / b.node_count;
-    float top = kEmpty, hard = 0, soft = 0;
-    for (int i = 0; i < parts; ++i)
-      top = fmaxf(top, __ldcg(records + static_cast<int64_t>(i) * size + row));
-    for (int i = 0; i < parts; ++i) {
-      const float* part = records + static_cast<int64_t>(i) * size + row;
-      const float shift = __ldcg(part) - top;
-      hard += __ldcg(part + rows) * expf(shift);
-      soft += __ldcg(part + 2 * rows) * expf(shift * inverse);
-    }
     const bool active = row_active(b.families, intra);
+    float top = kEmpty, hard = 1, soft = 1;
+    if (active) {
+      for (int part = lane; part < parts.count; part += 32) top = fmaxf(top, parts.at(row, part));
+      top = warp_max(top);
+      hard = parts.scaled_sum(rows + row, row, top, 1.0f);
+      soft = parts.scaled_sum(2 * rows + row, row, top, inverse);
+    }
+    if (lane != 0) continue;
     out.top[row] = top;
     out.soft[row] = soft;
     out.lse[row] = active ? top + logf(hard) : 0.0f;
@@ -214,51 +243,44 @@ __device__ __forceinline__ void combine_statistics(const Bank& b, const Graph& g
   __syncthreads();
 }
 
-// Rows and statistics of anchor r, from the same records; outputs that are null are left out.
+// Rows and statistics of anchor r, from the same records; outputs that are null are left out. One
+// warp per output: this is warp `warp` of `warps`, which may be those of several blocks.
 __device__ __forceinline__ void write_rows(const Bank& b, const Graph& graph, int r,
-                                           const float* records, int parts, int size,
-                                           const Combined& in, const Rows& out, float* lse,
-                                           float* kl_lse) {
-  const int nodes = b.node_count, rows = b.network_count * nodes;
+                                           const Parts& parts, const Combined& in, const Rows& out,
+                                           float* lse, float* kl_lse, int warp, int warps) {
+  const int nodes = b.node_count, rows = b.network_count * nodes, pairs = nodes * nodes;
   const int64_t batch = b.batch;
   const float t = b.kl_temperature;
-  for (int row = threadIdx.x; row < rows; row += kThreads) {
+  const bool writes = (threadIdx.x & 31) == 0;
+  for (int row = warp; row < rows; row += warps) {
     const int e = row % nodes;
     const bool intra = graph.network[e] == row / nodes;
-    float pos = 0;
-    for (int i = 0; i < parts; ++i)
-      pos += __ldcg(records + static_cast<int64_t>(i) * size + 3 * rows + row);
+    const int positives = b.positives + (intra ? 0 : 1);
+    float value = 0;
+    if (b.families & (intra ? kVcl : kIcl) && positives > 0)
+      value = in.lse[row] - parts.sum(3 * rows + row) / positives;
+    if (!writes) continue;
     lse[row * batch + r] = in.lse[row];
     if (kl_lse != nullptr) kl_lse[row * batch + r] = in.kl_lse[row];
-    if (intra && out.vcl != nullptr)
-      out.vcl[e * batch + r] =
-          b.families & kVcl && b.positives > 0 ? in.lse[row] - pos / b.positives : 0.0f;
-    if (out.icl != nullptr)
-      out.icl[row * batch + r] =
-          b.families & kIcl && !intra ? in.lse[row] - pos / (b.positives + 1) : 0.0f;
+    if (intra && out.vcl != nullptr) out.vcl[e * batch + r] = value;
+    if (out.icl != nullptr) out.icl[row * batch + r] = intra ? 0.0f : value;
   }
   if (out.soft_vcl == nullptr) return;
-  for (int i = threadIdx.x; i < 2 * nodes * nodes; i += kThreads) {
+  for (int i = warp; i < 2 * pairs; i += warps) {
     const int a = i / nodes % nodes, c = i % nodes;
-    const bool intra = i < nodes * nodes;
+    const bool intra = i < pairs;
     const int net_a = graph.network[a], net_c = graph.network[c];
     float value = 0;
     if (net_a != net_c && row_soft(b.families, intra)) {
       const int teacher = intra ? net_c * nodes + c : net_c * nodes + a;
       const int student = intra ? net_a * nodes + a : net_a * nodes + c;
-      float sum = 0;
-      for (int part = 0; part < parts; ++part) {
-        const float* record = records + static_cast<int64_t>(part) * size;
-        const float shift = __ldcg(record + teacher) - in.top[teacher];
-        sum += __ldcg(record + 4 * rows + i) * expf(shift / t);
-      }
+      const float cross = parts.scaled_sum(4 * rows + i, teacher, in.top[teacher], 1.0f / t);
       // The difference of the kl_lse, from its parts: it is far smaller than they are.
       const float log_ratio = logf(in.soft[teacher] / in.soft[student]);
-      value = t * (sum / in.soft[teacher] - (in.top[teacher] - in.top[student])) -
+      value = t * (cross / in.soft[teacher] - (in.top[teacher] - in.top[student])) -
               t * t * log_ratio;
     }
-    float* to = intra ? out.soft_vcl : out.soft_icl;
-    to[(a * nodes + c) * batch + r] = value;
+    if (writes) (intra ? out.soft_vcl : out.soft_icl)[i % pairs * batch + r] = value;
   }
 }
 

@@ -11,7 +11,7 @@ struct StatsParams {
   Bank bank;
   const void* tangents;       // double backward: [N, B, D], and its statistics [M, N, B]
   const float *lse, *kl_lse;
-  float* records;             // [B, splits, record_size]
+  float* records;             // [B, record_size, splits]
   int tile, span, splits;
 };
 
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, 2) stats_kernel(const __grid_constan
     }
     __syncthreads();
   }
-  float* to = p.records + static_cast<int64_t>(blockIdx.x) * size;
-  for (int i = threadIdx.x; i < size; i += kThreads) to[i] = s.record[i];
+  write_record(s.record, size, p.records + static_cast<int64_t>(r) * p.splits * size, p.splits,
+               blockIdx.x % p.splits);
 }
 
 struct CombineParams {
@@ -99,10 +99,10 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   const Graph graph(memory, b.node_count, b.network_count);
   const Combined combined(memory, b.network_count * b.node_count);
   const int r = blockIdx.x, size = record_size(b.node_count, b.network_count);
-  const float* records = p.records + static_cast<int64_t>(r) * p.splits * size;
+  const Parts parts{p.records + static_cast<int64_t>(r) * p.splits * size, p.splits};
   load_graph(b, graph);
-  combine_statistics(b, graph, records, p.splits, size, combined);
-  write_rows(b, graph, r, records, p.splits, size, combined, p.rows, p.lse, p.kl_lse);
+  combine_statistics(b, graph, parts, combined);
+  write_rows(b, graph, r, parts, combined, p.rows, p.lse, p.kl_lse, threadIdx.x / 32, kWarps);
 }
 
 // Gradients of the cotangents: linear in the record.
@@ -115,13 +115,11 @@ __global__ void __launch_bounds__(kThreads)
   const int size = record_size(nodes, b.network_count);
   const int64_t batch = b.batch;
   float* total = memory.take<float>(size);
-  const float* records = p.records + static_cast<int64_t>(r) * p.splits * size;
+  const Parts parts{p.records + static_cast<int64_t>(r) * p.splits * size, p.splits};
   load_graph(b, graph);
-  for (int i = threadIdx.x; i < size; i += kThreads) {
-    float sum = 0;
-    for (int part = 0; part < p.splits; ++part)
-      sum += records[static_cast<int64_t>(part) * size + i];
-    total[i] = sum;
+  for (int i = threadIdx.x / 32; i < size; i += kWarps) {
+    const float sum = parts.sum(i);
+    if (threadIdx.x % 32 == 0) total[i] = sum;
   }
   __syncthreads();
   const Record record(total, rows);

@@ -1,4 +1,4 @@
-"""The memory-bank operators in plain torch, one pair of nodes at a time; derivatives by autograd."""
+"""The memory-bank operators in plain torch, pair of nodes by pair; derivatives by autograd."""
 
 from __future__ import annotations
 

@@ -54,12 +54,8 @@ def bank_rows(
     for a, net_a in enumerate(networks):
         for b, net_b in enumerate(networks):
             cross = net_a != net_b
-            soft_vcl[a, b] = (
-                teach(z[net_a, a], z[net_b, b]) if cross and families & 2 else zero
-            )
-            soft_icl[a, b] = (
-                teach(z[net_a, b], z[net_b, a]) if cross and families & 8 else zero
-            )
+            soft_vcl[a, b] = teach(z[net_a, a], z[net_b, b]) if cross and families & 2 else zero
+            soft_icl[a, b] = teach(z[net_a, b], z[net_b, a]) if cross and families & 8 else zero
 
     def stack(parts: dict, *shape: int) -> Tensor:
         keys = [()]

@@ -150,9 +150,7 @@ def test_backward_and_double_backward(kernels, problem):
     got = kernels.backward(problem.cotangents, statistics, *problem.args)
     assert got.dtype == problem.nodes.dtype
     assert relative_error(got, grad) < gradient_bound(got)
-    second = kernels.double_backward(
-        problem.tangent, problem.cotangents, statistics, *problem.args
-    )
+    second = kernels.double_backward(problem.tangent, problem.cotangents, statistics, *problem.args)
     assert relative_error(second[0], h_nodes) < gradient_bound(got)
     for mine, want in zip(second[1:], h, strict=True):
         assert relative_error(mine, want) < 1e-5
@@ -221,9 +219,7 @@ def test_equal_bits_in_any_order_of_threads(kernels, order, shared):
             *out,
             kernels.backward(problem.cotangents, out[4:], *problem.args),
             *kernels.fused(problem.cotangents, *problem.args),
-            *kernels.double_backward(
-                problem.tangent, problem.cotangents, out[4:], *problem.args
-            ),
+            *kernels.double_backward(problem.tangent, problem.cotangents, out[4:], *problem.args),
             *kernels.nce_fused(*nce.args),
             kernels.nce_double(nce.tangent, *nce.args),
         ]

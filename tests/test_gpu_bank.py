@@ -65,9 +65,7 @@ class Problem:
         return list(ops.bank_mcl_forward(*self.inputs, *self.options))
 
     def backward(self, ops, statistics: list[Tensor]) -> Tensor:
-        return ops.bank_mcl_backward(
-            *self.cotangents, *self.inputs, *statistics, *self.options
-        )
+        return ops.bank_mcl_backward(*self.cotangents, *self.inputs, *statistics, *self.options)
 
     def fused(self, ops) -> list[Tensor]:
         return list(ops.bank_mcl_fused(*self.cotangents, *self.inputs, *self.options))

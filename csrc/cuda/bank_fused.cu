@@ -140,10 +140,8 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
 }
 
 struct FusedPlan {
-  int teams = 0, team = 0, tile = 0;
+  int teams = 0, team = 0, tile = 0;  // 0: does not fit
   size_t shared = 0;
-
-  bool fits() const { return team > 0; }
 
   explicit FusedPlan(const Bank& b) {
     const int parts = Ownership::total(b.node_count, b.width);
@@ -155,7 +153,7 @@ struct FusedPlan {
     cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
     if (!cooperative) return;
     const int64_t row_bytes = static_cast<int64_t>(b.width) * element_size(b.bank_type);
-    const int64_t anchor_bytes = columns(b) * b.network_count * row_bytes;
+    const int64_t anchor_bytes = std::max<int64_t>(columns(b) * b.network_count * row_bytes, 1);
     for (int per_processor = 2; per_processor >= 1; --per_processor) {
       const int resident = processors * per_processor;
       const int64_t most = std::min(b.batch, resident);
@@ -182,8 +180,6 @@ struct FusedPlan {
 
 }  // namespace
 
-bool fused_fits(const Bank& b) { return FusedPlan(b).fits(); }
-
 size_t fused_workspace(const Bank& b) {
   const FusedPlan plan(b);
   const size_t floats = record_size(b.node_count, b.network_count) + b.node_count * b.width;
@@ -193,6 +189,7 @@ size_t fused_workspace(const Bank& b) {
 cudaError_t launch_fused(const Bank& b, const Cotangents& g, const Rows& rows, float* lse,
                          float* kl_lse, void* grad_nodes, void* workspace, cudaStream_t stream) {
   const FusedPlan plan(b);
+  if (plan.team == 0) return cudaErrorNotSupported;
   Carver memory{static_cast<char*>(workspace), 0};
   FusedParams p{};
   p.bank = b, p.g = g, p.rows = rows, p.lse = lse, p.kl_lse = kl_lse, p.grad = grad_nodes;

@@ -389,7 +389,8 @@ cudaError_t bank_mcl_backward(const Bank& b, const Cotangents& g, const float* l
 
 cudaError_t bank_mcl_fused(const Bank& b, const Cotangents& g, const Rows& rows, float* lse,
                            float* kl_lse, void* grad_nodes, void* workspace, cudaStream_t stream) {
-  if (fused_fits(b)) return launch_fused(b, g, rows, lse, kl_lse, grad_nodes, workspace, stream);
+  const cudaError_t fused = launch_fused(b, g, rows, lse, kl_lse, grad_nodes, workspace, stream);
+  if (fused != cudaErrorNotSupported) return fused;
   if (const cudaError_t error = bank_mcl_forward(b, rows, lse, kl_lse, workspace, stream))
     return error;
   return bank_mcl_backward(b, g, lse, kl_lse, grad_nodes, workspace, stream);

@@ -67,8 +67,7 @@ cudaError_t tangent_statistics(const Bank& bank, const void* tangents, const flo
                                const float* kl_lse, const Rows& h, float* inner_hard,
                                float* inner_soft, void* workspace, cudaStream_t stream);
 
-// Whether the fused kernel can run this problem on this device.
-bool fused_fits(const Bank& bank);
+// cudaErrorNotSupported, and nothing done, where the kernel cannot run the problem on this device.
 cudaError_t launch_fused(const Bank& bank, const Cotangents& g, const Rows& rows, float* lse,
                          float* kl_lse, void* grad_nodes, void* workspace, cudaStream_t stream);
 

@@ -280,7 +280,8 @@ __device__ __forceinline__ void write_rows(const Bank& b, const Graph& graph, in
       value = t * (cross / in.soft[teacher] - (in.top[teacher] - in.top[student])) -
               t * t * log_ratio;
     }
-    if (writes) (intra ? out.soft_vcl : out.soft_icl)[i % pairs * batch + r] = value;
+    float* to = intra ? out.soft_vcl : out.soft_icl;
+    if (writes) to[i % pairs * batch + r] = value;
   }
 }
 

@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(kThreads)
       const int student = graph.network[a] * nodes + (intra ? a : c);
       value = b.kl_temperature * (record.soft[student] - record.pair[i]);
     }
-    (intra ? p.rows.soft_vcl : p.rows.soft_icl)[(a * nodes + c) * batch + r] = value;
+    float* to = intra ? p.rows.soft_vcl : p.rows.soft_icl;
+    to[(a * nodes + c) * batch + r] = value;
   }
 }
 

@@ -128,7 +128,7 @@ def updated(banks: Tensor, index: Tensor, embeddings: Tensor, momentum: float) -
     last = {int(i): r for r, i in enumerate(index)}
     for i, r in last.items():
         x = momentum * banks[:, i] + (1 - momentum) * embeddings[:, r]
-        out[:, i] = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        out[:, i] = x / x.norm(dim=1, keepdim=True).clamp_min(1e-6)
     return out
 
 

@@ -181,10 +181,11 @@ def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bo
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: mclfast train --resume {run_dir}", file=sys.stderr)
         return 130
-    print("peer  network     parameters  test accuracy (own classifier, last epoch)")
+    width = max(11, *map(len, config.cohort))
+    print(f"peer  {'network':<{width}} parameters  test accuracy (own classifier, last epoch)")
     for i, (name, peer) in enumerate(zip(config.cohort, trainer.cohort.peers, strict=True)):
         count = parameter_count(peer.backbone)
-        print(f"{i:<5} {name:<11} {count:>10,}  {result.peers[i]:.2f} %")
+        print(f"{i:<5} {name:<{width}} {count:>10,}  {result.peers[i]:.2f} %")
     if len(result.peers) > 1:
         print(f"mean of peers {sum(result.peers) / len(result.peers):.2f} %, ", end="")
         print(f"ensemble {result.ensemble:.2f} %")

@@ -248,3 +248,12 @@ def check_coefficients(coefficients: Sequence[float]) -> None:
         raise ValueError(
             f"coefficients: expected 4 (vcl, soft_vcl, icl, soft_icl), got {len(coefficients)}"
         )
+
+
+def check_constant(pair_weights: Tensor | None) -> None:
+    """Pair weights that get no gradient, as coefficients known in advance need them."""
+    if pair_weights is not None and pair_weights.requires_grad:
+        raise ValueError(
+            "pair_weights: expected no requires_grad with coefficients, got a tensor with; "
+            "detach it, or leave coefficients out to train the weights"
+        )

@@ -19,6 +19,7 @@ from mclfast import _backend, bank_ops, ops, reference, reference_bank
 from mclfast._checks import (
     check_banks,
     check_coefficients,
+    check_constant,
     check_embeddings,
     check_indices,
     check_pair_weights,
@@ -26,7 +27,7 @@ from mclfast._checks import (
     describe,
     stack_nodes,
 )
-from mclfast.functional import Networks, Nodes
+from mclfast.functional import Networks, Nodes, plain_objective, scaled, weighted_sums
 from mclfast.reference import statistics_dtype
 from mclfast.types import BankMCLRows, MCLObjective, MCLTerms
 
@@ -273,11 +274,7 @@ def layerwise_bank_mcl_loss(
         if coefficients is None:
             rows = _rows(nodes, networks, *arguments)
             return reference_bank.layerwise_bank_mcl_terms(rows, networks, weights)
-        if weights is not None and weights.requires_grad:
-            raise ValueError(
-                "pair_weights: expected no requires_grad with coefficients, got a tensor with; "
-                "detach it, or leave coefficients out to train the weights"
-            )
+        check_constant(weights)
         # Before the weights are spread over the banks: their number gives the shape.
         check_banks(banks, nodes, networks[-1] + 1)
         lone, pairs, per_bank = (
@@ -303,18 +300,11 @@ def _objective(
             all_rows = reference_bank.bank_mcl_rows(
                 nodes, networks, *keys, temperature=settings[1], kl_temperature=settings[2]
             )
-            terms = _weighted_sums(row_weights, all_rows)
-            detached = MCLTerms(*(term.detach() for term in terms))
-            return MCLObjective(terms.weighted_sum(*coefficients), detached)
-        scaled = [w if c == 1 else c * w for c, w in zip(coefficients, row_weights, strict=True)]
+            return plain_objective(row_weights, all_rows, coefficients)
         loss, *rows = bank_ops.bank_mcl_objective(
-            *scaled, nodes, *keys, *settings, ops.ALL, backend
+            *scaled(row_weights, coefficients), nodes, *keys, *settings, ops.ALL, backend
         )
-        return MCLObjective(loss, _weighted_sums(row_weights, rows[:4]))
-
-
-def _weighted_sums(row_weights: Sequence[Tensor], rows: Sequence[Tensor]) -> MCLTerms:
-    return MCLTerms(*(ops.weighted_sum(w, r) for w, r in zip(row_weights, rows, strict=True)))
+        return MCLObjective(loss, weighted_sums(row_weights, rows[:4]))
 
 
 def _checked_nce(

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from mclfast import _backend, ops, reference
 from mclfast._checks import (
     check_coefficients,
+    check_constant,
     check_embeddings,
     check_labels,
     check_pair_weights,
@@ -288,11 +289,7 @@ def layerwise_mcl_loss(
         if coefficients is None:
             rows = _rows(nodes, networks, labels, *settings)
             return reference.layerwise_mcl_terms(rows, networks, weights)
-        if weights is not None and weights.requires_grad:
-            raise ValueError(
-                "pair_weights: expected no requires_grad with coefficients, got a tensor with; "
-                "detach it, or leave coefficients out to train the weights"
-            )
+        check_constant(weights)
         pairs = reference.both_directions(weights, networks, nodes) / nodes.shape[1]
         return _weighted_objective(
             nodes, networks, labels, pairs.sum(1), pairs, coefficients, *settings
@@ -317,23 +314,36 @@ def _weighted_objective(
     with torch.autocast(nodes.device.type, enabled=False):
         if backend == "reference":
             all_rows = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
-            terms = _weighted_sums(row_weights, all_rows[:4])
-            detached = MCLTerms(*(term.detach() for term in terms))
-            return MCLObjective(terms.weighted_sum(*coefficients), detached)
+            return plain_objective(row_weights, all_rows[:4], coefficients)
         loss, rows = _objective(
             nodes,
             networks,
             labels,
-            [w if c == 1 else c * w for c, w in zip(coefficients, row_weights, strict=True)],
+            scaled(row_weights, coefficients),
             temperature,
             kl_temperature,
             ops.ALL,
             backend,
         )
-        return MCLObjective(loss, _weighted_sums(row_weights, rows))
+        return MCLObjective(loss, weighted_sums(row_weights, rows))
 
 
-def _weighted_sums(row_weights: Sequence[Tensor], rows: Sequence[Tensor]) -> MCLTerms:
+def scaled(row_weights: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
+    """The weights of each family times its coefficient."""
+    return [w if c == 1 else c * w for c, w in zip(coefficients, row_weights, strict=True)]
+
+
+def plain_objective(
+    row_weights: Sequence[Tensor], rows: Sequence[Tensor], coefficients: Sequence[float]
+) -> MCLObjective:
+    """The objective from differentiable rows."""
+    terms = weighted_sums(row_weights, rows)
+    detached = MCLTerms(*(term.detach() for term in terms))
+    return MCLObjective(terms.weighted_sum(*coefficients), detached)
+
+
+def weighted_sums(row_weights: Sequence[Tensor], rows: Sequence[Tensor]) -> MCLTerms:
+    """The terms as sums of weights times rows."""
     return MCLTerms(*(ops.weighted_sum(w, r) for w, r in zip(row_weights, rows, strict=True)))
 
 

@@ -702,7 +702,7 @@ def test_an_ended_run_leaves_no_process(number, folder, tmp_path):
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while (process.poll() is None or session_members(process.pid)) and (
             time.monotonic() < until
         ):

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one call of under nine minutes: build, tests, benchmark.
+# Everything that needs an NVIDIA GPU, in one call of under ten minutes: build, tests, memory and
+# race checks of the CUDA kernels, benchmark.
 #
 #   scripts/gpu_check.sh [OUT]      results go to OUT (default: bench/results/gpu)
 #
@@ -15,6 +16,17 @@ export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$out/gpu.csv"
 MCLFAST_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace > "$out/build.log" 2>&1
 "$python" -m mclfast env | tee "$out/environment.txt"
-timeout 180 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py | tee "$out/tests.txt"
+timeout 180 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_bank.py \
+    | tee "$out/tests.txt"
+# The kernels of csrc/cuda under the checkers of the CUDA toolkit, at small shapes.
+if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck; do
+        timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 99 \
+            "$python" -m pytest -q -p no:cacheprovider tests/test_gpu_bank.py -k "small or update" \
+            | tee "$out/$tool.txt"
+    done
+else
+    echo "compute-sanitizer is not installed: memcheck and racecheck skipped" | tee "$out/memcheck.txt"
+fi
 timeout 300 "$python" -m mclfast bench --preset gpu --budget 3 --plot --out "$out" \
     | tee "$out/bench.txt"

@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import functools
 import io
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import mclfast
 from mclfast import cli
-from mclfast.benchmark import cases, draw, floor, measure, published, report
+from mclfast.benchmark import (
+    bank,
+    cases,
+    draw,
+    floor,
+    floor_bank,
+    inbatch,
+    measure,
+    problem,
+    published,
+    published_bank,
+    report,
+)
 from mclfast.benchmark import run as runner
-from mclfast.benchmark.cases import BOTH, FORWARD, MODES, SECOND, WEIGHTS, Case, Provider
+from mclfast.benchmark.problem import (
+    BOTH,
+    FORWARD,
+    MODES,
+    SECOND,
+    TOLERANCE,
+    WEIGHTS,
+    Case,
+    Provider,
+    Unavailable,
+)
 
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 ABOUT = {"cpu": "a CPU", "threads": 2, "gpu": ""}
 
 
@@ -47,6 +73,115 @@ def test_published_form_equals_the_loss(m, stages):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+def mcl_bank(mode: str = BOTH, m: int = 2, l: int = 2, b: int = 5, **more) -> Case:  # noqa: E741
+    shape = {"d": 6, "k": 9, "n": 40} | more
+    return Case("bank_layerwise_mcl", mode, m, l, b, **shape)
+
+
+def nce_bank(mode: str = BOTH, m: int = 3, b: int = 5, **more) -> Case:
+    return Case("bank_nce", mode, m, 1, b, **({"d": 6, "k": 9, "n": 40} | more))
+
+
+def wide_leaves(case: Case) -> tuple[problem.Inputs, problem.Keys, torch.Tensor]:
+    inputs = cases.make_inputs(case).double()
+    keys = dataclasses.replace(inputs.keys, banks=inputs.keys.banks.double())
+    return inputs, keys, inputs.leaves[0]
+
+
+@pytest.mark.parametrize(("m", "stages"), [(2, 1), (3, 2)])
+def test_published_bank_form_equals_the_loss(m, stages):
+    case = mcl_bank(m=m, l=stages)
+    inputs, keys, nodes = wide_leaves(case)
+    weights = inputs.pair_weights.requires_grad_()
+    settings = {"temperature": 0.2, "kl_temperature": 2.0}
+    ours = mclfast.layerwise_bank_mcl_loss(
+        nodes.unflatten(0, (m, stages)), keys.banks, keys.pos_idx, keys.neg_idx, weights,
+        backend="reference", **settings,
+    )  # fmt: skip
+    theirs = published_bank.layerwise_bank_mcl_loss(
+        nodes, inputs.networks, keys.banks, keys.rows, 1, weights, **settings
+    )
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=0)
+        expected = torch.autograd.grad(x, (nodes, weights), retain_graph=True)
+        found = torch.autograd.grad(y, (nodes, weights), retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_published_nce_equals_the_loss():
+    _, keys, nodes = wide_leaves(nce_bank())
+    ours = mclfast.bank_nce_loss(
+        nodes, keys.banks, keys.rows, temperature=0.2, eps=1e-3, backend="reference"
+    )
+    theirs = published_bank.bank_nce_loss(
+        nodes, keys.banks, keys.rows, temperature=0.2, eps=1e-3
+    )
+    torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=0)
+    (expected,), (found,) = (torch.autograd.grad(x, nodes) for x in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_bank_providers_pass_their_check(mode, shared):
+    found = [mcl_bank(mode, dtype="float64", bank_dtype="float64", shared_negatives=shared)]
+    if not shared and mode != WEIGHTS:
+        found.append(nce_bank(mode, dtype="float64", bank_dtype="float64"))
+    for case in found:
+        inputs = cases.make_inputs(case)
+        expected = cases.truth(case, inputs)
+        for provider in cases.PROVIDERS[case.op]:
+            if provider.name in ("eager", "reference"):
+                assert runner.prepare(case, provider, inputs, expected).error <= 1e-10
+
+
+@pytest.mark.parametrize("case", [mcl_bank(SECOND), mcl_bank(WEIGHTS), nce_bank(SECOND)])
+def test_bank_truth_does_not_depend_on_the_blocks(case):
+    inputs = cases.make_inputs(case)
+    for x, y in zip(bank.truth(case, inputs, rows=2), bank.truth(case, inputs), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_bank_inputs():
+    case = mcl_bank(b=6, k=30, bank_dtype="bfloat16", shared_negatives=True)
+    keys = cases.make_inputs(case).keys
+    assert keys.banks.shape == (2, 40, 6) and keys.banks.dtype == torch.bfloat16
+    assert keys.pos_idx.shape == (6, 2) and keys.neg_idx.shape == (30,)
+    assert keys.rows.shape == (6, case.keys) == (6, 32)
+    # An anchor's own row is no negative of any anchor.
+    assert len(set(keys.pos_idx.flatten().tolist())) == 12
+    assert not set(keys.pos_idx.flatten().tolist()) & set(keys.neg_idx.tolist())
+    torch.testing.assert_close(
+        keys.banks.float().norm(dim=-1), torch.ones(2, 40), rtol=0.01, atol=0
+    )
+
+
+def test_published_bank_form_has_no_mixed_dtypes():
+    case = mcl_bank(bank_dtype="bfloat16")
+    eager = cases.PROVIDERS[case.op][0]
+    with pytest.raises(Unavailable, match="in the dtype of the embeddings"):
+        eager.build(case, cases.make_inputs(case))
+
+
+def test_expected_memory_of_the_published_bank_form():
+    for case in (mcl_bank(d=64, k=200, n=512), nce_bank(d=64, k=200, n=512)):
+        inputs = cases.make_inputs(case)
+        for provider in cases.PROVIDERS[case.op]:
+            if provider.name in ("eager", "reference"):
+                forward = functools.partial(provider.build(case, inputs), inputs.leaves)
+                saved = measure.saved_bytes(forward, inputs.held())
+                assert saved < provider.kept(case) < 1.6 * saved
+    # At the batch of a GPU the gathered rows alone take 128 times 256 * 8194 * 128 * 4 bytes.
+    gpu = mcl_bank(l=4, b=256, d=128, k=8192, n=2**20)
+    assert cases.PROVIDERS[gpu.op][0].kept(gpu) > 128 * 256 * 8194 * 128 * 4
+
+
+def test_rounding_of_a_provider_holds_in_float32_only():
+    provider = Provider("rounds", cases.PROVIDERS["bank_nce"][0].build, rounding=1e-3)
+    assert problem.tolerance(nce_bank(), provider) == 1e-3
+    assert problem.tolerance(nce_bank(dtype="float64"), provider) == TOLERANCE["float64"]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_eager_baseline_passes_its_check(mode, dtype):
@@ -54,14 +189,14 @@ def test_eager_baseline_passes_its_check(mode, dtype):
     inputs = cases.make_inputs(case)
     eager = cases.PROVIDERS["layerwise_mcl"][0]
     ready = runner.prepare(case, eager, inputs, cases.truth(case, inputs))
-    assert ready.error <= cases.TOLERANCE[dtype]
+    assert ready.error <= TOLERANCE[dtype]
 
 
 def test_truth_does_not_depend_on_the_blocks():
     case = layerwise(SECOND, m=2, l=2, b=10)
     inputs = cases.make_inputs(case)
     for x, y in zip(
-        cases.truth(case, inputs, rows=3), cases.truth(case, inputs, rows=10), strict=True
+        inbatch.truth(case, inputs, rows=3), inbatch.truth(case, inputs, rows=10), strict=True
     ):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
@@ -74,7 +209,7 @@ def test_pytorch_metric_learning_computes_the_same(op):
     try:
         # It adds a constant of about 1e-16 to a denominator in float64.
         ready = runner.prepare(case, pml, inputs, cases.truth(case, inputs))
-    except cases.Unavailable as reason:
+    except Unavailable as reason:
         pytest.skip(str(reason))
     assert ready.error <= 1e-10
 
@@ -106,14 +241,14 @@ def test_nan_is_a_wrong_result():
     inputs = cases.make_inputs(case)
     one, nan = (torch.tensor(value) for value in (1.0, math.nan))
     provider = cases.PROVIDERS["supcon"][0]
-    assert math.isnan(cases.difference(case, provider, inputs, (nan, one), (one, one)))
+    assert math.isnan(problem.difference(case, provider, inputs, (nan, one), (one, one)))
     with pytest.raises(ArithmeticError, match="by nan"):
         runner.prepare(case, provider, inputs, (nan,))
 
 
 def test_unavailable_provider_is_listed_with_its_reason(monkeypatch):
     def build(case, inputs):
-        raise cases.Unavailable("there is no such chip")
+        raise Unavailable("there is no such chip")
 
     monkeypatch.setitem(cases.PROVIDERS, "supcon", [Provider("chip", build)])
     outcome = runner.Outcome()
@@ -126,7 +261,7 @@ def test_unavailable_provider_is_listed_with_its_reason(monkeypatch):
 def test_case_that_does_not_fit_into_memory():
     case = layerwise(m=2, b=16)
     huge = Provider("huge", cases.PROVIDERS["layerwise_mcl"][0].build, lambda case: 2.0**60)
-    with pytest.raises(cases.Unavailable, match=r"expected to need 1073741824\.0 GiB"):
+    with pytest.raises(Unavailable, match=r"expected to need 1073741824\.0 GiB"):
         runner.prepare(case, huge, cases.make_inputs(case), ())
 
 
@@ -149,6 +284,36 @@ def test_floor_counts():
     assert units(Case("supcon", BOTH, 1, 1, 64)) == 1.5
     assert units(Case("info_nce", BOTH, 2, 1, 64)) == 3
     assert floor.work(Case("nt_xent", BOTH, 2, 1, 64)).batch == 128
+
+
+def test_bank_floor_counts():
+    rates = floor_bank.BankRates(gather=1e9, gemm=1e12, exp=math.inf)
+    case = mcl_bank(l=4, b=8, d=128, k=8192, n=2**17)
+    row_bytes = 128 * 4
+    assert floor_bank.gathered_bytes(case) == 2 * 8 * 8194 * row_bytes
+    assert floor_bank.logits(case) == 2 * 8 * 8 * 8194
+    assert floor_bank.floor_ms(case, rates) == pytest.approx(2 * 8 * 8194 * row_bytes / 1e6)
+    # Two products per logit of 2 * 128 operations, where they take longer than the reads.
+    slow = floor_bank.BankRates(gather=1e15, gemm=1e9, exp=1e9)
+    amount = floor_bank.logits(case) * (2 * 2 * 128 + 1)
+    assert floor_bank.floor_ms(case, slow) == pytest.approx(amount / 1e9 * 1e3)
+    assert floor_bank.gather_ms(case, slow) == pytest.approx(2 * 8 * 8194 * row_bytes / 1e12)
+    half = dataclasses.replace(case, bank_dtype="bfloat16", shared_negatives=True)
+    assert floor_bank.gathered_bytes(half) == 2 * (8192 + 8 * 2) * row_bytes / 2
+    second = dataclasses.replace(case, mode=SECOND)
+    assert floor_bank.gathered_bytes(second) == 2 * floor_bank.gathered_bytes(case)
+    nce = nce_bank(m=4, b=64, d=128, k=16384, n=2**17)
+    # The normalising constants are known after a pass of their own.
+    assert floor_bank.gathered_bytes(nce) == 2 * 4 * 64 * 16385 * row_bytes
+    assert floor_bank.logits(nce) == 12 * 64 * 16385
+
+
+def test_better_bank_rates():
+    slow = floor_bank.BankRates(1.0, 4.0, 5.0, {"gather": "a", "gemm": "b"})
+    fast = floor_bank.BankRates(2.0, 3.0, math.inf, {"gather": "c", "gemm": "d"})
+    best = slow.best(fast)
+    assert best == floor_bank.BankRates(2.0, 4.0, math.inf, {"gather": "c", "gemm": "b"})
+    assert best.as_json()["exp_per_s"] is None
 
 
 def test_interleaved_timing():
@@ -188,7 +353,7 @@ def test_saved_bytes():
 def test_memory_probe_sees_a_known_allocation():
     try:
         found = measure.probe_peak(64 * measure.MIB) / measure.MIB
-    except cases.Unavailable as reason:
+    except Unavailable as reason:
         pytest.skip(str(reason))
     assert 63 <= found <= 68
 
@@ -216,6 +381,67 @@ def test_targets_are_judged():
     assert report.verdicts(row | {"ours": False}, [row], threads=2) == []
 
 
+def bank_row(case: Case, provider: str = "cpu-fused", **values) -> dict:
+    return {
+        "op": case.op, "mode": case.mode, "M": case.m, "L": case.l, "B": case.b, "D": case.d,
+        "dtype": case.dtype, "device": case.device, "K": case.k, "n": case.n,
+        "bank_dtype": case.bank_dtype, "shared_negatives": case.shared_negatives,
+        "ours": provider != "eager", "provider": provider, "metric": "time", **values,
+    }  # fmt: skip
+
+
+def test_bank_targets_are_judged():
+    case = cases.preset("bank")[0]
+    assert (case.m, case.l, case.b, case.keys) == (2, 4, 8, 8194)
+    row = bank_row(case, p50=30.0, ratio_eager=79.0, floor=20.0, ratio_floor=1.5, floor_gather=20.0)
+    theirs = bank_row(case, "eager", metric="peak_extra", p50=4000.0)
+    for peak, met in ((79.0, True), (81.0, False)):
+        ours = bank_row(case, metric="peak_extra", p50=peak)
+        assert report.verdicts(row, [row, theirs, ours], threads=2) == [
+            ("80x eager", False), ("2% of eager's memory", met),
+        ]  # fmt: skip
+    assert report.verdicts(row, [row], threads=1) == []
+    for other in ({"bank_dtype": "bfloat16"}, {"n": 1000}, {"mode": SECOND}):
+        assert report.verdicts(row | other, [row], threads=2) == []
+
+
+def test_bank_target_on_a_gpu_is_judged():
+    case = cases.preset("bank-gpu")[0]
+    row = bank_row(case, "cuda-fused", p50=1.0, floor=0.7, ratio_floor=1.4, floor_gather=0.59)
+    peak = bank_row(case, "cuda-fused", metric="peak_extra", p50=301.0)
+    assert report.verdicts(row, [row, peak], threads=16) == [
+        ("2 ms", True), ("60% of copy bandwidth", False), ("300 MiB", False),
+    ]  # fmt: skip
+    quick = row | {"p50": 0.95}
+    assert report.verdicts(quick, [quick], threads=16)[1] == ("60% of copy bandwidth", True)
+
+
+def test_bank_presets():
+    found = cases.preset("bank")
+    assert len(found) == len(set(found))
+    stated = [cases.bank_target(case) for case in found if cases.bank_target(case) is not None]
+    assert sorted(stated) == sorted(cases.BANK_TARGETS.values())
+    assert any(case.shared_negatives for case in found)
+    assert {case.bank_dtype for case in found} == {"float32", "bfloat16"}
+    on_gpu = cases.preset("bank-gpu")
+    assert set(on_gpu) <= set(cases.preset("gpu"))
+    assert any(cases.gpu_target(case) is not None for case in on_gpu)
+
+
+def test_rows_name_their_case():
+    case = mcl_bank(bank_dtype="bfloat16", shared_negatives=True)
+    row = json.loads(json.dumps(bank_row(case)))
+    assert runner.case_of(row) == case
+    text = "bank_layerwise_mcl[forward_backward,2,2,5,6,K=9,float32,cpu,n=40,bfloat16 bank,"
+    assert case.name == text + "shared negatives]"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_still_load(path, tmp_path, capsys):
+    assert cli.main(["bench", "--replot", str(path), "--out", str(tmp_path)]) == 0
+    assert "layerwise_mcl, forward_backward, float32, cpu" in capsys.readouterr().out
+
+
 def test_presets_cover_the_targets():
     paper = cases.preset("paper")
     assert len(paper) == len(set(paper))
@@ -241,7 +467,8 @@ def test_pictures(tmp_path):
 
 
 def test_command(tmp_path, capsys):
-    wanted = [f"--provider={name}" for name in ("eager", "reference", "cpu-fused", "cpu", "pml")]
+    names = ("eager", "reference", "cpu-rows", "cpu-fused", "cpu", "pml")
+    wanted = [f"--provider={name}" for name in names]
     status = cli.main(["bench", "--preset", "smoke", "--out", str(tmp_path), "--plot", *wanted])
     output = capsys.readouterr().out
     assert status == 0, output
@@ -261,9 +488,17 @@ def test_command(tmp_path, capsys):
         assert row["metric"] == "time" and row["unit"] == "ms"
         assert 0 < float(row["min"]) <= float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
         assert float(row["error"]) <= 1e-5
+        assert (row["floor_gather"] != "") == (int(row["K"]) > 0)
         assert float(row["ratio_floor"]) > 0
         assert (row["ratio_first_order"] != "") == (row["mode"] == SECOND)
     assert {row["provider"] for row in rows} >= {"eager", "reference"}
+    with_banks = {(row["op"], row["provider"]) for row in rows if int(row["K"])}
+    expected = {("bank_layerwise_mcl", "eager"), ("bank_layerwise_mcl", "reference")}
+    expected |= {("bank_nce", "eager"), ("bank_nce", "reference")}
+    if hasattr(torch.ops.mclfast_cpu, "bank_mcl_forward"):
+        expected |= {("bank_layerwise_mcl", "cpu-rows"), ("bank_layerwise_mcl", "cpu-fused")}
+        expected.add(("bank_nce", "cpu"))
+    assert with_banks == expected
 
     json_path = tmp_path / "results.json"
     assert cli.main(["bench", "--replot", str(json_path)]) == 0

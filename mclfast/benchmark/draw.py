@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mclfast._files import replacing
-from mclfast.benchmark.cases import BOTH
+from mclfast.benchmark.problem import BOTH
 from mclfast.benchmark.run import Row
 
 if TYPE_CHECKING:

@@ -24,15 +24,17 @@ reaches the floor; a two-sweep path that computes similarities twice starts at a
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mclfast.benchmark.cases import DTYPES, FORWARD, SECOND, Case
+from mclfast.benchmark.problem import DTYPES, FORWARD, SECOND, Case
 
 LAYOUTS = ("nt", "nn", "tn")
 
@@ -75,6 +77,18 @@ class Rates:
             max(self.exp, other.exp),
             {x: (other if ahead[x] else self).ways.get(x, "") for x in LAYOUTS},
         )
+
+    def as_json(self) -> dict[str, Any]:
+        """Fit for JSON, which does not know the infinite: None where a rate is not measured."""
+        return {
+            "exp_per_s": None if math.isinf(self.exp) else self.exp,
+            "gemm_flop_per_s": self.gemm,
+            "gemm_way": self.ways,
+        }
+
+    def floors(self, case: Case) -> dict[str, float]:
+        """The columns of a row of ``case`` that depend on the rates."""
+        return {"floor": floor_ms(case, self)}
 
 
 def work(case: Case) -> Work:
@@ -134,7 +148,7 @@ def _products(layout: str, count: int, batch: int, d: int, like: Tensor) -> dict
     return products
 
 
-def _seconds(call: Callable[[], object], device: str, repeats: int) -> float:
+def least_seconds(call: Callable[[], object], device: str, repeats: int) -> float:
     """Least time of a call: disturbances only add. The first run does not count."""
     found = []
     for _ in range(repeats + 1):
@@ -148,12 +162,12 @@ def _seconds(call: Callable[[], object], device: str, repeats: int) -> float:
     return min(found[1:])
 
 
-def _in_turn(product: Product, count: int) -> None:
+def in_turn(product: Product, count: int) -> None:
     for i in range(count):
         product(i)
 
 
-def _in_streams(product: Product, count: int, streams: int) -> None:
+def in_streams(product: Product, count: int, streams: int) -> None:
     """Products on so many Python threads at a time, each product on one core."""
 
     def some(first: int) -> None:
@@ -168,7 +182,7 @@ def _in_streams(product: Product, count: int, streams: int) -> None:
         thread.join()
 
 
-def _gemm_rate(layout: str, batch: int, d: int, like: Tensor) -> tuple[float, str]:
+def gemm_rate(layout: str, batch: int, d: int, like: Tensor) -> tuple[float, str]:
     """Operations per second and the way that reached them.
 
     Each library computes one product after another on all threads, and one product per thread, as
@@ -185,18 +199,18 @@ def _gemm_rate(layout: str, batch: int, d: int, like: Tensor) -> tuple[float, st
         with torch.no_grad():
             for name, product in _products(layout, count, batch, d, like).items():
                 turns = 1 if name == "batched" else count
-                call = functools.partial(_in_turn, product, turns)
-                seconds[name] = _seconds(call, device, repeats=5)
+                call = functools.partial(in_turn, product, turns)
+                seconds[name] = least_seconds(call, device, repeats=5)
                 if device == "cpu" and threads > 1 and name != "batched":
-                    call = functools.partial(_in_streams, product, count, threads)
-                    seconds[f"{name}, one thread each"] = _seconds(call, device, repeats=5)
+                    call = functools.partial(in_streams, product, count, threads)
+                    seconds[f"{name}, one thread each"] = least_seconds(call, device, repeats=5)
     finally:
         torch.set_num_threads(threads)
     way = min(seconds, key=lambda name: seconds[name])
     return operations * count / seconds[way], way
 
 
-def _exp_rate(like: Tensor) -> float:
+def exp_rate(like: Tensor) -> float:
     if like.device.type != "cpu":
         return float("inf")
     threads = torch.get_num_threads()
@@ -204,26 +218,31 @@ def _exp_rate(like: Tensor) -> float:
     # first is held up by any other load of the machine, the second by the start of its threads.
     whole = -torch.rand(2**17 * threads, dtype=like.dtype)
     out = torch.empty_like(whole)
-    best = whole.numel() / _seconds(lambda: torch.exp(whole, out=out), "cpu", repeats=30)
+    best = whole.numel() / least_seconds(lambda: torch.exp(whole, out=out), "cpu", repeats=30)
     pieces, outs, count = whole.split(2**16), out.split(2**16), 128 * threads
 
     def product(i: int) -> None:
         torch.exp(pieces[i % len(pieces)], out=outs[i % len(pieces)])
 
     try:
-        call = functools.partial(_in_streams, product, count, threads)
-        return max(best, count * 2**16 / _seconds(call, "cpu", repeats=5))
+        call = functools.partial(in_streams, product, count, threads)
+        return max(best, count * 2**16 / least_seconds(call, "cpu", repeats=5))
     finally:
         torch.set_num_threads(threads)
+
+
+def rate_key(case: Case) -> str:
+    """Names the shape at which the rates of a case are measured."""
+    return f"B={work(case).batch} D={case.d} {case.dtype} {case.device}"
 
 
 def measure_rates(case: Case) -> Rates:
     """The rates at the shape of a case, on this machine, with the present number of threads."""
     like = torch.empty(0, dtype=DTYPES[case.dtype], device=case.device)
     batch = work(case).batch
-    found = {layout: _gemm_rate(layout, batch, case.d, like) for layout in LAYOUTS}
+    found = {layout: gemm_rate(layout, batch, case.d, like) for layout in LAYOUTS}
     return Rates(
         {layout: rate for layout, (rate, _) in found.items()},
-        _exp_rate(like),
+        exp_rate(like),
         {layout: way for layout, (_, way) in found.items()},
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import mclfast
-from mclfast.benchmark.cases import Case, Unavailable
+from mclfast.benchmark.problem import Case, Unavailable
 
 MIB = 2**20
 Call = Callable[[], object]

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from mclfast.benchmark.cases import PROVIDERS, Case, make_inputs, step
+from mclfast.benchmark.cases import PROVIDERS, make_inputs
 from mclfast.benchmark.measure import release
+from mclfast.benchmark.problem import Case, step
 
 
 def _status(field: str) -> int:
@@ -52,7 +53,10 @@ def _case_call(task: dict[str, object]) -> Callable[[], object]:
         return step(at, inputs, provider.build(at, inputs))
 
     if provider.name != "compiled":
-        build(dataclasses.replace(case, m=min(case.m, 2), l=1, b=8))()
+        tiny = dataclasses.replace(
+            case, m=min(case.m, 2), l=1, b=8, k=min(case.k, 16), n=min(case.n, 256)
+        )
+        build(tiny)()
     call = build(case)
     if provider.name == "compiled":
         call()

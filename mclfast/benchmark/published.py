@@ -39,7 +39,7 @@ def _contrastive(logits: Tensor, positives: Tensor, others: Tensor, weights: Ten
     return -((positives * log_prob * weights).sum(1) / positives.sum(1).clamp_min(1)).mean()
 
 
-def _kl(student: Tensor, teacher: Tensor, weights: Tensor, kl_temperature: float) -> Tensor:
+def kl_term(student: Tensor, teacher: Tensor, weights: Tensor, kl_temperature: float) -> Tensor:
     """Batch mean of weighted rows of T^2 KL(softmax(teacher / T) || softmax(student / T))."""
     log_student = F.log_softmax(student / kl_temperature, dim=1)
     log_teacher = F.log_softmax(teacher.detach() / kl_temperature, dim=1)
@@ -80,7 +80,7 @@ def pair_terms(
         for x, y in ((aa, bb), (ab, ba))
     )
     soft_vcl, soft_icl = (
-        _kl(x, y, w, kl_temperature) + _kl(y, x, w, kl_temperature)
+        kl_term(x, y, w, kl_temperature) + kl_term(y, x, w, kl_temperature)
         for x, y in ((aa, bb), (ab, ba))
     )
     return vcl, soft_vcl, icl, soft_icl

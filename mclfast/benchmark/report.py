@@ -6,7 +6,6 @@ import csv
 import datetime
 import importlib.metadata
 import io
-import math
 import os
 import platform
 from collections.abc import Sequence
@@ -20,28 +19,37 @@ from mclfast import env
 from mclfast._files import write_json, write_text
 from mclfast._version import __version__
 from mclfast.benchmark.cases import (
-    BOTH,
+    BANK_GPU_TARGETS,
+    BANK_MEMORY_TARGET,
+    BANK_TARGETS,
     FLOOR_TARGET,
-    SECOND,
     SECOND_ORDER_TARGET,
     TARGETS,
+    bank_target,
+    gpu_target,
     target,
 )
+from mclfast.benchmark.problem import BOTH, SECOND, Case
 from mclfast.benchmark.run import BASELINES, Outcome, Row, case_of
 
 SCHEMA = 1
 #: Threads that the targets are stated for.
 TARGET_THREADS = 2
 
-CASE_COLUMNS = ("op", "provider", "mode", "metric", "unit", "M", "L", "B", "D", "dtype", "device")
+CASE_COLUMNS = (
+    "op", "provider", "mode", "metric", "unit", "M", "L", "B", "D", "dtype", "device",
+    "K", "n", "bank_dtype", "shared_negatives",
+)  # fmt: skip
 VALUE_COLUMNS = ("p20", "p50", "p80", "min", "samples", "error")
-RATIO_COLUMNS = (*BASELINES.values(), "floor", "ratio_floor", "ratio_first_order")
+RATIO_COLUMNS = (*BASELINES.values(), "floor", "ratio_floor", "floor_gather", "ratio_first_order")
 MACHINE_COLUMNS = ("cpu", "cores", "threads", "gpu", "os")
 VERSION_COLUMNS = ("mclfast", "python", "torch", "cuda", "triton", "pytorch_metric_learning")
 COLUMNS = (
     *CASE_COLUMNS, *VALUE_COLUMNS, *RATIO_COLUMNS, *MACHINE_COLUMNS, *VERSION_COLUMNS,
     "commit", "date",
 )  # fmt: skip
+
+_BANK_POINT = ("op", "M", "L", "B", "K")
 
 
 def _cpu_name() -> str:
@@ -94,19 +102,20 @@ def as_json(outcome: Outcome, about: dict[str, Any], settings: dict[str, Any]) -
         "schema": SCHEMA,
         "environment": about,
         "settings": settings,
-        "rates": {
-            key: {
-                # Infinite, which JSON does not know, where it is not measured.
-                "exp_per_s": None if math.isinf(rates.exp) else rates.exp,
-                "gemm_flop_per_s": rates.gemm,
-                "gemm_way": rates.ways,
-            }
-            for key, rates in outcome.rates.items()
-        },
+        "rates": {key: rates.as_json() for key, rates in outcome.rates.items()},
         "targets": {
             "layerwise_mcl": [
                 {**dict(zip("MLB", shape, strict=True)), **asdict(goal)}
                 for shape, goal in TARGETS.items()
+            ],
+            "bank": [
+                {**dict(zip(_BANK_POINT, point, strict=True)), "eager": eager}
+                for point, eager in BANK_TARGETS.items()
+            ],
+            "bank_memory": BANK_MEMORY_TARGET,
+            "bank_gpu": [
+                {**dict(zip(_BANK_POINT, point, strict=True)), **asdict(goal)}
+                for point, goal in BANK_GPU_TARGETS.items()
             ],
             "floor": FLOOR_TARGET,
             "second_order": SECOND_ORDER_TARGET,
@@ -170,9 +179,10 @@ def verdicts(row: Row, rows: Sequence[Row], threads: int) -> list[tuple[str, boo
                 found.append((f"{least:g}x {name}", row[column] >= least))
         if peak is not None:
             found.append((f"{goal.memory:g} MiB", peak["p50"] <= goal.memory))
+    found += _bank_verdicts(case, row, rows, peak, threads)
     if case.op == "layerwise_mcl" and case.mode == BOTH and case.b >= 256 and case.device == "cpu":
         found.append((f"{FLOOR_TARGET:g}x floor", row["ratio_floor"] <= FLOOR_TARGET))
-    if case.mode == SECOND:
+    if case.mode == SECOND and not case.k:
         met = row["ratio_first_order"] <= SECOND_ORDER_TARGET
         found.append((f"{SECOND_ORDER_TARGET:g}x first order", met))
     for library in ("pml", "lightly"):
@@ -181,6 +191,29 @@ def verdicts(row: Row, rows: Sequence[Row], threads: int) -> list[tuple[str, boo
             theirs = _find(rows, row, library, "peak_extra")
             if peak is not None and theirs is not None:
                 found.append((f"leaner than {library}", peak["p50"] < theirs["p50"]))
+    return found
+
+
+def _bank_verdicts(
+    case: Case, row: Row, rows: Sequence[Row], peak: Row | None, threads: int
+) -> list[tuple[str, bool]]:
+    """The goals of the memory-bank operations."""
+    found = []
+    eager = bank_target(case) if threads == TARGET_THREADS else None
+    if eager is not None:
+        if "ratio_eager" in row:
+            found.append((f"{eager:g}x eager", row["ratio_eager"] >= eager))
+        theirs = _find(rows, row, "eager", "peak_extra")
+        if peak is not None and theirs is not None:
+            met = peak["p50"] <= BANK_MEMORY_TARGET * theirs["p50"]
+            found.append((f"{BANK_MEMORY_TARGET:.0%} of eager's memory", met))
+    goal = gpu_target(case)
+    if goal is not None:
+        found.append((f"{goal.ms:g} ms", row["p50"] <= goal.ms))
+        share = row["floor_gather"] / row["p50"]
+        found.append((f"{goal.bandwidth:.0%} of copy bandwidth", share >= goal.bandwidth))
+        if peak is not None:
+            found.append((f"{goal.memory:g} MiB", peak["p50"] <= goal.memory))
     return found
 
 
@@ -208,17 +241,18 @@ def table(outcome: Outcome, threads: int) -> str:
     """The times of all cases, one block per operation and mode."""
     rows = [row for row in outcome.rows if row["metric"] == "time"]
     baselines = [b for b, column in BASELINES.items() if any(column in row for row in rows)]
-    blocks: dict[tuple[str, str, str, str], list[Row]] = {}
+    blocks: dict[str, list[Row]] = {}
     for row in rows:
-        key = (row["op"], row["mode"], row["dtype"], row["device"])
-        blocks.setdefault(key, []).append(row)
+        title = ", ".join([row["op"], row["mode"], *case_of(row).kind])
+        blocks.setdefault(title, []).append(row)
     text: list[str] = []
-    for (op, mode, dtype, device), block in blocks.items():
+    for title, block in blocks.items():
+        second, banks = block[0]["mode"] == SECOND, case_of(block[0]).k > 0
         used = [b for b in baselines if any(BASELINES[b] in row for row in block)]
-        second = mode == SECOND
         lines = [
-            ["M,L,B,D", "provider", "ms", "20-80 %", *(f"x {b}" for b in used), "x floor",
-             *(["x first"] if second else []), "peak MiB", "saved MiB", "goals"]
+            ["M,L,B,D,K" if banks else "M,L,B,D", "provider", "ms", "20-80 %",
+             *(f"x {b}" for b in used), "x floor", *(["x first"] if second else []),
+             "peak MiB", "saved MiB", "goals"]
         ]  # fmt: skip
         for row in block:
             peak = _find(outcome.rows, row, row["provider"], "peak_extra")
@@ -229,7 +263,7 @@ def table(outcome: Outcome, threads: int) -> str:
             ]
             lines.append(
                 [
-                    f"{row['M']},{row['L']},{row['B']},{row['D']}", row["provider"],
+                    ",".join(str(row[x]) for x in ("MLBDK" if banks else "MLBD")), row["provider"],
                     _number(row["p50"]), f"{_number(row['p20'])}-{_number(row['p80'])}",
                     *(_number(row.get(BASELINES[b])) for b in used),
                     _number(row["ratio_floor"]),
@@ -238,7 +272,7 @@ def table(outcome: Outcome, threads: int) -> str:
                     "; ".join(goals),
                 ]
             )  # fmt: skip
-        text += [f"{op}, {mode}, {dtype}, {device}", *_aligned(lines, 2), ""]
+        text += [title, *_aligned(lines, 2), ""]
     return "\n".join(text)
 
 
@@ -257,11 +291,12 @@ def skipped_table(outcome: Outcome) -> str:
 def legend(threads: int) -> str:
     """What the columns of the table mean."""
     judged = "" if threads == TARGET_THREADS else (
-        f"\nTargets of the five shapes are stated for {TARGET_THREADS} threads and not judged "
+        f"\nTargets of shapes on a CPU are stated for {TARGET_THREADS} threads and not judged "
         f"with {threads}."
     )  # fmt: skip
     return (
         "ms: median of the interleaved calls. x NAME: how many times as long NAME takes (median "
-        "over rounds).\nx floor: times the arithmetic floor at the GEMM and exp rates measured in "
-        f"this run. x first: over forward + backward of the same provider.{judged}"
+        "over rounds).\nx floor: times the floor at the rates measured in this run: GEMM and exp; "
+        "for memory banks, the reads of their rows.\nx first: over forward + backward of the same "
+        f"provider.{judged}"
     )

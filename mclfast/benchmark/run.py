@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mclfast.benchmark import floor, measure
-from mclfast.benchmark.cases import (
+from mclfast.benchmark import floor, floor_bank, measure
+from mclfast.benchmark.cases import PROVIDERS, make_inputs, truth
+from mclfast.benchmark.problem import (
     BOTH,
-    PROVIDERS,
     SECOND,
     Case,
     Inputs,
@@ -21,10 +21,8 @@ from mclfast.benchmark.cases import (
     Provider,
     Unavailable,
     difference,
-    make_inputs,
     step,
     tolerance,
-    truth,
 )
 
 Row = dict[str, Any]
@@ -37,6 +35,16 @@ BASELINES = {
     "pml": "ratio_pml",
     "lightly": "ratio_lightly",
 }
+
+
+class Rates(Protocol):
+    """Measured rates of this machine: :class:`floor.Rates` or :class:`floor_bank.BankRates`."""
+
+    def best(self, other: Any) -> Any: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+    def floors(self, case: Case) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Outcome:
 
     rows: list[Row] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
-    rates: dict[str, floor.Rates] = field(default_factory=dict)
+    rates: dict[str, Rates] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ def prepare(case: Case, provider: Provider, inputs: Inputs, expected: Sequence[T
 
     Raises:
         Unavailable: it cannot run here.
-        ArithmeticError: its result differs by more than :func:`cases.tolerance`.
+        ArithmeticError: its result differs by more than :func:`problem.tolerance`.
     """
     needed, free = provider.kept(case), measure.available_bytes(case.device)
     if needed > 0.85 * free:
@@ -183,7 +191,9 @@ def _row(case: Case, item: Ready, metric: str, unit: str) -> Row:
         "op": values["op"], "provider": item.provider.name, "ours": item.provider.ours,
         "mode": case.mode, "metric": metric, "unit": unit,
         "M": case.m, "L": case.l, "B": case.b, "D": case.d,
-        "dtype": case.dtype, "device": case.device, "error": item.error,
+        "dtype": case.dtype, "device": case.device, "K": case.k, "n": case.n,
+        "bank_dtype": case.bank_dtype if case.k else "",
+        "shared_negatives": case.shared_negatives, "error": item.error,
     }  # fmt: skip
 
 
@@ -194,7 +204,7 @@ def _memory_rows(
     for item in ready:
         name = item.provider.name
         forward = functools.partial(item.loss, inputs.leaves)
-        saved = measure.saved_bytes(forward, inputs.leaves)
+        saved = measure.saved_bytes(forward, inputs.held())
         rows.append(_exact(_row(case, item, "saved_for_backward", "MiB"), saved))
         try:
             if case.device == "cuda":
@@ -222,24 +232,32 @@ def _exact(row: Row, size: int) -> Row:
 
 
 def case_of(row: Row) -> Case:
-    """The case that a row belongs to."""
+    """The case that a row belongs to; rows of before the memory banks lack their columns."""
     return Case(
-        row["op"], row["mode"], row["M"], row["L"], row["B"], row["D"], row["dtype"], row["device"]
-    )
+        row["op"], row["mode"], row["M"], row["L"], row["B"], row["D"], row["dtype"],
+        row["device"], row.get("K", 0), row.get("n", 0), row.get("bank_dtype") or "float32",
+        row.get("shared_negatives", False),
+    )  # fmt: skip
 
 
 def rate_key(case: Case) -> str:
     """Names the shape at which the rates of a case are measured."""
-    return f"B={floor.work(case).batch} D={case.d} {case.dtype} {case.device}"
+    return (floor_bank if case.k else floor).rate_key(case)
+
+
+def measure_rates(case: Case) -> Rates:
+    """The rates behind the floor of a case, on this machine."""
+    return floor_bank.measure_rates(case) if case.k else floor.measure_rates(case)
 
 
 def _add_floors(case: Case, outcome: Outcome) -> None:
     """Measures the rates again and sets the floors of all rows at this shape to the best so far."""
     key = rate_key(case)
-    measured = floor.measure_rates(case)
-    rates = outcome.rates[key].best(measured) if key in outcome.rates else measured
+    rates = measure_rates(case)
+    if key in outcome.rates:
+        rates = rates.best(outcome.rates[key])
     outcome.rates[key] = rates
     for row in outcome.rows:
         if row["metric"] == "time" and rate_key(case_of(row)) == key:
-            row["floor"] = floor.floor_ms(case_of(row), rates)
+            row |= rates.floors(case_of(row))
             row["ratio_floor"] = row["p50"] / row["floor"]

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mclfast.benchmark.cases import MODES, PRESETS, PROVIDERS, Case, preset
+from mclfast.benchmark.cases import PRESETS, PROVIDERS, preset
+from mclfast.benchmark.problem import MODES, Case
 
 if TYPE_CHECKING:
     from mclfast.benchmark.run import Outcome
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small",
         help="smoke: seconds; small: minutes; targets: the shapes with a goal; sweeps: against "
-        "M and B; paper: all of these; gpu (default: small)")
+        "M and B; paper: all of these; bank: memory banks; bank-gpu; gpu: both kinds (default: "
+        "small)")
     add("--op", action="append", choices=list(PROVIDERS), help="only this operation; repeatable")
     add("--mode", action="append", choices=MODES, help="only this mode; repeatable")
     add("--provider", action="append", choices=providers,
@@ -60,8 +62,8 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
         return _replot(known)
     if known.plot and known.out is None:
         raise ValueError("plot: expected a folder given by --out, got none")
-    if known.preset == "gpu" and not torch.cuda.is_available():
-        raise ValueError("preset: expected a CUDA device for 'gpu', found none")
+    if known.preset in ("gpu", "bank-gpu") and not torch.cuda.is_available():
+        raise ValueError(f"preset: expected a CUDA device for {known.preset!r}, found none")
     cases = [
         case
         for case in preset(known.preset)

@@ -1,4 +1,4 @@
-"""The in-batch losses under pytest-benchmark: ``pytest bench --benchmark-only``.
+"""The losses under pytest-benchmark: ``pytest bench --benchmark-only``.
 
 Each test measures one provider at one case. Before each of its rounds the baselines run once, timed
 aside, so their ratios come from the same minutes of the machine. A wrong result fails the test and
@@ -15,10 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mclfast.benchmark import floor, measure
-from mclfast.benchmark.cases import PROVIDERS, Case, Inputs, Provider, Unavailable, make_inputs
+from mclfast.benchmark import measure
+from mclfast.benchmark.cases import PROVIDERS, make_inputs
 from mclfast.benchmark.cases import truth as reference_result
-from mclfast.benchmark.run import BASELINES, Ready, prepare
+from mclfast.benchmark.problem import Case, Inputs, Provider, Unavailable
+from mclfast.benchmark.run import BASELINES, Rates, Ready, measure_rates, prepare, rate_key
+
+#: By :func:`mclfast.benchmark.run.rate_key`.
+_RATES: dict[str, Rates] = {}
 
 
 @functools.lru_cache(maxsize=1)
@@ -28,9 +32,12 @@ def problem(case: Case) -> tuple[Inputs, tuple[Tensor, ...]]:
     return inputs, reference_result(case, inputs)
 
 
-@functools.cache
-def rates(batch: int, d: int, dtype: str, device: str) -> floor.Rates:
-    return floor.measure_rates(Case("supcon", "forward", 1, 1, batch, d, dtype, device))
+def floor_ms(case: Case) -> float:
+    """The floor of a case; rates are measured once."""
+    key = rate_key(case)
+    if key not in _RATES:
+        _RATES[key] = measure_rates(case)
+    return _RATES[key].floors(case)["floor"]
 
 
 def baselines(case: Case, provider: Provider) -> dict[str, Ready]:
@@ -47,7 +54,7 @@ def baselines(case: Case, provider: Provider) -> dict[str, Ready]:
     return found
 
 
-def test_inbatch(benchmark: Any, case: Case, provider: Provider) -> None:
+def test_loss(benchmark: Any, case: Case, provider: Provider) -> None:
     inputs, expected = problem(case)
     try:
         ready = prepare(case, provider, inputs, expected)
@@ -74,16 +81,18 @@ def test_inbatch(benchmark: Any, case: Case, provider: Provider) -> None:
     if benchmark.stats is None:
         return
     own = [seconds * 1e3 for seconds in benchmark.stats.stats.data]
-    limit = floor.floor_ms(case, rates(floor.work(case).batch, case.d, case.dtype, case.device))
+    limit = floor_ms(case)
     benchmark.extra_info.update(
         op=case.op, mode=case.mode, M=case.m, L=case.l, B=case.b, D=case.d, dtype=case.dtype,
-        device=case.device, provider=provider.name, threads=torch.get_num_threads(),
-        error=ready.error, floor_ms=limit, ratio_floor=statistics.median(own) / limit,
+        device=case.device, K=case.k, n=case.n, bank_dtype=case.bank_dtype,
+        shared_negatives=case.shared_negatives, provider=provider.name,
+        threads=torch.get_num_threads(), error=ready.error, floor_ms=limit,
+        ratio_floor=statistics.median(own) / limit,
     )  # fmt: skip
     for name, times in theirs.items():
         pairs = zip(times[-len(own) :], own, strict=True)
         benchmark.extra_info[BASELINES[name]] = statistics.median(t / o for t, o in pairs)
-    saved = measure.saved_bytes(functools.partial(ready.loss, inputs.leaves), inputs.leaves)
+    saved = measure.saved_bytes(functools.partial(ready.loss, inputs.leaves), inputs.held())
     benchmark.extra_info["saved_mib"] = saved / measure.MIB
     measure.release()
     try:

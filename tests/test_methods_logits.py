@@ -21,6 +21,7 @@ from mclfast.schedule import sigmoid_rampup
         (0, 1, math.exp(-5)),
         (1, 1, 1.0),
         (0, 0, 1.0),
+        (-1, 0, 1.0),
     ],
 )
 def test_sigmoid_rampup(epoch, length, expected):

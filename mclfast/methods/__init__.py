@@ -5,12 +5,26 @@ from __future__ import annotations
 from mclfast._checks import unknown_name
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import Baseline
+from mclfast.methods.dml import DML
 from mclfast.methods.lmcl import LayerwiseMCL
 from mclfast.methods.mcl import MCL
 
-__all__ = ["MCL", "Baseline", "LayerwiseMCL", "Method", "available", "method_class"]
+__all__ = [
+    "DML",
+    "MCL",
+    "Baseline",
+    "LayerwiseMCL",
+    "Method",
+    "available",
+    "method_class",
+]
 
-_METHODS: dict[str, type[Method]] = {"baseline": Baseline, "lmcl": LayerwiseMCL, "mcl": MCL}
+_METHODS: dict[str, type[Method]] = {
+    "baseline": Baseline,
+    "dml": DML,
+    "lmcl": LayerwiseMCL,
+    "mcl": MCL,
+}
 
 
 def available() -> list[str]:

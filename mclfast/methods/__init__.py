@@ -5,11 +5,13 @@ from __future__ import annotations
 from mclfast._checks import unknown_name
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import Baseline
+from mclfast.methods.cl_ilr import CLILR
 from mclfast.methods.dml import DML
 from mclfast.methods.lmcl import LayerwiseMCL
 from mclfast.methods.mcl import MCL
 
 __all__ = [
+    "CLILR",
     "DML",
     "MCL",
     "Baseline",
@@ -21,6 +23,7 @@ __all__ = [
 
 _METHODS: dict[str, type[Method]] = {
     "baseline": Baseline,
+    "cl-ilr": CLILR,
     "dml": DML,
     "lmcl": LayerwiseMCL,
     "mcl": MCL,

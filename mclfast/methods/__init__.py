@@ -7,12 +7,14 @@ from mclfast.methods.base import Method
 from mclfast.methods.baseline import Baseline
 from mclfast.methods.cl_ilr import CLILR
 from mclfast.methods.dml import DML
+from mclfast.methods.kdcl import KDCL
 from mclfast.methods.lmcl import LayerwiseMCL
 from mclfast.methods.mcl import MCL
 
 __all__ = [
     "CLILR",
     "DML",
+    "KDCL",
     "MCL",
     "Baseline",
     "LayerwiseMCL",
@@ -25,6 +27,7 @@ _METHODS: dict[str, type[Method]] = {
     "baseline": Baseline,
     "cl-ilr": CLILR,
     "dml": DML,
+    "kdcl": KDCL,
     "lmcl": LayerwiseMCL,
     "mcl": MCL,
 }

@@ -10,12 +10,14 @@ from mclfast.methods.dml import DML
 from mclfast.methods.kdcl import KDCL
 from mclfast.methods.lmcl import LayerwiseMCL
 from mclfast.methods.mcl import MCL
+from mclfast.methods.one import ONE
 
 __all__ = [
     "CLILR",
     "DML",
     "KDCL",
     "MCL",
+    "ONE",
     "Baseline",
     "LayerwiseMCL",
     "Method",
@@ -30,6 +32,7 @@ _METHODS: dict[str, type[Method]] = {
     "kdcl": KDCL,
     "lmcl": LayerwiseMCL,
     "mcl": MCL,
+    "one": ONE,
 }
 
 

@@ -10,6 +10,7 @@ from mclfast.methods.dml import DML
 from mclfast.methods.kdcl import KDCL
 from mclfast.methods.lmcl import LayerwiseMCL
 from mclfast.methods.mcl import MCL
+from mclfast.methods.okddip import OKDDip
 from mclfast.methods.one import ONE
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Baseline",
     "LayerwiseMCL",
     "Method",
+    "OKDDip",
     "available",
     "method_class",
 ]
@@ -32,6 +34,7 @@ _METHODS: dict[str, type[Method]] = {
     "kdcl": KDCL,
     "lmcl": LayerwiseMCL,
     "mcl": MCL,
+    "okddip": OKDDip,
     "one": ONE,
 }
 

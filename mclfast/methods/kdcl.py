@@ -128,7 +128,8 @@ def general_weights(logits: Tensor, labels: Tensor, ridge: float) -> Tensor:
     errors = torch.softmax(logits.double(), dim=-1) - one_hot(labels, logits.shape[-1])
     flat = errors.flatten(1)
     correlation = flat @ flat.T / len(labels)
-    scale = correlation.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    correlation.diagonal().add_(ridge * scale)
+    # Networks without any error have a correlation of zero.
+    correlation /= correlation.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    correlation.diagonal().add_(ridge)
     weights = torch.linalg.solve(correlation, torch.ones_like(correlation[0]))
     return weights / weights.sum()

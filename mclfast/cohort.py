@@ -11,6 +11,7 @@ from mclfast._checks import check_integer, describe
 from mclfast.heads import ProjectionHead
 from mclfast.models.auxiliary import PeerNetwork
 from mclfast.models.staged import StagedNetwork
+from mclfast.topology import Topology, forward_maps, share
 
 
 class PeerOutputs(NamedTuple):
@@ -20,11 +21,23 @@ class PeerOutputs(NamedTuple):
         features: networks of stages of [B, D_a], pooled; the last stage is the backbone's own.
         logits: networks of stages of [B, C].
         embeddings: networks of stages of [B, projection_dim] unit-norm; empty without heads.
+        maps: of each network, the last feature map [B, D_a, h, w] before pooling.
+        shared: the last map [B, c, h, w] that all networks have in common, None without one.
+        teacher: outputs of the moving average of the whole cohort on the same images, without
+            gradient, for methods that ask for it.
     """
 
     features: tuple[tuple[Tensor, ...], ...]
     logits: tuple[tuple[Tensor, ...], ...]
     embeddings: tuple[tuple[Tensor, ...], ...]
+    maps: tuple[Tensor, ...] = ()
+    shared: Tensor | None = None
+    teacher: PeerOutputs | None = None
+
+    @property
+    def final_features(self) -> tuple[Tensor, ...]:
+        """Pooled feature [B, D_a] of each backbone."""
+        return tuple(stages[-1] for stages in self.features)
 
     @property
     def final_logits(self) -> tuple[Tensor, ...]:
@@ -41,6 +54,8 @@ class Cohort(nn.Module):
         auxiliary_heads: give every backbone a feature-refinement head and classifier per
             intermediate stage (layer-wise methods need them; inference does not).
         projection_dim: width of the embeddings, one head per stage; None for no heads.
+        topology: what the networks share, see :func:`mclfast.topology.topology`; they are changed
+            to use the modules of the first of them. None for independent peers.
 
     Raises:
         TypeError: ``networks`` is not a sequence.
@@ -54,6 +69,7 @@ class Cohort(nn.Module):
         *,
         auxiliary_heads: bool = True,
         projection_dim: int | None = 128,
+        topology: Topology | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(networks, Iterable):
@@ -73,6 +89,9 @@ class Cohort(nn.Module):
         if len(set(classes)) > 1:
             raise ValueError(f"networks: expected one number of classes for all, got {classes}")
         self.num_classes = classes[0]
+        self.topology = topology
+        if topology is not None:
+            share([peer.backbone for peer in peers], topology)
         self.networks = nn.ModuleList(peers)
         self.projection_dim = projection_dim
         self.projections = nn.ModuleList()
@@ -92,13 +111,31 @@ class Cohort(nn.Module):
         """Width of the pooled feature of every stage, networks of stages."""
         return [[peer.feature_dim] * peer.num_stages for peer in self.peers]
 
-    def forward(self, images: Tensor) -> PeerOutputs:
-        """Runs every peer on the same images [B, C, H, W]."""
-        outputs = [network(images) for network in self.networks]
+    def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:
+        """Runs the peers on the same images [B, C, H, W], or each on its own view of them."""
+        views = [images] * len(self.peers) if isinstance(images, Tensor) else list(images)
+        if len(views) != len(self.peers):
+            raise ValueError(f"images: expected {len(self.peers)} views, got {len(views)}")
+        shared = None
+        if self.topology is None or not self.topology.shares:
+            outputs = [network(view) for network, view in zip(self.networks, views, strict=True)]
+        else:
+            backbones = [peer.backbone for peer in self.peers]
+            maps, shared = forward_maps(backbones, self.topology, views)
+            outputs = [
+                peer.head_outputs(peer.backbone.finish(own))
+                for peer, own in zip(self.peers, maps, strict=True)
+            ]
         features = tuple(tuple(out.features) for out in outputs)
         embeddings = tuple(
             tuple(head(f) for head, f in zip(heads.children(), stages, strict=True))
             # Without projection heads this is empty.
             for heads, stages in zip(self.projections, features, strict=False)
         )
-        return PeerOutputs(features, tuple(tuple(out.logits) for out in outputs), embeddings)
+        return PeerOutputs(
+            features,
+            tuple(tuple(out.logits) for out in outputs),
+            embeddings,
+            tuple(out.final_map for out in outputs),
+            shared,
+        )

@@ -28,6 +28,11 @@ class TrainConfig:
     cohort: tuple[str, ...] = _field(
         ("resnet8", "resnet8"), "peer networks, separated by commas; one alone is no cohort"
     )
+    topology: Literal["independent", "shared_stem", "tree"] = _field(
+        "independent",
+        "what the networks share: nothing; stem and first stages; the same, then a stage by pairs",
+    )
+    split_stage: int = _field(1, "stages that all networks share, where they share any")
     data: str = _field("digits", "data set")
     data_root: str | None = _field(None, "folder with the data set's archive or images")
     image_size: int | None = _field(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mclfast.cohort import Cohort
+from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.data.dataset import Dataset
 from mclfast.data.feed import evaluation_batches
 from mclfast.data.source import ImageSource
@@ -19,7 +19,7 @@ class CohortAccuracy(NamedTuple):
 
     Attributes:
         peers: of each network's own final classifier.
-        ensemble: of the mean of those classifiers' logits.
+        ensemble: of all together: the mean of those classifiers' logits, or what the method says.
         best_head: the best of all classifiers, auxiliary ones included (the published protocol
             reports its maximum over the epochs).
     """
@@ -57,19 +57,57 @@ def _percent_correct(
     return (100.0 * torch.stack(correct).sum(0).double() / len(images)).tolist()
 
 
-def cohort_accuracy(cohort: Cohort, data: Dataset, *, batch_size: int = 256) -> CohortAccuracy:
-    """Accuracy of every peer of a cohort on the test set, in evaluation mode."""
+def mean_logits(outputs: PeerOutputs) -> Tensor:
+    """The mean of the peers' own logits, [B, C]."""
+    return torch.stack(outputs.final_logits).mean(0)
+
+
+@torch.no_grad()
+def peer_logits(
+    cohort: Cohort, images: ImageSource, data: Dataset, *, batch_size: int = 256
+) -> Tensor:
+    """Logits [M, N, C] of every peer's own classifier, in evaluation mode."""
+    was_training = cohort.training
+    cohort.eval()
+    batches = evaluation_batches(
+        images,
+        mean=data.mean,
+        std=data.std,
+        batch_size=batch_size,
+        device=next(cohort.parameters()).device,
+    )
+    try:
+        return torch.cat([torch.stack(cohort(x).final_logits) for x, _ in batches], dim=1)
+    finally:
+        cohort.train(was_training)
+
+
+def cohort_accuracy(
+    cohort: Cohort,
+    data: Dataset,
+    *,
+    batch_size: int = 256,
+    ensemble: Callable[[PeerOutputs], Tensor] = mean_logits,
+) -> CohortAccuracy:
+    """Accuracy of every peer of a cohort on the test set, in evaluation mode.
+
+    Args:
+        cohort: the peers.
+        data: its test set is read.
+        batch_size: images at a time.
+        ensemble: from the outputs to the logits [B, C] of all peers together.
+    """
 
     def heads(x: Tensor) -> list[Tensor]:
         outputs = cohort(x)
-        mean = torch.stack(outputs.final_logits).mean(0)
+        mean = ensemble(outputs)
         auxiliary = [logits for stages in outputs.logits for logits in stages[:-1]]
         return [*outputs.final_logits, mean, *auxiliary]
 
     found = _percent_correct(cohort, heads, data.test, data, batch_size)
     count = len(cohort.networks)
-    peers, ensemble, auxiliary = found[:count], found[count], found[count + 1 :]
-    return CohortAccuracy(tuple(peers), ensemble, max(*peers, *auxiliary, 0.0))
+    peers, together, auxiliary = found[:count], found[count], found[count + 1 :]
+    return CohortAccuracy(tuple(peers), together, max(*peers, *auxiliary, 0.0))
 
 
 def accuracy(network: nn.Module, data: Dataset, *, batch_size: int = 256) -> float:

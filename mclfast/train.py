@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,19 @@ from mclfast._files import write_json, write_text
 from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.config import TrainConfig
 from mclfast.data import load as load_data
-from mclfast.data.dataset import Dataset
+from mclfast.data.dataset import Dataset, class_ranks, select
 from mclfast.data.feed import TrainingFeed
 from mclfast.data.sampler import BalancedSampler, ShuffleSampler
-from mclfast.evaluate import cohort_accuracy
+from mclfast.data.source import ImageSource
+from mclfast.evaluate import cohort_accuracy, peer_logits
 from mclfast.export import export_backbone
 from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
 from mclfast.models.staged import StagedNetwork
+from mclfast.moving_average import frozen_copy, update_average
 from mclfast.schedule import learning_rate
-from mclfast.types import Batch
+from mclfast.topology import topology
+from mclfast.types import Batch, Setup
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
 RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
@@ -80,13 +83,21 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
     )
     torch.manual_seed(config.seed)
     cls = method_class(config.method)
+    networks = [
+        models.create(name, num_classes=data.num_classes, in_channels=data.in_channels)
+        for name in config.cohort
+    ]
     cohort = Cohort(
-        [
-            models.create(name, num_classes=data.num_classes, in_channels=data.in_channels)
-            for name in config.cohort
-        ],
+        networks,
         auxiliary_heads=cls.auxiliary_heads,
         projection_dim=config.projection_dim if cls.projections else None,
+        topology=topology(
+            config.topology,
+            len(networks),
+            len(networks[0].stages),
+            split_stage=config.split_stage,
+            rescale_gradients=cls.rescale_gradients,
+        ),
     )
     method = cls(cohort.feature_dims, config.options)
     return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
@@ -130,28 +141,50 @@ class Trainer:
         self.config = config
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = select_device(config.device)
-        self.data = data.to(self.device)
+        self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
         self.cohort = cohort.to(self.device)
-        self.method = method.to(self.device)
+        self.method = method
         self.method.check_device(self.device)
-        self.method.prepare(self.data.train.labels, self.cohort.projection_dim, config.seed)
+        self.method.prepare(
+            Setup(
+                self.data.train.labels,
+                self.data.num_classes,
+                self.cohort.projection_dim,
+                self._example(),
+                config.seed,
+            )
+        )
+        self.method.to(self.device)
+        self.average = frozen_copy(self.cohort) if method.teacher else None
         self.own_parts = network_names is None
         self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
         self.sampler = self._sampler()
         self.feed = TrainingFeed(
-            self.data, device=self.device, seed=config.seed, augmented=config.augment
+            self.data,
+            device=self.device,
+            seed=config.seed,
+            augmented=config.augment,
+            views=len(self.cohort.peers) if method.views == "per_peer" else 1,
         )
         self.history: list[dict[str, float]] = []
         self.step = 0
 
         meta = self.method.meta_parameters()
-        meta_ids = {id(p) for p in meta}
-        own = [p for p in self.method.parameters() if id(p) not in meta_ids]
-        self.parameters = [*self.cohort.parameters(), *own]
-        self.optimizer = self._sgd(self.parameters)
+        groups = [{"params": list(self.cohort.parameters())}, *self.method.parameter_groups()]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = self._sgd(groups)
         self.meta_optimizer = self._sgd(meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+
+    @torch.no_grad()
+    def _example(self) -> PeerOutputs:
+        """Outputs for two blank images."""
+        was_training = self.cohort.training
+        self.cohort.eval()
+        outputs = self.cohort(torch.zeros(2, *self.data.train.image_shape, device=self.device))
+        self.cohort.train(was_training)
+        return outputs
 
     def _sampler(self) -> BalancedSampler | ShuffleSampler:
         c, images = self.config, self.data.train
@@ -221,6 +254,7 @@ class Trainer:
                 group["lr"] = lr
         self.cohort.train()
         self.method.train()
+        self._tell_held_out()
         totals: dict[str, Tensor] = {}
         rows = self.sampler.epoch(epoch)
         for images, labels, index in self.feed.batches(rows, first_step=self.step):
@@ -249,10 +283,21 @@ class Trainer:
             "epoch": epoch + 1, "step": self.step, "lr": lr, **means, **self.feed.throughput()
         }  # fmt: skip
 
-    def train_step(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _tell_held_out(self) -> None:
+        if self.held_out is None:
+            self.method.before_epoch(None, None)
+            return
+        size = self.config.eval_batch_size
+        logits = peer_logits(self.cohort, self.held_out, self.data, batch_size=size)
+        self.method.before_epoch(logits, self.held_out.labels)
+
+    def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
         with self._autocast():
             outputs = self.cohort(images)
+            if self.average is not None:
+                with torch.no_grad():
+                    outputs = outputs._replace(teacher=self.average(images))
             parts = self.method.loss(outputs, batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(parts["loss"]).backward()
@@ -261,10 +306,12 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            update_average(self.average, self.cohort, self.method.teacher_decay(batch.step))
         self.method.after_step(outputs, batch)
         return parts
 
-    def bilevel_step(self, images: Tensor, batch: Batch, lr: float) -> None:
+    def bilevel_step(self, images: Tensor | list[Tensor], batch: Batch, lr: float) -> None:
         """One SGD step of the method's meta parameters along the exact bilevel gradient.
 
         Networks, their buffers and the ordinary optimiser stay as they are. In fp16 it runs in
@@ -309,7 +356,13 @@ class Trainer:
         return torch.autocast(self.device.type, dtype)
 
     def _evaluate(self) -> dict[str, float]:
-        found = cohort_accuracy(self.cohort, self.data, batch_size=self.config.eval_batch_size)
+        self.method.eval()
+        found = cohort_accuracy(
+            self.cohort,
+            self.data,
+            batch_size=self.config.eval_batch_size,
+            ensemble=self.method.ensemble,
+        )
         best = max([found.best_head, *(row["acc_best_head_so_far"] for row in self.history[-1:])])
         return {
             **{f"acc_peer{i}": accuracy for i, accuracy in enumerate(found.peers)},
@@ -327,6 +380,8 @@ class Trainer:
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "meta_optimizer": self.meta_optimizer.state_dict() if self.meta_optimizer else None,
+            "own_optimizers": {k: o.state_dict() for k, o in self.method.own_optimizers().items()},
+            "average": self.average.state_dict() if self.average is not None else None,
             "scaler": self.scaler.state_dict(),
             "rng": checkpoint.rng_state(),
             "step": self.step,
@@ -373,6 +428,10 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.meta_optimizer:
                 self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+            for name, optimizer in self.method.own_optimizers().items():
+                optimizer.load_state_dict(state["own_optimizers"][name])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             self.scaler.load_state_dict(state["scaler"])
             checkpoint.set_rng_state(state["rng"])
             self.step, self.history = state["step"], state["history"]
@@ -455,6 +514,20 @@ class Trainer:
             # A line now and then where there is no terminal to redraw.
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )
+
+
+def hold_out(data: Dataset, share: float) -> tuple[Dataset, ImageSource | None]:
+    """The data with a share of each class's training images taken out, and those images.
+
+    The split is one for all seeds, as that of the test images.
+    """
+    if share == 0:
+        return data, None
+    labels = data.train.labels
+    ranks = class_ranks(labels, data.num_classes, seed=0).to(labels.device)
+    counts = torch.bincount(labels, minlength=data.num_classes)
+    kept_out = ranks < (share * counts).ceil()[labels]
+    return replace(data, train=select(data.train, ~kept_out)), select(data.train, kept_out)
 
 
 def class_name(backbone: StagedNetwork) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mclfast.cohort import PeerOutputs
 
 
 class MCLRows(NamedTuple):
@@ -99,3 +102,23 @@ class Batch:
     index: Tensor
     step: int
     epoch: int
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a method is told of cohort and data before a run starts.
+
+    Attributes:
+        labels: [n] int64 of the training set, on the device of the run.
+        num_classes: C.
+        projection_dim: width of the embeddings, None where the cohort has none.
+        example: outputs of the cohort for two blank images, without gradient: the widths of all
+            features, logits and maps.
+        seed: of the run.
+    """
+
+    labels: Tensor
+    num_classes: int
+    projection_dim: int | None
+    example: PeerOutputs
+    seed: int

@@ -14,6 +14,7 @@ from mclfast.config import TrainConfig
 from mclfast.methods import method_class
 from mclfast.normalize import unit_norm
 from mclfast.train import CHECKPOINT, Trainer, build
+from mclfast.types import Setup
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -144,7 +145,7 @@ def test_banks_want_a_prepared_method_and_a_fitting_device():
     with pytest.raises(RuntimeError, match=r"prepare\(\)"):
         method.loss(outputs, batch)
     with pytest.raises(ValueError, match="^projection_dim"):
-        method.prepare(torch.arange(2), None, 0)
+        method.prepare(Setup(torch.arange(2), 2, None, outputs, 0))
     with pytest.raises(ValueError, match="^bank_storage: expected device on a cpu device"):
         tiny(method="mcl", bank_storage="pinned")
     with pytest.raises(ValueError, match=r"^bank_momentum: expected a value in \[0, 1\)"):

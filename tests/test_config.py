@@ -17,6 +17,8 @@ CHANGED: dict[str, Any] = {
     "method": "lmcl",
     "cohort": ["resnet20", "wrn_16_2", "resnet8"],
     "data": "folder",
+    "topology": "tree",
+    "split_stage": 0,
     "data_root": "somewhere/else",
     "image_size": 24,
     "workers": 3,

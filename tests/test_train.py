@@ -785,7 +785,7 @@ def test_the_schedule_reaches_both_optimisers():
     assert trainer.meta_optimizer is not None
     trainer.fit(progress=False)
     for optimizer in (trainer.optimizer, trainer.meta_optimizer):
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05])
+        assert all(group["lr"] == pytest.approx(0.05) for group in optimizer.param_groups)
 
 
 def test_training_learns(tmp_path):

@@ -29,21 +29,28 @@ class TrainingFeed:
         device: where the batches shall be.
         seed: seed of the augmentation.
         augmented: whether to draw random crops and flips.
+        views: how many augmented forms of each image a batch holds, each drawn by itself.
     """
 
     def __init__(
-        self, data: Dataset, *, device: torch.device, seed: int, augmented: bool = True
+        self,
+        data: Dataset,
+        *,
+        device: torch.device,
+        seed: int,
+        augmented: bool = True,
+        views: int = 1,
     ) -> None:
         self._data = data
         self._device = device
-        self._seed = seed
+        self._seeds = [seed, *(_view_seed(seed, v) for v in range(1, views))]
         self._augmented = augmented
         self._loader = LoaderTimes()
         self._steps = StepClock(device)
 
     def batches(
         self, rows: Tensor, *, first_step: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor | list[Tensor], Tensor, Tensor]]:
         """The batches of the rows, one a step.
 
         Args:
@@ -51,7 +58,8 @@ class TrainingFeed:
             first_step: number of the first row's step, counted over the whole run.
 
         Yields:
-            Normalised images float32 [B, C, H, W], their labels int64 [B] and their numbers in
+            Normalised images float32 [B, C, H, W] (a list of them, one for each view, where there
+            are several), their labels int64 [B] and their numbers in
             the training set int64 [B], on the device.
 
         Raises:
@@ -60,21 +68,31 @@ class TrainingFeed:
         data, train = self._data, self._data.train
         self._loader, self._steps = LoaderTimes(), StepClock(self._device)
         augmentation = data.augmentation if self._augmented else Augmentation()
-        arriving = train.pixels(
-            rows,
-            self._device,
-            views=Views(self._seed, first_step) if self._augmented else None,
-            times=self._loader,
+        arriving = zip(
+            *(
+                train.pixels(
+                    rows,
+                    self._device,
+                    views=Views(seed, first_step) if self._augmented else None,
+                    times=self._loader,
+                )
+                for seed in self._seeds
+            ),
+            strict=True,
         )
         on_device = rows.to(self._device)
         for step, (index, pixels) in enumerate(zip(on_device, arriving, strict=True), first_step):
-            images = augment(
-                pixels,
-                augmentation,
-                mean=data.mean,
-                std=data.std,
-                generator=_step_generator(self._seed, step, self._device),
-            )
+            views = [
+                augment(
+                    view,
+                    augmentation,
+                    mean=data.mean,
+                    std=data.std,
+                    generator=_step_generator(seed, step, self._device),
+                )
+                for seed, view in zip(self._seeds, pixels, strict=True)
+            ]
+            images = views[0] if len(views) == 1 else views
             self._steps.start()
             try:
                 yield images, train.labels[index], index
@@ -155,6 +173,11 @@ def evaluation_batches(
     arriving = source.pixels(rows, device)
     for pixels, labels in zip(arriving, source.labels.split(batch_size), strict=True):
         yield prepare(pixels, mean, std), labels.to(device)
+
+
+def _view_seed(seed: int, view: int) -> int:
+    digest = hashlib.blake2b(f"view {seed} {view}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:

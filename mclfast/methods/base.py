@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mclfast._settings import coerce_fields
 from mclfast.cohort import PeerOutputs
-from mclfast.types import Batch
+from mclfast.types import Batch, Setup
 
 
 class Method(nn.Module):
@@ -28,6 +28,12 @@ class Method(nn.Module):
 
     #: Whether the networks carry auxiliary heads at their intermediate stages.
     auxiliary_heads: ClassVar[bool] = False
+    #: "one": all peers see the same augmented images; "per_peer": each draws its own.
+    views: ClassVar[Literal["one", "per_peer"]] = "one"
+    #: Whether gradients are divided where networks that share parts branch off.
+    rescale_gradients: ClassVar[bool] = False
+    #: Whether outputs come with those of a moving average of the cohort (``PeerOutputs.teacher``).
+    teacher: ClassVar[bool] = False
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
 
@@ -50,13 +56,10 @@ class Method(nn.Module):
                 f"got {type(options).__qualname__}"
             )
 
-    def prepare(self, labels: Tensor, projection_dim: int | None, seed: int) -> None:
-        """Builds what depends on the data set; the trainer calls it once, before a run starts.
+    def prepare(self, setup: Setup) -> None:
+        """Builds what depends on cohort and data; called once, before a run starts.
 
-        Args:
-            labels: [n] int64, of the training set, on the device of the run.
-            projection_dim: width of the embeddings, None where the cohort has none.
-            seed: of the run.
+        Modules made here are moved to the device and trained with those made before.
         """
 
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
@@ -66,6 +69,45 @@ class Method(nn.Module):
             "loss", the 0-dim total to differentiate, and its parts by name for logging.
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss")
+
+    def ensemble(self, outputs: PeerOutputs) -> Tensor:
+        """Logits [B, C] of all peers together; the mean of theirs unless overridden."""
+        return torch.stack(outputs.final_logits).mean(0)
+
+    def teacher_decay(self, step: int) -> float:
+        """Share of the old values when the moving average is updated after a step."""
+        raise NotImplementedError(f"{type(self).__name__} has a teacher but no teacher_decay")
+
+    def holdout(self) -> float:
+        """Share of each class's training images kept for :meth:`before_epoch`, not trained on."""
+        return 0.0
+
+    def before_epoch(self, logits: Tensor | None, labels: Tensor | None) -> None:
+        """Called at the start of every epoch.
+
+        Args:
+            logits: [M, H, C] of the peers in evaluation mode for the images held out, None
+                without any.
+            labels: [H] of those images.
+        """
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The method's own parameters for the ordinary optimiser, with settings of their own.
+
+        Each group is what torch.optim takes: "params" and settings that differ from the run's (but
+        the learning rate, which follows the run's schedule).
+        Parameters that the bilevel step or an own optimiser trains stay out.
+        """
+        apart = {id(p) for p in self.meta_parameters()}
+        apart |= {
+            id(p) for o in self.own_optimizers().values() for g in o.param_groups
+            for p in g["params"]
+        }  # fmt: skip
+        return [{"params": [p for p in self.parameters() if id(p) not in apart]}]
+
+    def own_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimisers that the method itself steps in :meth:`after_step`; kept in checkpoints."""
+        return {}
 
     def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
         """Called after the optimiser's step, with the outputs that the loss got."""

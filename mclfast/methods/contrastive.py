@@ -15,7 +15,7 @@ from mclfast.cohort import PeerOutputs
 from mclfast.contrast_sampler import ContrastIndices, ContrastSampler
 from mclfast.memory_bank import DTYPES, MemoryBank
 from mclfast.methods.base import Method
-from mclfast.types import Batch, MCLObjective, MCLTerms
+from mclfast.types import Batch, MCLObjective, MCLTerms, Setup
 
 
 class ContrastiveMethod(Method):
@@ -98,10 +98,11 @@ class ContrastiveMethod(Method):
         self.sampler: ContrastSampler | None = None
         self._drawn: tuple[Batch, ContrastIndices] | None = None
 
-    def prepare(self, labels: Tensor, projection_dim: int | None, seed: int) -> None:
+    def prepare(self, setup: Setup) -> None:
         if self.options.loss != "bank":
             return
         o = self.options
+        labels, projection_dim, seed = setup.labels, setup.projection_dim, setup.seed
         if projection_dim is None:
             raise ValueError("projection_dim: expected a width for a method with banks, got None")
         self.bank = MemoryBank(

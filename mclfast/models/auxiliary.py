@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from mclfast.models.staged import StagedNetwork, fresh_copy, global_average_pool
+from mclfast.models.staged import StagedNetwork, Taps, fresh_copy, global_average_pool
 
 
 class StageOutputs(NamedTuple):
@@ -17,10 +17,12 @@ class StageOutputs(NamedTuple):
     Attributes:
         features: one [B, D] per stage.
         logits: one [B, C] per stage.
+        final_map: [B, D, h, w], what the backbone pools.
     """
 
     features: tuple[Tensor, ...]
     logits: tuple[Tensor, ...]
+    final_map: Tensor
 
 
 class AuxiliaryHead(nn.Module):
@@ -104,9 +106,12 @@ class PeerNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> StageOutputs:
         """[B, in_channels, H, W] -> ``num_stages`` features [B, D] and logits [B, C]."""
-        taps = self.backbone.forward_taps(x)
+        return self.head_outputs(self.backbone.forward_taps(x))
+
+    def head_outputs(self, taps: Taps) -> StageOutputs:
+        """The outputs of all heads, from one forward pass of the backbone."""
         # The map of the last stage has no head: there the backbone answers itself.
         outputs = [head(tap) for head, tap in zip(self.auxiliary, taps.maps, strict=False)]
         outputs.append((taps.feature, taps.logits))
         features, logits = zip(*outputs, strict=True)
-        return StageOutputs(features, logits)
+        return StageOutputs(features, logits, taps.final_map)

@@ -19,11 +19,13 @@ class Taps(NamedTuple):
 
     Attributes:
         maps: one map [B, c, h, w] per stage, in order, before the tail.
+        final_map: the last map after the tail [B, D, h, w], what is pooled.
         feature: pooled feature [B, D], the input of the classifier.
         logits: [B, C].
     """
 
     maps: list[Tensor]
+    final_map: Tensor
     feature: Tensor
     logits: Tensor
 
@@ -156,8 +158,13 @@ class StagedNetwork(nn.Module):
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        feature = global_average_pool(self.tail(x))
-        return Taps(maps, feature, self.classifier(feature))
+        return self.finish(maps)
+
+    def finish(self, maps: list[Tensor]) -> Taps:
+        """From the maps after all stages to the logits: tail, pooling, classifier."""
+        final_map = self.tail(maps[-1])
+        feature = global_average_pool(final_map)
+        return Taps(maps, final_map, feature, self.classifier(feature))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> logits [B, C]."""
@@ -275,7 +282,9 @@ class _AdaptedNetwork(StagedNetwork):
         # A Linear has one input, but the module may pass it by keyword.
         feature = next(iter((*calls[-1].args, *calls[-1].kwargs.values())))
         self._check_ends(calls[-2].output, feature, logits)
-        return Taps([call.output for call in calls[:count]], feature, logits)
+        return Taps(
+            [call.output for call in calls[:count]], calls[-2].output, feature, logits
+        )
 
     def _check_chain(self, calls: list[_Call]) -> None:
         """An auxiliary head runs the later stages one after the other, so they must chain."""

@@ -1,0 +1,45 @@
+"""A moving average of a whole module, its buffers included."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose parameters want no gradient; shared parts stay shared."""
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """``average = decay * average + (1 - decay) * module``, in place.
+
+    Parameters and floating-point buffers (BatchNorm statistics) are averaged; other buffers, such
+    as counters, are copied.
+
+    Args:
+        average: made by :func:`frozen_copy` from a module like the other.
+        module: what is averaged.
+        decay: in [0, 1]; 0 copies.
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay: expected a value in [0, 1], got {decay}")
+    mine = [*average.parameters(), *average.buffers()]
+    theirs = [*module.parameters(), *module.buffers()]
+    pairs = list(zip(mine, theirs, strict=True))
+    floating = [(a, b) for a, b in pairs if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - decay)
+    for a, b in pairs:
+        if not a.is_floating_point():
+            a.copy_(b)
+
+
+def warmed_decay(step: int, limit: float) -> float:
+    """``min(1 - 1 / (step + 1), limit)``: the plain mean of all steps until the limit is reached.
+
+    Source: mean teacher, arXiv 1703.01780; used by PCL, arXiv 2006.04147.
+    """
+    return min(1 - 1 / (step + 1), limit)

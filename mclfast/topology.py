@@ -1,0 +1,173 @@
+"""Which parts of the networks of a cohort are one: none, the stem and first stages, a tree.
+
+A topology says for the stem (level 0) and for every stage (levels 1 to S) which networks use the
+same module there. Tail and classifier are always each network's own, so that every peer can be
+deployed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mclfast._checks import check_integer, unknown_name
+from mclfast.models.staged import StagedNetwork
+
+TOPOLOGIES = ("independent", "shared_stem", "tree")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Groups of networks that share a module, level by level.
+
+    Attributes:
+        groups: for the stem and each stage, the number of the group of every network. Networks of
+            one group at a level are of one group at all levels before.
+        rescale_gradients: divide the gradient by the number of branches wherever a path splits
+            (the ILR layer of CL-ILR, NeurIPS 2018, arXiv 1805.11761, section 3.2).
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    rescale_gradients: bool = False
+
+    @property
+    def common_levels(self) -> int:
+        """Number of levels, from the stem on, that all networks share."""
+        common = [len(set(level)) == 1 for level in self.groups]
+        return common.index(False) if False in common else len(common)
+
+    @property
+    def shares(self) -> bool:
+        """Whether any two networks share a module."""
+        return any(len(set(level)) < len(level) for level in self.groups)
+
+    def branches(self, level: int, group: int) -> int:
+        """Parts that the output of a group at a level goes to."""
+        members = [j for j, g in enumerate(self.groups[level]) if g == group]
+        if level + 1 == len(self.groups):
+            return len(members)
+        return len({self.groups[level + 1][j] for j in members})
+
+
+def topology(
+    name: str, networks: int, stages: int, *, split_stage: int, rescale_gradients: bool = False
+) -> Topology:
+    """A topology by name.
+
+    Args:
+        name: "independent"; "shared_stem": stem and the first ``split_stage`` stages are one, all
+            later ones each network's own; "tree": the same, then one stage shared by pairs
+            (networks 0 and 1, 2 and 3, ...), then each network's own.
+        networks: number of networks M.
+        stages: number of stages S.
+        split_stage: stages shared by all, at least 0 (the stem alone) and below S (below S - 1 for
+            a tree).
+        rescale_gradients: see :class:`Topology`.
+
+    Raises:
+        ValueError: an unknown name, or a split that leaves no stage behind it.
+    """
+    own = tuple(range(networks))
+    if name == "independent":
+        return Topology((own,) * (stages + 1))
+    if name not in TOPOLOGIES:
+        raise unknown_name("topology", name, TOPOLOGIES)
+    pairs = 1 if name == "tree" else 0
+    check_integer("split_stage", split_stage, 0)
+    if split_stage >= stages - pairs:
+        raise ValueError(
+            f"split_stage: expected a value < {stages - pairs} for {stages} stages in a {name} "
+            f"topology, got {split_stage}"
+        )
+    levels = [(0,) * networks] * (split_stage + 1)
+    levels += [tuple(j // 2 for j in own)] * pairs
+    levels += [own] * (stages + 1 - len(levels))
+    return Topology(tuple(levels), rescale_gradients)
+
+
+def share(networks: Sequence[StagedNetwork], topology: Topology) -> None:
+    """Makes the networks use the modules of the first of their group, in place.
+
+    Raises:
+        ValueError: networks of different classes or settings, or ones adapted from other modules.
+    """
+    if not topology.shares:
+        return
+    first = networks[0]
+    shapes = [[(n, tuple(p.shape)) for n, p in x.named_parameters()] for x in networks]
+    if any(s != shapes[0] for s in shapes):
+        raise ValueError("topology: expected equal networks to share parts, got different ones")
+    if type(first).forward_taps is not StagedNetwork.forward_taps:
+        raise ValueError(
+            "topology: expected networks of mclfast.models to share parts, "
+            f"got {type(first).__name__}"
+        )
+    for level, groups in enumerate(topology.groups):
+        leader: dict[int, StagedNetwork] = {}
+        for network, group in zip(networks, groups, strict=True):
+            source = leader.setdefault(group, network)
+            if source is not network:
+                for name in _children_of_level(network, level):
+                    setattr(network, name, getattr(source, name))
+
+
+def _children_of_level(network: StagedNetwork, level: int) -> list[str]:
+    """Names of the submodules that make up the stem (level 0) or a stage."""
+    names = {id(child): name for name, child in network.named_children()}
+    if level > 0:
+        return [names[id(network.stages[level - 1])]]
+    later = {id(m) for m in (*network.stages, network.tail, network.classifier)}
+    return [name for key, name in names.items() if key not in later]
+
+
+class _DivideGradient(torch.autograd.Function):
+    """The identity, whose gradient is divided by a number; differentiable twice."""
+
+    @staticmethod
+    def forward(ctx, x, parts):  # type: ignore[no-untyped-def]
+        ctx.parts = parts
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad / ctx.parts, None
+
+
+def forward_maps(
+    networks: Sequence[StagedNetwork], topology: Topology, views: Sequence[Tensor]
+) -> tuple[list[list[Tensor]], Tensor | None]:
+    """The maps after every stage of every network; what networks share is computed once.
+
+    Args:
+        networks: those that :func:`share` was given.
+        topology: the same.
+        views: images [B, C, H, W] for each network; shared parts run once for each different one.
+
+    Returns:
+        Networks of stages of [B, c, h, w], and the last map that all networks share [B, c, h, w],
+        None where there is none or views differ.
+    """
+    done: dict[tuple[int, int, int], Tensor] = {}
+    maps: list[list[Tensor]] = []
+    for j, (network, view) in enumerate(zip(networks, views, strict=True)):
+        x, own = view, []
+        for level, groups in enumerate(topology.groups):
+            key = (level, groups[j], id(view))
+            if key not in done:
+                module: nn.Module | None = network.stages[level - 1] if level else None
+                x = network.stem_forward(x) if module is None else module(x)
+                parts = topology.branches(level, groups[j])
+                if topology.rescale_gradients and parts > 1:
+                    x = _DivideGradient.apply(x, parts)
+                done[key] = x
+            x = done[key]
+            if level:
+                own.append(x)
+        maps.append(own)
+    level = topology.common_levels - 1
+    if level < 0 or any(view is not views[0] for view in views):
+        return maps, None
+    return maps, done[level, topology.groups[level][0], id(views[0])]

@@ -33,7 +33,8 @@ class MemoryBank(nn.Module):
         dtype: float32 or bfloat16 (half the memory and traffic); float16 and float64 too.
         device: where the bank lies; "pinned" for host memory that GPUs read in place, for banks
             larger than a GPU (losses then run at the speed of the bus). A pinned bank stays in host
-            memory when the module is moved.
+            memory when the module is moved. The GPU may still write to it after an update has
+            returned: synchronise before the host reads or saves it.
         seed: of the initial entries, uniform with expected norm 1.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Contrastive representation distillation with a memory bank of 17 million samples.
 
-    python examples/crd_large_bank.py                      # 17 million samples, 9 GB of host memory
+    python examples/crd_large_bank.py                      # 17 million samples, 9 GiB of host RAM
     python examples/crd_large_bank.py --samples 200000     # seconds
 
 A student learns from a frozen teacher by CRD (arXiv 1910.10699): each embeds the batch, and each is
@@ -19,13 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mclfast import BankNCELoss, ContrastSampler, MemoryBank, ProjectionHead
+from mclfast import BankNCELoss, ContrastSampler, MemoryBank, ProjectionHead, env
 
 GIB = 2**30
 WIDTH = 64
@@ -139,7 +141,10 @@ def main() -> None:
                     "bank_gib": round(bank_gib, 3), "peak_gib": round(peak, 3),
                     "before_gib": round(start, 3), "gathered_gib_float32": round(gathered, 3),
                     "first_loss": losses[0], "last_loss": losses[-1],
+                    "command": shlex.join(["python", *sys.argv]),
                     "torch": torch.__version__,
+                    "mclfast": env.report_dict()["mclfast"]["version"],
+                    "commit": env.report_dict()["mclfast"]["git"],
                 },
                 indent=2,
             )

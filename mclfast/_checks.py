@@ -242,6 +242,19 @@ def check_indices(
     return value
 
 
+def check_range(argument: str, index: Tensor, samples: int) -> None:
+    """Sample numbers in [0, samples), on a CPU: plain indexing would take -1 for the last one.
+
+    Not on a GPU, which would have to be waited for, nor in a compiled graph.
+    """
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (int(x) for x in index.aminmax())
+    if low < 0 or high >= samples:
+        got = low if low < 0 else high
+        raise RuntimeError(f"{argument} must be in 0 .. {samples - 1}, got {got}")
+
+
 def check_coefficients(coefficients: Sequence[float]) -> None:
     """Weights of the four terms."""
     if len(coefficients) != 4:

@@ -23,6 +23,7 @@ from mclfast._checks import (
     check_embeddings,
     check_indices,
     check_pair_weights,
+    check_range,
     check_temperature,
     describe,
     stack_nodes,
@@ -54,16 +55,25 @@ def _checked(
     check_banks(banks, nodes, networks[-1] + 1)
     batch = nodes.shape[1]
     check_indices("pos_idx", pos_idx, [batch, "1 + P"], nodes.device)
-    # One set of negatives for the batch is a view: no backend copies indices.
+    # One set of negatives for the batch is a view: it is not copied for every anchor.
     if isinstance(neg_idx, Tensor) and neg_idx.dim() == 1:
         check_indices("neg_idx", neg_idx, ["K"], nodes.device)
-        neg_idx = neg_idx.expand(batch, -1)
+        neg_idx = neg_idx.contiguous().expand(batch, -1)
     else:
         check_indices("neg_idx", neg_idx, [batch, "K"], nodes.device)
     check_temperature("temperature", temperature)
     check_temperature("kl_temperature", kl_temperature)
     found = _backend_for(nodes, banks, backend)
-    return (banks, pos_idx, neg_idx), (list(networks), temperature, kl_temperature), found
+    if found == "reference":
+        check_range("pos_idx", pos_idx, banks.shape[1])
+        check_range("neg_idx", neg_idx, banks.shape[1])
+    keys = banks, _with_plain_rows(pos_idx), _with_plain_rows(neg_idx)
+    return keys, (list(networks), temperature, kl_temperature), found
+
+
+def _with_plain_rows(index: Tensor) -> Tensor:
+    """Rows of adjacent numbers, as the backends read them; any stride between rows stays."""
+    return index if index.stride(-1) == 1 else index.contiguous()
 
 
 def _rows(nodes: Tensor, networks: tuple[int, ...], *arguments: Any) -> BankMCLRows:
@@ -309,14 +319,18 @@ def _objective(
 
 def _checked_nce(
     embeddings: Networks, banks: Any, contrast_idx: Any, temperature: float, backend: str
-) -> tuple[Tensor, str]:
+) -> tuple[Tensor, Tensor, str]:
+    """Checks; returns (nodes, contrast_idx, backend)."""
     nodes, networks = stack_nodes(embeddings, stages=False)
     check_banks(banks, nodes, len(networks))
     check_indices("contrast_idx", contrast_idx, [nodes.shape[1], "1 + K"], nodes.device)
     if contrast_idx.shape[1] < 2:
         raise ValueError("contrast_idx: expected at least one negative in each row, got none")
     check_temperature("temperature", temperature)
-    return nodes, _backend_for(nodes, banks, backend)
+    found = _backend_for(nodes, banks, backend)
+    if found == "reference":
+        check_range("contrast_idx", contrast_idx, banks.shape[1])
+    return nodes, _with_plain_rows(contrast_idx), found
 
 
 def bank_nce_log_normalizer(
@@ -341,7 +355,8 @@ def bank_nce_log_normalizer(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`bank_nce_loss`.
     """
-    nodes, backend = _checked_nce(embeddings, banks, contrast_idx, temperature, backend)
+    checked = _checked_nce(embeddings, banks, contrast_idx, temperature, backend)
+    nodes, contrast_idx, backend = checked
     return _log_normalizer(nodes, banks, contrast_idx, temperature, backend)
 
 
@@ -401,7 +416,8 @@ def bank_nce_loss(
 
     Source: MCL-OKD, arXiv 2006.04093, section 3.2; CRD, arXiv 1910.10699, equation 19.
     """
-    nodes, backend = _checked_nce(embeddings, banks, contrast_idx, temperature, backend)
+    checked = _checked_nce(embeddings, banks, contrast_idx, temperature, backend)
+    nodes, contrast_idx, backend = checked
     count, wide_dtype = nodes.shape[0], statistics_dtype(nodes)
     if not isinstance(eps, (int, float)) or not 0 <= eps < 1:
         raise ValueError(f"eps: expected a number in [0, 1), got {describe(eps)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mclfast import _backend
-from mclfast._checks import check_indices, check_integer, describe
+from mclfast._checks import check_indices, check_integer, check_range, describe
 from mclfast.ops import implementation
 from mclfast.philox import uniform_integers
 
@@ -69,7 +69,13 @@ class ContrastSampler(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+        if (
+            not isinstance(labels, Tensor)
+            or labels.dtype.is_floating_point
+            or labels.dtype.is_complex
+            or labels.dtype == torch.bool
+            or labels.dim() != 1
+        ):
             raise TypeError(f"labels: expected an integer tensor [n], got {describe(labels)}")
         if not 2 <= len(labels) < 2**31 or int(labels.min()) < 0:
             raise ValueError(
@@ -91,6 +97,8 @@ class ContrastSampler(nn.Module):
         tables = {"order": order, "position": position, "labels": labels, "starts": starts}
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.int32), persistent=False)
+        # Numbers that no sample has are no classes.
+        self._num_classes = int((counts > 0).sum())
         self.num_negatives, self.num_positives = num_negatives, num_positives
         self.shared_negatives, self.seed = bool(shared_negatives), seed
 
@@ -99,17 +107,23 @@ class ContrastSampler(nn.Module):
 
         Args:
             index: [B] int64, numbers of the anchors in the data set.
-            step: number of the training step, in [0, 2**32); another step gives other draws.
+            step: number of the training step, in [0, 2**32); another step gives other draws, the
+                same step in the next epoch the same ones: count over the whole run.
             backend: "auto" or a name that ``mclfast env`` lists.
 
         Raises:
-            TypeError, ValueError: naming the argument that does not fit.
+            TypeError, ValueError: naming the argument that does not fit, or a batch of all classes
+                with ``shared_negatives``.
+            RuntimeError: an index out of range (on a CPU; on a GPU it is not checked).
         """
         check_integer("step", step, 0)
         if step >= 2**32:
             raise ValueError(f"step: expected a value < 2**32, got {step}")
         check_indices("index", index, ["B"], self.order.device)
         found = _backend.resolve(backend, index.device.type, banks=True)
+        # The compiled sampler looks at its index itself, the plain form counts from the end.
+        if self.shared_negatives or found == "reference":
+            check_range("index", index, len(self.order))
         if self.shared_negatives:
             own = self._positives(index, step)
             return ContrastIndices(own, self._shared_negatives(index, step))
@@ -154,10 +168,10 @@ class ContrastSampler(nn.Module):
         sizes[self.labels[index].long()] = 0
         ends = sizes.cumsum(0)
         # Only asked where a batch is large enough to hold every class: it waits for the device.
-        if len(sizes) <= len(index) and int(ends[-1]) == 0:
+        if self._num_classes <= len(index) and int(ends[-1]) == 0:
             raise ValueError(
                 "shared_negatives: expected a class that is not in the batch, got a batch with all "
-                f"{len(sizes)} classes"
+                f"{self._num_classes} classes"
             )
         drawn = uniform_integers(
             self.num_negatives, ends[-1:], 0, seed=self.seed, step=step, stream=_SHARED

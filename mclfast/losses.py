@@ -238,9 +238,12 @@ class BankNCELoss(_Loss):
     ) -> Tensor:
         settings: dict[str, Any] = {"temperature": self.temperature, "backend": self.backend}
         if self.freeze_normalizer and self.log_normalizer is None:
-            self.log_normalizer = bank_functional.bank_nce_log_normalizer(
+            found = bank_functional.bank_nce_log_normalizer(
                 embeddings, banks, contrast_idx, **settings
             )
+            # The first batch may be one of evaluation, those after it train.
+            with torch.inference_mode(False):
+                self.log_normalizer = found.clone()
         return bank_functional.bank_nce_loss(
             embeddings, banks, contrast_idx, log_normalizer=self.log_normalizer, **settings
         )

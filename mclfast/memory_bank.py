@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from mclfast import _backend, bank_ops, reference_bank
-from mclfast._checks import check_embeddings, check_indices, check_integer, unknown_name
+from mclfast._checks import (
+    check_embeddings,
+    check_indices,
+    check_integer,
+    check_range,
+    unknown_name,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}  # fmt: skip
@@ -27,7 +33,8 @@ class MemoryBank(nn.Module):
         dtype: float32 or bfloat16 (half the memory and traffic); float16 and float64 too.
         device: where the bank lies; "pinned" for host memory that GPUs read in place, for banks
             larger than a GPU (losses then run at the speed of the bus). A pinned bank stays in host
-            memory when the module is moved.
+            memory when the module is moved. The GPU may still write to it after an update has
+            returned: synchronise before the host reads or saves it.
         seed: of the initial entries, uniform with expected norm 1.
 
     Attributes:
@@ -127,6 +134,7 @@ class MemoryBank(nn.Module):
         if found == "cuda" and torch.float64 in (embeddings.dtype, self.banks.dtype):
             found = "reference"
         if found == "reference":
+            check_range("index", index, self.banks.shape[1])
             reference_bank.bank_update_(self.banks, index, embeddings, self.momentum)
         else:
             bank_ops.bank_update(self.banks, index, embeddings, self.momentum, found)

@@ -44,6 +44,9 @@ from mclfast.types import Batch, Setup
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
 RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
 
+# Values of a part of _finite_sum.
+_SUM_AT_A_TIME = 2**22
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -270,11 +273,8 @@ class Trainer:
         means = {f"train_{k}": float(v) / len(self.sampler) for k, v in totals.items()}
         # The last step of an epoch shows in no loss of it, but would in the checkpoint.
         tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
-        # Sums need no memory beside a large bank.
-        sums = [t.sum(dtype=torch.float64).to(self.device) for t in tensors]
-        if not (
-            math.isfinite(means["train_loss"]) and bool(torch.stack(sums).isfinite().all())
-        ):
+        sums = torch.stack([_finite_sum(t).to(self.device) for t in tensors])
+        if not (math.isfinite(means["train_loss"]) and bool(sums.isfinite().all())):
             raise FloatingPointError(
                 f"lr: expected a finite loss and weights, got loss {means['train_loss']} in epoch "
                 f"{epoch + 1}; try a smaller learning rate or clip_grad_norm (lr was {lr:.3g})"
@@ -550,3 +550,12 @@ def select_device(name: str) -> torch.device:
             f"device: expected one of {torch.cuda.device_count()} GPUs here, got {name!r}"
         )
     return device
+
+
+def _finite_sum(tensor: Tensor) -> Tensor:
+    """A sum of all values in float64 that is not finite where one of them is not; 0-dim.
+
+    In parts: a sum in another dtype copies what it adds up, which a large bank leaves no room for.
+    """
+    parts = tensor.detach().reshape(-1).split(_SUM_AT_A_TIME)
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()

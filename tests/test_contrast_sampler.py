@@ -122,6 +122,23 @@ def test_shared_negatives():
         sampler.sample(torch.arange(200), step=0)
 
 
+def test_shared_negatives_where_class_numbers_have_gaps():
+    labels = torch.tensor([0, 0, 50, 50, 90])
+    sampler = ContrastSampler(labels, 20, shared_negatives=True)
+    assert (sampler.sample(torch.tensor([0, 2]), step=0).neg_idx == 4).all()
+    with pytest.raises(ValueError, match="^shared_negatives: .*a batch with all 3 classes"):
+        sampler.sample(torch.tensor([0, 2, 4]), step=0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("wrong", [-1, 200])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_numbers_out_of_range(backend, wrong, shared):
+    sampler = ContrastSampler(unbalanced(), 4, shared_negatives=shared)
+    with pytest.raises(RuntimeError, match=f"^index must be in 0 .. 199, got {wrong}"):
+        sampler.sample(torch.tensor([0, wrong]), step=0, backend=backend)
+
+
 def test_memory_is_three_tables():
     labels = torch.arange(100_000) % 1000
     sampler = ContrastSampler(labels, 16)
@@ -144,6 +161,7 @@ def test_uniform_integers_cover_their_range():
     ("labels", "change", "error", "message"),
     [
         (torch.zeros(4), {}, TypeError, "^labels: expected an integer tensor"),
+        (torch.tensor([True, False]), {}, TypeError, "^labels: expected .*got bool tensor"),
         (torch.zeros(4).long(), {}, ValueError, "^labels: expected at least two classes"),
         (torch.tensor([-1, 2]), {}, ValueError, "^labels: expected .*smallest -1"),
         (torch.arange(4), {"num_negatives": 0}, ValueError, "^num_negatives: expected"),

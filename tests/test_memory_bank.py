@@ -115,6 +115,8 @@ def test_wrong_updates():
     with pytest.raises(ValueError, match=r"^index: expected shape \[3\]"):
         bank.update(torch.zeros(2).long(), torch.zeros(2, 3, 4))
     before = bank.banks.clone()
-    with pytest.raises((RuntimeError, IndexError)):
-        bank.update(torch.tensor([0, 1, 8]), torch.ones(2, 3, 4))
+    for backend in ("auto", "reference"):
+        for wrong in (-1, 8):
+            with pytest.raises(RuntimeError, match=f"^index must be in 0 .. 7, got {wrong}"):
+                bank.update(torch.tensor([0, 1, wrong]), torch.ones(2, 3, 4), backend=backend)
     assert torch.equal(bank.banks, before), "nothing is half written"

@@ -165,6 +165,7 @@ def test_damaged_image_is_named(tmp_path):
         ([("d/a.cls", b"0")], r"got only a class of d/a$"),
         ([("a.jpg", encoded(0)), ("a.cls", b"cat")], r"class number in a\.cls, got b'cat'"),
         ([("a.jpg", encoded(0)), ("a.cls", b"-1")], "class number"),
+        ([("a.jpg", encoded(0)), ("a.cls", b"9" * 20)], "class number"),
         ([*sample("a", 0, 1), ("a.png", encoded(0))], r"one image of a, got a\.png too"),
         ([("notes.txt", b"x")], "expected at least one sample"),
     ],

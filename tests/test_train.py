@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from mclfast import data as data_sets
 from mclfast import methods, metrics, plots
+from mclfast.benchmark import peak
 from mclfast.cohort import Cohort
 from mclfast.config import TrainConfig
 from mclfast.data import Dataset, ImageSet
@@ -23,7 +24,16 @@ from mclfast.evaluate import accuracy, cohort_accuracy
 from mclfast.methods import Method, method_class
 from mclfast.models import StagedNetwork, staged
 from mclfast.schedule import learning_rate
-from mclfast.train import CHECKPOINT, METRICS, RESULT, Trainer, build, select_device, train
+from mclfast.train import (
+    CHECKPOINT,
+    METRICS,
+    RESULT,
+    Trainer,
+    _finite_sum,
+    build,
+    select_device,
+    train,
+)
 from mclfast.types import Batch
 
 
@@ -603,6 +613,23 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="^lr: expected a finite loss and weights"):
         trainer.fit(progress=False)
     assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 6, 9])
+def test_finite_sums_find_every_value(monkeypatch, value, place):
+    monkeypatch.setattr("mclfast.train._SUM_AT_A_TIME", 3)
+    # In its own dtype the sum of the largest values would be infinite.
+    tensor = torch.full((2, 5), torch.finfo(torch.float16).max, dtype=torch.float16)
+    assert _finite_sum(tensor).isfinite()
+    tensor.view(-1)[place] = value
+    assert not _finite_sum(tensor).isfinite()
+    assert _finite_sum(torch.zeros(0)) == 0 and _finite_sum(torch.tensor(7)) == 7
+
+
+def test_the_check_of_a_large_bank_needs_no_memory():
+    bank = torch.zeros(1, 500_000, 128, dtype=torch.bfloat16)
+    assert peak.measure(lambda: _finite_sum(bank)) < bank.nbytes / 2
 
 
 def test_classes_of_cohort_and_data_must_agree():

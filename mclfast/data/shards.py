@@ -230,7 +230,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
     file = tar.extractfile(member)
     text = b"" if file is None else file.read(32)
     # int() takes underscores and signs, which no class number has.
-    if not text.strip().isdigit():
+    if not text.strip().isdigit() or int(text) >= 2**31:
         raise ValueError(f"{path}: expected a class number in {member.name}, got {text!r}")
     return int(text)
 

@@ -102,8 +102,10 @@ class MemoryBank(nn.Module):
         try:
             super()._apply(fn, recurse)
         finally:
-            target = banks.device if self.pinned else fn(banks.new_empty(0)).device
-            self._buffers["banks"] = banks.to(target)
+            if not self.pinned:
+                probe = fn(banks.new_empty(0))
+                banks = fn(banks) if probe.dtype == banks.dtype else banks.to(probe.device)
+            self._buffers["banks"] = banks
         return self
 
     @torch.no_grad()

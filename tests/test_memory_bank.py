@@ -74,6 +74,10 @@ def test_state_and_casts():
     assert bank.banks.dtype == torch.bfloat16
     holder.to("meta")
     assert bank.banks.device.type == "meta"
+    holder.to_empty(device="cpu")
+    assert bank.banks.device.type == "cpu" and bank.banks.shape == (1, 8, 4)
+    other.share_memory()
+    assert other.banks.is_shared()
     assert "dtype=torch.bfloat16" in repr(other)
 
 

@@ -59,7 +59,8 @@ class ContrastiveMethod(Method):
             default=8192, metadata={"help": "bank entries of other classes per anchor"}
         )
         shared_negatives: bool = field(
-            default=False, metadata={"help": "one set of negatives for the whole batch"}
+            default=False,
+            metadata={"help": "one set of negatives for the whole batch, of classes not in it"},
         )
         bank_momentum: float = field(
             default=0.5, metadata={"help": "share of the old entry when a bank is updated"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from mclfast.reference import distribution_kl_rows, wide
@@ -21,3 +24,26 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tenso
     Source: arXiv 1503.02531, section 2.
     """
     return distribution_kl_rows(wide(student), wide(teacher), temperature).mean()
+
+
+def mutual_kd_loss(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], temperature: float = 3.0
+) -> Tensor:
+    """``sum_a mean_{b != a} kd_loss(students[a], teachers[b])``: each learns from all others.
+
+    Args:
+        students: logits [B, C] of M >= 2 networks.
+        teachers: logits [B, C] of as many; get no gradient. The students' own for deep mutual
+            learning, arXiv 1706.00384.
+        temperature: of :func:`kd_loss`.
+
+    Returns:
+        0-dim, float32 or wider.
+    """
+    terms = [
+        kd_loss(student, teacher, temperature)
+        for a, student in enumerate(students)
+        for b, teacher in enumerate(teachers)
+        if a != b
+    ]
+    return torch.stack(terms).sum() / (len(students) - 1)

@@ -36,6 +36,8 @@ class Method(nn.Module):
     teacher: ClassVar[bool] = False
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
+    #: Kind of those heads, see :class:`mclfast.heads.ProjectionHead`.
+    projection: ClassVar[Literal["mlp", "linear"]] = "mlp"
 
     @dataclass
     class Options:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from mclfast._checks import unknown_name
 from mclfast.normalize import unit_norm
 
-
 PROJECTIONS = ("mlp", "linear")
 
 

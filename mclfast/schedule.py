@@ -1,4 +1,4 @@
-"""Learning rate and loss weights by epoch, pure functions (so there is no state to resume)."""
+"""What changes by epoch, as pure functions of the settings (so there is no state to resume)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    # Methods are named in the config, and some of them need a schedule.
     from mclfast.config import TrainConfig
 
 
@@ -22,14 +23,12 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
 
 
 def sigmoid_rampup(epoch: int, length: int) -> float:
-    """``exp(-5 (1 - e / R)**2)`` with e the epoch clipped to [0, R]: 0.0067 at 0, 1 from R on.
+    """``exp(-5 (1 - epoch / length)^2)`` of an epoch counted from 0, and 1 from ``length`` on.
 
-    Args:
-        epoch: counted from 0.
-        length: R, epochs until the full weight; 0 for the full weight from the start.
+    Epochs before 0 count as 0, where it is exp(-5) = 0.0067; a length of 0 is 1 throughout.
 
     Source: temporal ensembling, arXiv 1610.02242; used by ONE, OKDDip, FFL and PCL.
     """
-    if length <= 0:
+    if epoch >= length:
         return 1.0
-    return math.exp(-5 * (1 - min(max(epoch, 0), length) / length) ** 2)
+    return math.exp(-5 * (1 - max(epoch, 0) / length) ** 2)

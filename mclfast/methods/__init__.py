@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from mclfast._checks import unknown_name
+from mclfast.methods.afd import AFD
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import Baseline
+from mclfast.methods.ffl import FFL
 from mclfast.methods.lmcl import LayerwiseMCL
 from mclfast.methods.mcl import MCL
+from mclfast.methods.mcl_okd import MCLOKD
+from mclfast.methods.pcl import PCL
 
-__all__ = ["MCL", "Baseline", "LayerwiseMCL", "Method", "available", "method_class"]
+__all__ = [
+    "AFD", "FFL", "MCL", "MCLOKD", "PCL", "Baseline", "LayerwiseMCL", "Method", "available",
+    "method_class",
+]  # fmt: skip
 
-_METHODS: dict[str, type[Method]] = {"baseline": Baseline, "lmcl": LayerwiseMCL, "mcl": MCL}
+_METHODS: dict[str, type[Method]] = {
+    "afd": AFD,
+    "baseline": Baseline,
+    "ffl": FFL,
+    "lmcl": LayerwiseMCL,
+    "mcl": MCL,
+    "mcl-okd": MCLOKD,
+    "pcl": PCL,
+}
 
 
 def available() -> list[str]:

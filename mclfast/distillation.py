@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from mclfast.reference import distribution_kl_rows, wide
 
@@ -24,6 +25,23 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tenso
     Source: arXiv 1503.02531, section 2.
     """
     return distribution_kl_rows(wide(student), wide(teacher), temperature).mean()
+
+
+def kd_loss_through_teacher(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tensor:
+    """The value of :func:`kd_loss`, with gradient to the teacher as well.
+
+    Args:
+        student: [B, C] logits.
+        teacher: [B, C] logits.
+        temperature: T > 0.
+
+    Returns:
+        0-dim, float32 or wider.
+    """
+    log_p = torch.log_softmax(wide(teacher) / temperature, dim=-1)
+    log_q = torch.log_softmax(wide(student) / temperature, dim=-1)
+    # The entropy of the teacher is part of it: without it the gradient would be another.
+    return temperature**2 * kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
 def mutual_kd_loss(

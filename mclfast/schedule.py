@@ -29,6 +29,5 @@ def sigmoid_rampup(epoch: int, length: int) -> float:
 
     Source: temporal ensembling, arXiv 1610.02242; used by ONE, OKDDip, FFL and PCL.
     """
-    if epoch >= length:
-        return 1.0
-    return math.exp(-5 * (1 - max(epoch, 0) / length) ** 2)
+    epoch = max(epoch, 0)
+    return 1.0 if epoch >= length else math.exp(-5 * (1 - epoch / length) ** 2)

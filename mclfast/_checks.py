@@ -75,15 +75,6 @@ def check_integer(argument: str, value: Any, least: int) -> int:
     return value
 
 
-def check_cohort(networks: int, wanted: int, *, exactly: bool = False) -> None:
-    """A number of networks that a method can train: ``wanted`` or more, or ``exactly`` as many."""
-    if networks < wanted or (exactly and networks > wanted):
-        how = "exactly" if exactly else "at least"
-        raise ValueError(
-            f"cohort: expected {how} {wanted} networks for this method, got {networks}"
-        )
-
-
 def check_embeddings(argument: str, value: Any, shape: Sequence[int | str]) -> Tensor:
     """A floating-point tensor whose shape matches ``shape``; letters stand for any size >= 1."""
     wanted = "[" + ", ".join(map(str, shape)) + "]"

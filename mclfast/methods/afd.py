@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mclfast._checks import check_cohort, check_not_negative, check_positive, check_temperature
+from mclfast._checks import check_not_negative, check_positive
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import mutual_kd_loss
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.methods.distilling import DistillOptions, check_peers
 from mclfast.methods.feature_maps import to_smallest, transfer
 from mclfast.reference import wide
 from mclfast.types import Batch, Setup
@@ -53,10 +54,7 @@ class AFD(Method):
     """
 
     @dataclass
-    class Options(Method.Options):
-        distill_temperature: float = field(
-            default=3.0, metadata={"help": "softens the logits in logit distillation"}
-        )
+    class Options(DistillOptions):
         distill_weight: float = field(
             default=1.0, metadata={"help": "weight of the distillation between logits"}
         )
@@ -72,7 +70,6 @@ class AFD(Method):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_temperature("distill_temperature", self.distill_temperature)
             for name in ("distill_weight", "adversarial_weight", "discriminator_weight_decay"):
                 check_not_negative(name, getattr(self, name))
             check_positive("discriminator_lr", self.discriminator_lr)
@@ -81,10 +78,10 @@ class AFD(Method):
         self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
     ) -> None:
         super().__init__(feature_dims, options)
-        check_cohort(len(feature_dims), 2)
         self.optimizer: torch.optim.Optimizer | None = None
 
     def prepare(self, setup: Setup) -> None:
+        check_peers(setup, "afd", 2)
         o, widths = self.options, [m.shape[1] for m in setup.example.maps]
         # Entry a - 1 of the first is the last one: the cycle.
         real = [widths[a - 1] for a in range(len(widths))]

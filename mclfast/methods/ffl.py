@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mclfast._checks import check_cohort, check_integer, check_not_negative, check_temperature
+from mclfast._checks import check_not_negative
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.methods.distilling import RampedDistillOptions, check_peers
 from mclfast.methods.feature_maps import to_smallest, transfer
 from mclfast.reference import wide
-from mclfast.schedule import sigmoid_rampup
 from mclfast.types import Batch, Setup
 
 
@@ -70,30 +70,17 @@ class FFL(Method):
     """
 
     @dataclass
-    class Options(Method.Options):
-        distill_temperature: float = field(
-            default=3.0, metadata={"help": "softens the logits in logit distillation"}
-        )
-        rampup_epochs: int = field(
-            default=80, metadata={"help": "epochs until distillation has its full weight"}
-        )
+    class Options(RampedDistillOptions):
         fusion_weight_decay: float = field(
             default=1e-5, metadata={"help": "weight decay of the fusion module"}
         )
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_temperature("distill_temperature", self.distill_temperature)
-            check_integer("rampup_epochs", self.rampup_epochs, 0)
             check_not_negative("fusion_weight_decay", self.fusion_weight_decay)
 
-    def __init__(
-        self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
-    ) -> None:
-        super().__init__(feature_dims, options)
-        check_cohort(len(feature_dims), 2, exactly=True)
-
     def prepare(self, setup: Setup) -> None:
+        check_peers(setup, "ffl", 2, exactly=True)
         self.fusion = FusionModule([m.shape[1] for m in setup.example.maps], setup.num_classes)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -112,7 +99,7 @@ class FFL(Method):
         from_fusion = torch.stack([kd_loss(z, fused, temperature) for z in logits]).sum()
         mean = torch.stack([wide(z) for z in logits]).mean(0)
         from_mean = kd_loss(fused, mean, temperature)
-        weight = sigmoid_rampup(batch.epoch, self.options.rampup_epochs)
+        weight = self.options.weight(batch.epoch)
         return {
             "loss": ce + fusion_ce + weight * (from_fusion + from_mean),
             "ce": ce,

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mclfast._checks import check_cohort, check_not_negative, check_temperature
+from mclfast._checks import check_not_negative
 from mclfast.bank_functional import bank_nce_loss
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
 from mclfast.methods.banked import BankMethod
 from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.methods.distilling import DistillOptions, check_peers
 from mclfast.reference import wide
-from mclfast.types import Batch
+from mclfast.types import Batch, Setup
 
 
 class MCLOKD(BankMethod):
@@ -32,7 +32,7 @@ class MCLOKD(BankMethod):
     projection = "linear"
 
     @dataclass
-    class Options(BankMethod.Options):
+    class Options(BankMethod.Options, DistillOptions):
         num_negatives: int = field(
             default=256, metadata={"help": "bank entries of other classes per anchor"}
         )
@@ -43,21 +43,15 @@ class MCLOKD(BankMethod):
         nce_weight: float = field(
             default=0.025, metadata={"help": "weight of the noise-contrastive loss"}
         )
-        distill_temperature: float = field(
-            default=3.0, metadata={"help": "softens the logits in logit distillation"}
-        )
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_temperature("distill_temperature", self.distill_temperature)
             for name in ("ce_weight", "distill_weight", "nce_weight"):
                 check_not_negative(name, getattr(self, name))
 
-    def __init__(
-        self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
-    ) -> None:
-        super().__init__(feature_dims, options)
-        check_cohort(len(feature_dims), 2)
+    def prepare(self, setup: Setup) -> None:
+        check_peers(setup, "mcl-okd", 2)
+        super().prepare(setup)
 
     def sampling(self) -> dict[str, Any]:
         return {"num_positives": 0}

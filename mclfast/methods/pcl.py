@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mclfast._checks import check_cohort, check_integer, check_not_negative, check_temperature
+from mclfast._checks import check_not_negative
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss, mutual_kd_loss
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.methods.distilling import RampedDistillOptions, check_peers
 from mclfast.moving_average import warmed_decay
 from mclfast.reference import wide
-from mclfast.schedule import sigmoid_rampup
 from mclfast.types import Batch, Setup
 
 
@@ -38,15 +38,9 @@ class PCL(Method):
     teacher = True
 
     @dataclass
-    class Options(Method.Options):
-        distill_temperature: float = field(
-            default=3.0, metadata={"help": "softens the logits in logit distillation"}
-        )
+    class Options(RampedDistillOptions):
         distill_weight: float = field(
             default=1.0, metadata={"help": "full weight of the distillation from both teachers"}
-        )
-        rampup_epochs: int = field(
-            default=80, metadata={"help": "epochs until distillation has its full weight"}
         )
         average_decay: float = field(
             default=0.999, metadata={"help": "largest share of the old values in the average"}
@@ -54,9 +48,7 @@ class PCL(Method):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_temperature("distill_temperature", self.distill_temperature)
             check_not_negative("distill_weight", self.distill_weight)
-            check_integer("rampup_epochs", self.rampup_epochs, 0)
             if not 0 <= self.average_decay <= 1:
                 raise ValueError(
                     f"average_decay: expected a value in [0, 1], got {self.average_decay}"
@@ -66,10 +58,10 @@ class PCL(Method):
         self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
     ) -> None:
         super().__init__(feature_dims, options)
-        check_cohort(len(feature_dims), 2)
         self.ensemble_width = sum(stages[-1] for stages in feature_dims)
 
     def prepare(self, setup: Setup) -> None:
+        check_peers(setup, "pcl", 2)
         self.classifier = nn.Linear(self.ensemble_width, setup.num_classes)
 
     def ensemble(self, outputs: PeerOutputs) -> Tensor:
@@ -92,7 +84,7 @@ class PCL(Method):
         from_average = mutual_kd_loss(
             logits, outputs.teacher.final_logits, o.distill_temperature
         )
-        weight = o.distill_weight * sigmoid_rampup(batch.epoch, o.rampup_epochs)
+        weight = o.distill_weight * o.weight(batch.epoch)
         return {
             "loss": ce + ensemble_ce + weight * (from_ensemble + from_average),
             "ce": ce,

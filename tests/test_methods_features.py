@@ -426,13 +426,6 @@ def test_projections_of_mcl_okd_are_linear():
         Cohort(trainer.cohort.peers, projection="conv")
 
 
-def test_mcl_okd_wants_a_prepared_method():
-    outputs = fake_embeddings(2, 4)
-    cls = method_class("mcl-okd")
-    with pytest.raises(RuntimeError, match=r"prepare\(\)"):
-        cls([[3], [3]]).loss(outputs, batch())
-
-
 # ---------------------------------------------------------------- all of them
 
 
@@ -505,6 +498,13 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, name):
         assert same, path
     assert any("own_optimizers" in path for path in states[0]) == (name == "afd")
     assert any("average" in path for path in states[0]) == (name == "pcl")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_is_not_prepared(name):
+    outputs = fake_outputs([(3, 2)] * 2, teacher=True)
+    with pytest.raises(RuntimeError, match=r"^loss: expected prepare\(\) to be called before"):
+        method_class(name)([[3], [3]]).loss(outputs, batch())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from mclfast._checks import check_not_negative, check_positive
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import mutual_kd_loss
-from mclfast.methods.base import Method
+from mclfast.methods.base import Method, prepared
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.methods.distilling import DistillOptions, check_peers
 from mclfast.methods.feature_maps import to_smallest, transfer
@@ -78,6 +78,8 @@ class AFD(Method):
         self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
     ) -> None:
         super().__init__(feature_dims, options)
+        self.discriminators: nn.ModuleList | None = None
+        self.transfers: nn.ModuleList | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
     def prepare(self, setup: Setup) -> None:
@@ -106,9 +108,7 @@ class AFD(Method):
             adversarial = torch.stack(
                 [
                     (1 - _frozen(judge, imitated)).square().mean()
-                    for judge, (_, imitated) in zip(
-                        self.discriminators, self._pairs(outputs.maps), strict=True
-                    )
+                    for judge, _, imitated in self._trials(outputs.maps)
                 ]
             ).sum()
         return {
@@ -119,24 +119,23 @@ class AFD(Method):
         }
 
     def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
-        assert self.optimizer is not None
         losses = [
             (1 - judge(real)).square().mean() + judge(imitated.detach()).square().mean()
-            for judge, (real, imitated) in zip(
-                self.discriminators, self._pairs(outputs.maps), strict=True
-            )
+            for judge, real, imitated in self._trials(outputs.maps)
         ]
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer = prepared(self.optimizer)
+        optimizer.zero_grad(set_to_none=True)
         torch.stack(losses).sum().backward()
-        self.optimizer.step()
+        optimizer.step()
 
-    def _pairs(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Real (constant) and imitated map of every discriminator, both of one shape."""
-        pairs = []
-        for a, change in enumerate(self.transfers):
+    def _trials(self, maps: Sequence[Tensor]) -> list[tuple[nn.Module, Tensor, Tensor]]:
+        """Every discriminator with its real (constant) and imitated map, both of one shape."""
+        parts = zip(prepared(self.discriminators), prepared(self.transfers), strict=True)
+        trials = []
+        for a, (judge, change) in enumerate(parts):
             real, own = to_smallest([wide(maps[a - 1]).detach(), wide(maps[a])])
-            pairs.append((real, change(own)))
-        return pairs
+            trials.append((judge, real, change(own)))
+        return trials
 
 
 def _frozen(module: nn.Module, x: Tensor) -> Tensor:

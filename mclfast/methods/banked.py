@@ -14,7 +14,7 @@ from mclfast._checks import check_integer, check_temperature
 from mclfast.cohort import PeerOutputs
 from mclfast.contrast_sampler import ContrastIndices, ContrastSampler
 from mclfast.memory_bank import DTYPES, MemoryBank
-from mclfast.methods.base import Method
+from mclfast.methods.base import Method, prepared
 from mclfast.types import Batch, Setup
 
 
@@ -112,9 +112,8 @@ class BankMethod(Method):
         Raises:
             RuntimeError: before :meth:`prepare`.
         """
-        if self.bank is None or self.sampler is None:
-            raise RuntimeError("loss: expected prepare() to be called before a loss with banks")
+        bank, sampler = prepared(self.bank), prepared(self.sampler)
         if self._drawn is None or self._drawn[0] is not batch:
-            drawn = self.sampler.sample(batch.index, batch.step, backend=self.options.backend)
+            drawn = sampler.sample(batch.index, batch.step, backend=self.options.backend)
             self._drawn = (batch, drawn)
-        return self.bank.banks, self._drawn[1]
+        return bank.banks, self._drawn[1]

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from mclfast._checks import check_not_negative
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
-from mclfast.methods.base import Method
+from mclfast.methods.base import Method, prepared
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.methods.distilling import RampedDistillOptions, check_peers
 from mclfast.methods.feature_maps import to_smallest, transfer
@@ -79,17 +79,23 @@ class FFL(Method):
             super().__post_init__()
             check_not_negative("fusion_weight_decay", self.fusion_weight_decay)
 
+    def __init__(
+        self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
+    ) -> None:
+        super().__init__(feature_dims, options)
+        self.fusion: FusionModule | None = None
+
     def prepare(self, setup: Setup) -> None:
         check_peers(setup, "ffl", 2, exactly=True)
         self.fusion = FusionModule([m.shape[1] for m in setup.example.maps], setup.num_classes)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         decay = self.options.fusion_weight_decay
-        return [{"params": list(self.fusion.parameters()), "weight_decay": decay}]
+        return [{"params": list(prepared(self.fusion).parameters()), "weight_decay": decay}]
 
     def ensemble(self, outputs: PeerOutputs) -> Tensor:
         """The fused logits [B, C]."""
-        return self.fusion(outputs.maps)
+        return prepared(self.fusion)(outputs.maps)
 
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         temperature, logits = self.options.distill_temperature, outputs.final_logits

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from mclfast._checks import check_not_negative
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss, mutual_kd_loss
-from mclfast.methods.base import Method
+from mclfast.methods.base import Method, prepared
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.methods.distilling import RampedDistillOptions, check_peers
 from mclfast.moving_average import warmed_decay
@@ -58,6 +58,7 @@ class PCL(Method):
         self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
     ) -> None:
         super().__init__(feature_dims, options)
+        self.classifier: nn.Linear | None = None
         self.ensemble_width = sum(stages[-1] for stages in feature_dims)
 
     def prepare(self, setup: Setup) -> None:
@@ -66,7 +67,7 @@ class PCL(Method):
 
     def ensemble(self, outputs: PeerOutputs) -> Tensor:
         """Logits [B, C] of the classifier on the features of all peers."""
-        return self.classifier(torch.cat(outputs.final_features, dim=1))
+        return prepared(self.classifier)(torch.cat(outputs.final_features, dim=1))
 
     def teacher_decay(self, step: int) -> float:
         return warmed_decay(step, self.options.average_decay)

@@ -531,7 +531,6 @@ def test_kdcl_views_and_images_kept_back():
 @pytest.mark.parametrize("name", RUNS)
 def test_half_precision(name):
     trainer = build(run(name, amp="bf16"))
-    outputs, batch = first_step(trainer)
     with torch.autocast("cpu", torch.bfloat16):
         outputs, batch = first_step(trainer)
         assert outputs.final_logits[0].dtype == torch.bfloat16
@@ -556,7 +555,9 @@ def states(trainer: Trainer) -> dict[str, Tensor]:
     return found | {f"momentum.{i}": s["momentum_buffer"] for i, s in momenta.items()}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", ["dml on a stem", "cl-ilr", "one", "okddip", "kdcl linear", "kdcl general"]
+)
 def test_a_run_learns_and_resumes(name, tmp_path):
     # The weight of distillation changes within the run and between its parts.
     ramp = {"rampup_epochs": 3} if name.startswith(("one", "okddip")) else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
@@ -40,3 +42,26 @@ def kd_loss_through_teacher(student: Tensor, teacher: Tensor, temperature: float
     log_q = torch.log_softmax(wide(student) / temperature, dim=-1)
     # The entropy of the teacher is part of it: without it the gradient would be another.
     return temperature**2 * kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def mutual_kd_loss(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], temperature: float = 3.0
+) -> Tensor:
+    """``sum_a mean_{b != a} kd_loss(students[a], teachers[b])``: each learns from all others.
+
+    Args:
+        students: logits [B, C] of M >= 2 networks.
+        teachers: logits [B, C] of as many; get no gradient. The students' own for deep mutual
+            learning, arXiv 1706.00384.
+        temperature: of :func:`kd_loss`.
+
+    Returns:
+        0-dim, float32 or wider.
+    """
+    terms = [
+        kd_loss(student, teacher, temperature)
+        for a, student in enumerate(students)
+        for b, teacher in enumerate(teachers)
+        if a != b
+    ]
+    return torch.stack(terms).sum() / (len(students) - 1)

@@ -94,6 +94,7 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
         networks,
         auxiliary_heads=cls.auxiliary_heads,
         projection_dim=config.projection_dim if cls.projections else None,
+        projection=cls.projection,
         topology=topology(
             config.topology,
             len(networks),

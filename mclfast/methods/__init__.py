@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from mclfast._checks import unknown_name
+from mclfast.methods.afd import AFD
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import Baseline
 from mclfast.methods.cl_ilr import CLILR
 from mclfast.methods.dml import DML
+from mclfast.methods.ffl import FFL
 from mclfast.methods.kdcl import KDCL
 from mclfast.methods.lmcl import LayerwiseMCL
 from mclfast.methods.mcl import MCL
+from mclfast.methods.mcl_okd import MCLOKD
 from mclfast.methods.okddip import OKDDip
 from mclfast.methods.one import ONE
+from mclfast.methods.pcl import PCL
 
 __all__ = [
+    "AFD",
     "CLILR",
     "DML",
+    "FFL",
     "KDCL",
     "MCL",
+    "MCLOKD",
     "ONE",
+    "PCL",
     "Baseline",
     "LayerwiseMCL",
     "Method",
@@ -28,14 +36,18 @@ __all__ = [
 ]
 
 _METHODS: dict[str, type[Method]] = {
+    "afd": AFD,
     "baseline": Baseline,
     "cl-ilr": CLILR,
     "dml": DML,
+    "ffl": FFL,
     "kdcl": KDCL,
     "lmcl": LayerwiseMCL,
     "mcl": MCL,
+    "mcl-okd": MCLOKD,
     "okddip": OKDDip,
     "one": ONE,
+    "pcl": PCL,
 }
 
 

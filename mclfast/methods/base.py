@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from mclfast._settings import coerce_fields
 from mclfast.cohort import PeerOutputs
 from mclfast.types import Batch, Setup
+
+Part = TypeVar("Part")
+
+
+def prepared(part: Part | None) -> Part:
+    """What :meth:`Method.prepare` made; RuntimeError before it was called."""
+    if part is None:
+        raise RuntimeError("loss: expected prepare() to be called before, got a method without")
+    return part
 
 
 class Method(nn.Module):
@@ -36,6 +45,8 @@ class Method(nn.Module):
     teacher: ClassVar[bool] = False
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
+    #: Kind of those heads, see :class:`mclfast.heads.ProjectionHead`.
+    projection: ClassVar[Literal["mlp", "linear"]] = "mlp"
 
     @dataclass
     class Options:

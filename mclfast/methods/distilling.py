@@ -41,10 +41,11 @@ class RampedDistillOptions(DistillOptions):
         return sigmoid_rampup(epoch, self.rampup_epochs)
 
 
-def check_peers(setup: Setup, method: str, least: int) -> None:
-    """Raises ValueError where a cohort has fewer networks than a method needs."""
+def check_peers(setup: Setup, method: str, least: int, *, exactly: bool = False) -> None:
+    """Raises ValueError where a cohort has fewer networks than a method needs, or too many."""
     count = len(setup.example.logits)
-    if count < least:
+    if count < least or (exactly and count > least):
+        how = "exactly" if exactly else "at least"
         raise ValueError(
-            f"cohort: expected at least {least} networks for method {method}, got {count}"
+            f"cohort: expected {how} {least} networks for method {method}, got {count}"
         )

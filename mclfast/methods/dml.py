@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from mclfast.cohort import PeerOutputs
-from mclfast.distillation import kd_loss
+from mclfast.distillation import mutual_kd_loss
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.methods.distilling import DistillOptions, check_peers
@@ -36,12 +35,6 @@ class DML(Method):
 
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         logits = outputs.final_logits
-        pairs = [
-            kd_loss(student, teacher, self.options.distill_temperature)
-            for a, student in enumerate(logits)
-            for b, teacher in enumerate(logits)
-            if a != b
-        ]
         ce = sum_cross_entropy(outputs, batch.labels)
-        distill = torch.stack(pairs).sum() / (len(logits) - 1)
+        distill = mutual_kd_loss(logits, logits, self.options.distill_temperature)
         return {"loss": ce + distill, "ce": ce, "distill": distill}

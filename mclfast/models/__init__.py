@@ -4,6 +4,11 @@ from collections.abc import Callable
 
 from mclfast._checks import unknown_name
 from mclfast.models.auxiliary import AuxiliaryHead, PeerNetwork, StageOutputs
+from mclfast.models.cifar_shufflenet import (
+    CifarShuffleNetV2,
+    shufflenet_v2_x0_5_cifar,
+    shufflenet_v2_x1_0_cifar,
+)
 from mclfast.models.counting import macs, parameter_count
 from mclfast.models.imagenet_resnet import ImageNetResNet, resnet18, resnet34, resnet50
 from mclfast.models.imagenet_shufflenet import (
@@ -25,6 +30,7 @@ from mclfast.models.wrn import WideResNet, wrn_16_2, wrn_28_4, wrn_40_2
 __all__ = [
     "AuxiliaryHead",
     "CifarResNet",
+    "CifarShuffleNetV2",
     "ImageNetResNet",
     "ImageNetShuffleNetV2",
     "PeerNetwork",
@@ -45,7 +51,9 @@ __all__ = [
     "resnet56",
     "resnet110",
     "shufflenet_v2_x0_5",
+    "shufflenet_v2_x0_5_cifar",
     "shufflenet_v2_x1_0",
+    "shufflenet_v2_x1_0_cifar",
     "staged",
     "wrn_16_2",
     "wrn_28_4",
@@ -61,6 +69,8 @@ _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
     "wrn_16_2": wrn_16_2,
     "wrn_40_2": wrn_40_2,
     "wrn_28_4": wrn_28_4,
+    "shufflenet_v2_x0_5_cifar": shufflenet_v2_x0_5_cifar,
+    "shufflenet_v2_x1_0_cifar": shufflenet_v2_x1_0_cifar,
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,

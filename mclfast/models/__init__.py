@@ -25,6 +25,7 @@ from mclfast.models.resnet import (
     resnet110,
 )
 from mclfast.models.staged import StagedNetwork, Taps, staged
+from mclfast.models.vgg import Vgg, vgg16
 from mclfast.models.wrn import WideResNet, wrn_16_2, wrn_28_4, wrn_40_2
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "StageOutputs",
     "StagedNetwork",
     "Taps",
+    "Vgg",
     "WideResNet",
     "available",
     "create",
@@ -55,6 +57,7 @@ __all__ = [
     "shufflenet_v2_x1_0",
     "shufflenet_v2_x1_0_cifar",
     "staged",
+    "vgg16",
     "wrn_16_2",
     "wrn_28_4",
     "wrn_40_2",
@@ -71,6 +74,7 @@ _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
     "wrn_28_4": wrn_28_4,
     "shufflenet_v2_x0_5_cifar": shufflenet_v2_x0_5_cifar,
     "shufflenet_v2_x1_0_cifar": shufflenet_v2_x1_0_cifar,
+    "vgg16": vgg16,
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,

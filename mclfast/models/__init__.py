@@ -10,6 +10,7 @@ from mclfast.models.cifar_shufflenet import (
     shufflenet_v2_x1_0_cifar,
 )
 from mclfast.models.counting import macs, parameter_count
+from mclfast.models.densenet import CifarDenseNet, densenet_40_12
 from mclfast.models.imagenet_resnet import ImageNetResNet, resnet18, resnet34, resnet50
 from mclfast.models.imagenet_shufflenet import (
     ImageNetShuffleNetV2,
@@ -30,6 +31,7 @@ from mclfast.models.wrn import WideResNet, wrn_16_2, wrn_28_4, wrn_40_2
 
 __all__ = [
     "AuxiliaryHead",
+    "CifarDenseNet",
     "CifarResNet",
     "CifarShuffleNetV2",
     "ImageNetResNet",
@@ -42,6 +44,7 @@ __all__ = [
     "WideResNet",
     "available",
     "create",
+    "densenet_40_12",
     "macs",
     "parameter_count",
     "resnet8",
@@ -75,6 +78,7 @@ _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
     "shufflenet_v2_x0_5_cifar": shufflenet_v2_x0_5_cifar,
     "shufflenet_v2_x1_0_cifar": shufflenet_v2_x1_0_cifar,
     "vgg16": vgg16,
+    "densenet_40_12": densenet_40_12,
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,

@@ -27,7 +27,7 @@ from mclfast.models.resnet import (
 )
 from mclfast.models.staged import StagedNetwork, Taps, staged
 from mclfast.models.vgg import Vgg, vgg16
-from mclfast.models.wrn import WideResNet, wrn_16_2, wrn_28_4, wrn_40_2
+from mclfast.models.wrn import WideResNet, wrn_16_2, wrn_20_8, wrn_28_4, wrn_40_2
 
 __all__ = [
     "AuxiliaryHead",
@@ -62,6 +62,7 @@ __all__ = [
     "staged",
     "vgg16",
     "wrn_16_2",
+    "wrn_20_8",
     "wrn_28_4",
     "wrn_40_2",
 ]
@@ -75,6 +76,7 @@ _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
     "wrn_16_2": wrn_16_2,
     "wrn_40_2": wrn_40_2,
     "wrn_28_4": wrn_28_4,
+    "wrn_20_8": wrn_20_8,
     "shufflenet_v2_x0_5_cifar": shufflenet_v2_x0_5_cifar,
     "shufflenet_v2_x1_0_cifar": shufflenet_v2_x1_0_cifar,
     "vgg16": vgg16,

@@ -11,6 +11,7 @@ from mclfast.models.cifar_shufflenet import (
 )
 from mclfast.models.counting import macs, parameter_count
 from mclfast.models.densenet import CifarDenseNet, densenet_40_12
+from mclfast.models.hcgnet import HcgNet, hcgnet_a1, hcgnet_a2
 from mclfast.models.imagenet_resnet import ImageNetResNet, resnet18, resnet34, resnet50
 from mclfast.models.imagenet_shufflenet import (
     ImageNetShuffleNetV2,
@@ -34,6 +35,7 @@ __all__ = [
     "CifarDenseNet",
     "CifarResNet",
     "CifarShuffleNetV2",
+    "HcgNet",
     "ImageNetResNet",
     "ImageNetShuffleNetV2",
     "PeerNetwork",
@@ -45,6 +47,8 @@ __all__ = [
     "available",
     "create",
     "densenet_40_12",
+    "hcgnet_a1",
+    "hcgnet_a2",
     "macs",
     "parameter_count",
     "resnet8",
@@ -81,6 +85,8 @@ _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
     "shufflenet_v2_x1_0_cifar": shufflenet_v2_x1_0_cifar,
     "vgg16": vgg16,
     "densenet_40_12": densenet_40_12,
+    "hcgnet_a1": hcgnet_a1,
+    "hcgnet_a2": hcgnet_a2,
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,

@@ -11,6 +11,7 @@ from mclfast.models.cifar_shufflenet import (
 )
 from mclfast.models.counting import macs, parameter_count
 from mclfast.models.densenet import CifarDenseNet, densenet_40_12
+from mclfast.models.external import create_external, is_external
 from mclfast.models.hcgnet import HcgNet, hcgnet_a1, hcgnet_a2
 from mclfast.models.imagenet_resnet import ImageNetResNet, resnet18, resnet34, resnet50
 from mclfast.models.imagenet_shufflenet import (
@@ -49,6 +50,7 @@ __all__ = [
     "densenet_40_12",
     "hcgnet_a1",
     "hcgnet_a2",
+    "is_external",
     "macs",
     "parameter_count",
     "resnet8",
@@ -96,7 +98,7 @@ _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
 
 
 def available() -> list[str]:
-    """Names that :func:`create` accepts."""
+    """Names of this package's own networks."""
     return list(_NETWORKS)
 
 
@@ -104,14 +106,18 @@ def create(name: str, *, num_classes: int | None = None, in_channels: int = 3) -
     """Build a named network with newly drawn weights.
 
     Args:
-        name: one of :func:`available`.
+        name: one of :func:`available`, or "timm:" or "torchvision:" and a name of that package
+            (extra ``vision``), whose network is cut where the size of its maps changes.
         num_classes: number of logits C; None for that of the network's own data set, 100 for
             CIFAR-100 or 1000 for ImageNet.
         in_channels: channels of the input image [B, in_channels, H, W].
 
     Raises:
-        ValueError: unknown ``name``.
+        ValueError: unknown ``name``, or no stages found in a network of another package.
+        MissingOptionalError: timm or torchvision cannot be imported.
     """
+    if is_external(name):
+        return create_external(name, num_classes=num_classes, in_channels=in_channels)
     if name not in _NETWORKS:
         raise unknown_name("name", name, _NETWORKS)
     classes = {} if num_classes is None else {"num_classes": num_classes}

@@ -89,19 +89,14 @@ def fake_timm(name: str, **arguments: int) -> nn.Module:
     return NETWORKS[name](**arguments)
 
 
-def fake_torchvision(name: str, **arguments: int) -> nn.Module:
-    if name not in NETWORKS:
-        raise ValueError(f"Unknown model {name}")
-    return NETWORKS[name](**arguments)
-
-
 @pytest.fixture(autouse=True)
 def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = ModuleType("timm")
     timm.create_model = fake_timm
     torchvision = ModuleType("torchvision")
     torchvision.models = ModuleType("torchvision.models")
-    torchvision.models.get_model = fake_torchvision
+    torchvision.models.get_model = lambda name, **arguments: NETWORKS[name](**arguments)
+    torchvision.models.list_models = lambda module: list(NETWORKS)
     monkeypatch.setitem(sys.modules, "timm", timm)
     monkeypatch.setitem(sys.modules, "torchvision", torchvision)
     monkeypatch.setitem(sys.modules, "torchvision.models", torchvision.models)
@@ -173,7 +168,7 @@ def test_a_run_may_name_them() -> None:
         ("timm:flat", r"^name: expected a network of two or more .* got timm:flat \(found 1"),
         ("timm:skipping", r"stages: expected the input of 'layer3' to be the output of 'layer2'"),
         ("timm:other", r"^name: expected a network of timm, got 'other' \(Unknown model \(other\)"),
-        ("torchvision:other", r"^name: expected a network of torchvision, got 'other' \(Unkn"),
+        ("torchvision:other", r"^name: expected a classifier of torchvision, got 'other'$"),
     ],
 )
 def test_errors(name: str, message: str) -> None:

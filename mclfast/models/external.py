@@ -47,14 +47,17 @@ def create_external(name: str, *, num_classes: int | None, in_channels: int) -> 
     if package == "torchvision":
         if in_channels != 3:
             raise ValueError(f"in_channels: expected 3 for {name}, got {in_channels}")
-        build, more = optional_import("torchvision.models", extra="vision").get_model, {}
+        library = optional_import("torchvision.models", extra="vision")
+        # Its other networks, for boxes and masks, start from downloaded weights by default.
+        if inner not in library.list_models(module=library):
+            raise ValueError(f"name: expected a classifier of torchvision, got {inner!r}")
+        build, more = library.get_model, {}
     else:
         build = optional_import("timm", extra="vision").create_model
         more = {"in_chans": in_channels}
     try:
         module = build(inner, **classes, **more)
-    # Each package has its own type of error for an unknown name, and so has each network of it
-    # for arguments that it does not take.
+    # An unknown name and an argument that a network does not take have no common type of error.
     except Exception as error:
         raise ValueError(
             f"name: expected a network of {package}, got {inner!r} ({_line(error)})"

@@ -106,7 +106,7 @@ class TrainConfig:
 
     def _check(self) -> None:
         for name in self.cohort:
-            if name not in models.available():
+            if name not in models.available() and not models.is_external(name):
                 raise unknown_name("cohort", name, models.available())
         if not self.cohort:
             raise ValueError("cohort: expected at least one network, got none")

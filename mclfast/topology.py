@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,27 @@ class Topology:
             one group at a level are of one group at all levels before.
         rescale_gradients: divide the gradient by the number of branches wherever a path splits
             (the ILR layer of CL-ILR, NeurIPS 2018, arXiv 1805.11761, section 3.2).
+
+    Raises:
+        ValueError: levels of different lengths, or networks that part and meet again.
     """
 
     groups: tuple[tuple[int, ...], ...]
     rescale_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = [len(level) for level in self.groups]
+        if len(set(sizes)) != 1:
+            raise ValueError(
+                f"groups: expected one group number per network at every level, got {sizes} numbers"
+            )
+        for level, (before, after) in enumerate(pairwise(self.groups), start=1):
+            origin: dict[int, int] = {}
+            if any(origin.setdefault(a, b) != b for b, a in zip(before, after, strict=True)):
+                raise ValueError(
+                    f"groups: expected networks of one group at level {level} to be of one group "
+                    f"at the level before, got {before} then {after}"
+                )
 
     @property
     def common_levels(self) -> int:
@@ -92,18 +110,25 @@ def share(networks: Sequence[StagedNetwork], topology: Topology) -> None:
     """Makes the networks use the modules of the first of their group, in place.
 
     Raises:
-        ValueError: networks of different classes or settings, or ones adapted from other modules.
+        ValueError: networks of different classes or settings, ones adapted from other modules, or
+            a topology for other numbers of networks and stages.
     """
     if not topology.shares:
         return
     first = networks[0]
     shapes = [[(n, tuple(p.shape)) for n, p in x.named_parameters()] for x in networks]
-    if any(s != shapes[0] for s in shapes):
+    if any(type(x) is not type(first) for x in networks) or any(s != shapes[0] for s in shapes):
         raise ValueError("topology: expected equal networks to share parts, got different ones")
     if type(first).forward_taps is not StagedNetwork.forward_taps:
         raise ValueError(
             "topology: expected networks of mclfast.models to share parts, "
             f"got {type(first).__name__}"
+        )
+    wanted = len(topology.groups[0]), len(topology.groups) - 1
+    if (len(networks), len(first.stages)) != wanted:
+        raise ValueError(
+            f"topology: expected one for {len(networks)} networks of {len(first.stages)} stages, "
+            f"got one for {wanted[0]} of {wanted[1]}"
         )
     for level, groups in enumerate(topology.groups):
         leader: dict[int, StagedNetwork] = {}

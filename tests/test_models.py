@@ -13,14 +13,37 @@ from mclfast import models
 from mclfast.models.staged import fresh_copy
 from torchvision_record import NETWORKS
 
-# name: parameters, mega-MACs, the same with auxiliary heads (32 px, 100 classes).
-SIZES = {
+# name: parameters, mega-MACs, the same with auxiliary heads where published (32 px, 100 classes).
+SIZES: dict[str, tuple[int, float, int | None, float | None]] = {
     "resnet32": (472_756, 69.13, 1_281_852, 136.8),
     "resnet56": (861_620, 125.75, 2_336_828, 250.0),
     "resnet110": (1_170_868, 167.45, 3_181_948, 337.4),
     "wrn_16_2": (703_284, 101.12, 1_911_484, 201.8),
     "wrn_40_2": (2_255_156, 327.61, 6_122_684, 654.8),
     "wrn_28_4": (5_872_180, 845.62, 15_961_212, 1701.3),
+    "shufflenet_v2_x0_5_cifar": (444_292, 10.99, 1_272_060, 24.4),
+    "shufflenet_v2_x1_0_cifar": (1_356_104, 45.09, 3_762_356, 99.3),
+    "hcgnet_a1": (1_102_651, 154.27, 2_581_080, 270.4),
+    "hcgnet_a2": (3_133_679, 488.67, 7_248_225, 806.8),
+    "vgg16": (14_774_436, 313.25, None, None),
+    "densenet_40_12": (188_092, 72.38, None, None),
+    "wrn_20_8": (6_871_220, 1022.83, None, None),
+}
+# name: maps after the stages, width of the feature (32 px).
+TAPS = {
+    "resnet32": ([(16, 32, 32), (32, 16, 16), (64, 8, 8)], 64),
+    "resnet56": ([(16, 32, 32), (32, 16, 16), (64, 8, 8)], 64),
+    "resnet110": ([(64, 32, 32), (128, 16, 16), (256, 8, 8)], 256),
+    "wrn_16_2": ([(32, 32, 32), (64, 16, 16), (128, 8, 8)], 128),
+    "wrn_40_2": ([(32, 32, 32), (64, 16, 16), (128, 8, 8)], 128),
+    "wrn_28_4": ([(64, 32, 32), (128, 16, 16), (256, 8, 8)], 256),
+    "wrn_20_8": ([(64, 32, 32), (128, 16, 16), (256, 8, 8)], 256),
+    "shufflenet_v2_x0_5_cifar": ([(48, 16, 16), (96, 8, 8), (192, 4, 4)], 1024),
+    "shufflenet_v2_x1_0_cifar": ([(116, 16, 16), (232, 8, 8), (464, 4, 4)], 1024),
+    "hcgnet_a1": ([(60, 16, 16), (126, 8, 8), (414, 8, 8)], 414),
+    "hcgnet_a2": ([(120, 16, 16), (204, 8, 8), (716, 8, 8)], 716),
+    "vgg16": ([(256, 8, 8), (512, 4, 4), (512, 2, 2)], 512),
+    "densenet_40_12": ([(48, 16, 16), (60, 8, 8), (132, 8, 8)], 132),
 }
 CIFAR_FAMILIES = [
     lambda: models.resnet8(num_classes=5),
@@ -33,8 +56,15 @@ def slim_resnet(block: type[nn.Module]) -> models.ImageNetResNet:
     return models.ImageNetResNet(block, (1, 2, 1, 1), num_classes=5, width=4)
 
 
+POOLED_FAMILIES = [
+    lambda: models.CifarShuffleNetV2((8, 12, 16), num_classes=5, feature_width=20),
+    lambda: models.Vgg(((4, 2), (6, 1), (8, 1), (8, 1)), num_classes=5),
+    lambda: models.CifarDenseNet(2, 4, num_classes=5),
+    lambda: models.HcgNet((4, 4, 8), 2, num_classes=5),
+]
 FAMILIES = [
     *CIFAR_FAMILIES,
+    *POOLED_FAMILIES,
     lambda: slim_resnet(models.imagenet_resnet.BasicBlock),
     lambda: slim_resnet(models.imagenet_resnet.Bottleneck),
     lambda: models.ImageNetShuffleNetV2((8, 12, 16), num_classes=5, feature_width=20),
@@ -129,12 +159,23 @@ def adapt(module: nn.Module) -> models.StagedNetwork:
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_match_the_published_networks(name: str) -> None:
     params, mega, params_with_heads, mega_with_heads = SIZES[name]
-    backbone = models.create(name)
+    with torch.device("meta"):
+        backbone = models.create(name)
     assert models.parameter_count(backbone) == params
     assert round(models.macs(backbone, 32, 3) / 1e6, 2) == mega
+    if params_with_heads is None:
+        return
     peer = models.PeerNetwork(backbone)
     assert models.parameter_count(peer) == params_with_heads
     assert round(models.macs(peer, 32, 3) / 1e6, 1) == mega_with_heads
+
+
+@pytest.mark.parametrize("name", TAPS)
+def test_taps_match_the_published_networks(name: str) -> None:
+    with torch.device("meta"):
+        backbone = models.create(name)
+    taps = backbone.forward_taps(torch.empty(2, 3, 32, 32, device="meta"))
+    assert ([tuple(tap.shape[1:]) for tap in taps.maps], backbone.feature_dim) == TAPS[name]
 
 
 def test_macs_leave_the_module_alone() -> None:
@@ -167,9 +208,21 @@ def test_shapes(make, size: int) -> None:
     assert {tuple(z.shape) for z in out.logits} == {(3, 5)}
 
 
-def test_tap_shapes_and_one_input_channel() -> None:
+@pytest.mark.parametrize("make", POOLED_FAMILIES)
+@pytest.mark.parametrize("size", [1, 8, 19])
+def test_any_image_size(make, size: int) -> None:
+    out = models.PeerNetwork(make())(torch.randn(3, 3, size, size))
+    assert {tuple(z.shape) for z in out.logits} == {(3, 5)} and len(out.logits) == 3
+    assert all(z.isfinite().all() for z in out.logits)
+
+
+def test_one_input_channel() -> None:
     maps = models.resnet110(in_channels=1).eval().forward_taps(torch.randn(1, 1, 32, 32)).maps
-    assert [tuple(tap.shape[1:]) for tap in maps] == [(64, 32, 32), (128, 16, 16), (256, 8, 8)]
+    assert len(maps) == 3
+    for name in TAPS:
+        with torch.device("meta"):
+            network = models.create(name, num_classes=7, in_channels=1).eval()
+            assert network(torch.empty(1, 1, 32, 32)).shape == (1, 7)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -191,6 +244,33 @@ def test_wide_resnet_taps_come_before_the_tail() -> None:
     taps = net.forward_taps(torch.randn(2, 3, 8, 8))
     assert (taps.maps[-1] < 0).any()
     assert torch.equal(taps.feature, net.tail(taps.maps[-1]).mean((2, 3)))
+
+
+def test_dense_layers_keep_their_input() -> None:
+    x = torch.randn(2, 8, 5, 5)
+    for layer in (models.densenet.DenseLayer(8, 4), models.hcgnet.SmgModule(8, 4)):
+        out = layer.eval()(x)
+        assert out.shape == (2, 12, 5, 5) and torch.equal(out[:, :8], x)
+
+
+def test_gates_of_hcgnet() -> None:
+    """A context is a weighted mean; one gate scales channels, the other mixes two contexts."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 4, 5)
+    context = models.hcgnet.ContextPool(6)
+    score = torch.einsum("bchw,c->bhw", x, context.score.weight[0, :, 0, 0]).flatten(1)
+    wanted = torch.einsum("bcp,bp->bc", x.flatten(2), score.softmax(1))
+    torch.testing.assert_close(context(x), wanted)
+    forget = models.hcgnet.ForgetGate(6, 2)
+    factor = forget(x) / x
+    torch.testing.assert_close(factor, factor[:, :, :1, :1].expand_as(x))
+    assert 0 < factor.min() and factor.max() < 1
+    update = models.hcgnet.UpdateGate(6, 2)
+    low, high = torch.stack([scale(x) for scale in update.scales]).sort(dim=0).values
+    mixed = update(x)[:, :, 0, 0]
+    assert ((low < mixed) & (mixed < high)).all()
+    gated = models.hcgnet.GatedResidual(6, 2)
+    torch.testing.assert_close(gated(x), gated.forget(x) + gated.update(x).expand_as(x))
 
 
 def test_without_heads() -> None:
@@ -272,7 +352,8 @@ def outer_value(peer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[Ten
     grads = torch.autograd.grad(inner, list(params.values()), create_graph=True)
     stepped = {k: p - 0.1 * g for (k, p), g in zip(params.items(), grads, strict=True)}
     out = functional_call(peer, stepped, (x,))
-    loss = sum(F.cross_entropy(z, y) + f.square().mean() for f, z in zip(*out, strict=True))
+    loss = sum(F.cross_entropy(z, y) for z in out.logits)
+    loss = loss + sum(f.square().mean() for f in out.features)
     return loss, list(params.values())
 
 
@@ -319,11 +400,11 @@ def test_gradcheck() -> None:
     torch.manual_seed(0)
     peer = models.PeerNetwork(models.WideResNet(10, 1, num_classes=2, in_channels=1)).double()
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: sum(peer(v), ()), (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda v: sum(peer(v)[:2], ()), (x,), fast_mode=True)
     smooth = models.PeerNetwork(adapt(HandWritten())).double()
     y = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: sum(smooth(v), ()), (y,), fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda v: sum(smooth(v), ()), (y,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda v: sum(smooth(v)[:2], ()), (y,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda v: sum(smooth(v)[:2], ()), (y,), fast_mode=True)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -504,7 +585,7 @@ def test_errors_when_adapting(stages, options, message: str) -> None:
 def test_other_errors() -> None:
     with pytest.raises(ValueError, match=r"name: expected a known name; got 'resnet23' \(did"):
         models.create("resnet23")
-    with pytest.raises(ValueError, match=r"name: expected one of resnet110, .*; got 'zzz'$"):
+    with pytest.raises(ValueError, match=r"name: expected one of .*, resnet110, .*; got 'zzz'$"):
         models.create("zzz")
     with pytest.raises(ValueError, match=r"depth: expected 6n \+ 4 with n >= 1, got 17"):
         models.WideResNet(17, 2)

@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 from mclfast._checks import unknown_name
 from mclfast.models.auxiliary import AuxiliaryHead, PeerNetwork, StageOutputs
+from mclfast.models.cifar_shufflenet import (
+    CifarShuffleNetV2,
+    shufflenet_v2_x0_5_cifar,
+    shufflenet_v2_x1_0_cifar,
+)
 from mclfast.models.counting import macs, parameter_count
+from mclfast.models.densenet import CifarDenseNet, densenet_40_12
+from mclfast.models.external import create_external, is_external
+from mclfast.models.hcgnet import HcgNet, hcgnet_a1, hcgnet_a2
 from mclfast.models.imagenet_resnet import ImageNetResNet, resnet18, resnet34, resnet50
 from mclfast.models.imagenet_shufflenet import (
     ImageNetShuffleNetV2,
@@ -20,20 +28,29 @@ from mclfast.models.resnet import (
     resnet110,
 )
 from mclfast.models.staged import StagedNetwork, Taps, staged
-from mclfast.models.wrn import WideResNet, wrn_16_2, wrn_28_4, wrn_40_2
+from mclfast.models.vgg import Vgg, vgg16
+from mclfast.models.wrn import WideResNet, wrn_16_2, wrn_20_8, wrn_28_4, wrn_40_2
 
 __all__ = [
     "AuxiliaryHead",
+    "CifarDenseNet",
     "CifarResNet",
+    "CifarShuffleNetV2",
+    "HcgNet",
     "ImageNetResNet",
     "ImageNetShuffleNetV2",
     "PeerNetwork",
     "StageOutputs",
     "StagedNetwork",
     "Taps",
+    "Vgg",
     "WideResNet",
     "available",
     "create",
+    "densenet_40_12",
+    "hcgnet_a1",
+    "hcgnet_a2",
+    "is_external",
     "macs",
     "parameter_count",
     "resnet8",
@@ -45,9 +62,13 @@ __all__ = [
     "resnet56",
     "resnet110",
     "shufflenet_v2_x0_5",
+    "shufflenet_v2_x0_5_cifar",
     "shufflenet_v2_x1_0",
+    "shufflenet_v2_x1_0_cifar",
     "staged",
+    "vgg16",
     "wrn_16_2",
+    "wrn_20_8",
     "wrn_28_4",
     "wrn_40_2",
 ]
@@ -61,6 +82,13 @@ _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
     "wrn_16_2": wrn_16_2,
     "wrn_40_2": wrn_40_2,
     "wrn_28_4": wrn_28_4,
+    "wrn_20_8": wrn_20_8,
+    "shufflenet_v2_x0_5_cifar": shufflenet_v2_x0_5_cifar,
+    "shufflenet_v2_x1_0_cifar": shufflenet_v2_x1_0_cifar,
+    "vgg16": vgg16,
+    "densenet_40_12": densenet_40_12,
+    "hcgnet_a1": hcgnet_a1,
+    "hcgnet_a2": hcgnet_a2,
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
@@ -70,7 +98,7 @@ _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
 
 
 def available() -> list[str]:
-    """Names that :func:`create` accepts."""
+    """Names of this package's own networks."""
     return list(_NETWORKS)
 
 
@@ -78,14 +106,18 @@ def create(name: str, *, num_classes: int | None = None, in_channels: int = 3) -
     """Build a named network with newly drawn weights.
 
     Args:
-        name: one of :func:`available`.
+        name: one of :func:`available`, or "timm:" or "torchvision:" and a name of that package
+            (extra ``vision``), whose network is cut where the size of its maps changes.
         num_classes: number of logits C; None for that of the network's own data set, 100 for
             CIFAR-100 or 1000 for ImageNet.
         in_channels: channels of the input image [B, in_channels, H, W].
 
     Raises:
-        ValueError: unknown ``name``.
+        ValueError: unknown ``name``, or no stages found in a network of another package.
+        MissingOptionalError: timm or torchvision cannot be imported.
     """
+    if is_external(name):
+        return create_external(name, num_classes=num_classes, in_channels=in_channels)
     if name not in _NETWORKS:
         raise unknown_name("name", name, _NETWORKS)
     classes = {} if num_classes is None else {"num_classes": num_classes}

@@ -231,7 +231,11 @@ class _AdaptedNetwork(StagedNetwork):
     """A torch module seen as a StagedNetwork; the module's own forward pass does the work."""
 
     def __init__(
-        self, module: nn.Module, stages: tuple[str, ...], classifier: str, tail: tuple[str, ...]
+        self,
+        module: nn.Module,
+        stages: tuple[tuple[str, ...], ...],
+        classifier: str,
+        tail: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.module = module
@@ -241,11 +245,17 @@ class _AdaptedNetwork(StagedNetwork):
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
-        return tuple(self.module.get_submodule(name) for name in self._stage_names)
+        return tuple(
+            self._chain(names) if len(names) > 1 else self.module.get_submodule(names[0])
+            for names in self._stage_names
+        )
 
     @property
     def tail(self) -> nn.Module:
-        return nn.Sequential(*(self.module.get_submodule(name) for name in self._tail_names))
+        return self._chain(self._tail_names)
+
+    def _chain(self, names: Sequence[str]) -> nn.Sequential:
+        return nn.Sequential(*(self.module.get_submodule(name) for name in names))
 
     @property
     def classifier(self) -> nn.Linear:
@@ -257,7 +267,8 @@ class _AdaptedNetwork(StagedNetwork):
         return self.module(x)
 
     def forward_taps(self, x: Tensor) -> Taps:
-        names = (*self._stage_names, *self._tail_names, self._classifier_name)
+        in_stages = [name for names in self._stage_names for name in names]
+        names = (*in_stages, *self._tail_names, self._classifier_name)
         with _recorded({name: self.module.get_submodule(name) for name in names}) as calls:
             logits = self.module(x)
         ran = tuple(call.name for call in calls)
@@ -266,8 +277,9 @@ class _AdaptedNetwork(StagedNetwork):
                 f"stages: expected the forward pass to run {', '.join(names)}, each once and in "
                 f"this order, got {', '.join(ran) or 'none of them'}"
             )
-        count = len(self._stage_names)
-        for call in calls[:count]:
+        ends = {names[-1] for names in self._stage_names}
+        mapped = [call for call in calls[: len(in_stages)] if call.name in ends]
+        for call in mapped:
             if not isinstance(call.output, Tensor) or call.output.dim() != 4:
                 raise ValueError(
                     f"stages: expected a 4-D map [B, c, h, w] after {call.name!r}, got "
@@ -282,9 +294,7 @@ class _AdaptedNetwork(StagedNetwork):
         # A Linear has one input, but the module may pass it by keyword.
         feature = next(iter((*calls[-1].args, *calls[-1].kwargs.values())))
         self._check_ends(calls[-2].output, feature, logits)
-        return Taps(
-            [call.output for call in calls[:count]], calls[-2].output, feature, logits
-        )
+        return Taps([call.output for call in mapped], calls[-2].output, feature, logits)
 
     def _check_chain(self, calls: list[_Call]) -> None:
         """An auxiliary head runs the later stages one after the other, so they must chain."""
@@ -321,7 +331,7 @@ class _AdaptedNetwork(StagedNetwork):
 
 def staged(
     module: nn.Module,
-    stages: Sequence[str],
+    stages: Sequence[str | Sequence[str]],
     *,
     classifier: str = "fc",
     tail: Sequence[str] = (),
@@ -339,7 +349,8 @@ def staged(
 
     Args:
         module: maps [B, in_channels, H, W] to logits [B, C].
-        stages: dotted names of the stages in the order they run.
+        stages: dotted names of the stages in the order they run; a stage of several modules that
+            follow each other is a list of their names.
         classifier: dotted name of the final ``nn.Linear``; its input is the feature [B, D].
         tail: dotted names of the modules between the last stage and the pooling, such as a
             final normalisation.
@@ -355,13 +366,15 @@ def staged(
     for argument, names in (("stages", stages), ("tail", tail)):
         if isinstance(names, str):
             raise ValueError(f"{argument}: expected a list of names, got the string {names!r}")
+    chains = tuple((stage,) if isinstance(stage, str) else tuple(stage) for stage in stages)
+    if not all(chains) or not chains:
+        raise ValueError("stages: expected at least one name, got an empty list")
+    for argument, names in (*(("stages", chain) for chain in chains), ("tail", tuple(tail))):
         for name in names:
             _find(module, name, argument)
-    if not stages:
-        raise ValueError("stages: expected at least one name, got an empty list")
     found = _find(module, classifier, "classifier")
     if not isinstance(found, nn.Linear):
         raise ValueError(
             f"classifier: expected {classifier!r} to be a Linear, got {type(found).__name__}"
         )
-    return _AdaptedNetwork(module, tuple(stages), classifier, tuple(tail))
+    return _AdaptedNetwork(module, chains, classifier, tuple(tail))

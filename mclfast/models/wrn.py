@@ -7,7 +7,7 @@ the next batch norm, so the last batch norm and ReLU form the tail.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mclfast.models.resnet import conv3x3, init_conv
+from mclfast.models.resnet import Bottleneck, CifarResNet, conv3x3, init_conv
 from mclfast.models.staged import StagedNetwork
 
 
@@ -101,3 +101,19 @@ def wrn_40_2(*, num_classes: int = 100, in_channels: int = 3) -> WideResNet:
 def wrn_28_4(*, num_classes: int = 100, in_channels: int = 3) -> WideResNet:
     """WRN-28-4: four blocks per stage, widths 64, 128 and 256."""
     return WideResNet(28, 4, num_classes=num_classes, in_channels=in_channels)
+
+
+class WideBottleneck(Bottleneck):
+    """A bottleneck whose 3x3 convolution has eight times the channels."""
+
+    widen = 8
+
+
+def wrn_20_8(*, num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """WRN-20-8 as online distillation names it: two wide bottlenecks per stage.
+
+    Source: the network under this name in reproductions of PCL (AAAI 2021, arXiv 2006.04147). Its
+    blocks are not pre-activated, and the maps between them are those of ResNet-110: 64, 128 and
+    256 channels.
+    """
+    return CifarResNet(WideBottleneck, 2, num_classes=num_classes, in_channels=in_channels)

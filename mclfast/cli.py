@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -58,6 +59,7 @@ def _run(arguments: Sequence[str]) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
     known, rest = parser.parse_known_args([_with_dashes(a) for a in arguments])
+    known.command_line = shlex.join(["mclfast", *arguments])
     if rest and known.command not in _WITH_SETTINGS:
         known.parser.error(f"{rest[0]}: unknown argument")
     try:

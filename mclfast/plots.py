@@ -79,27 +79,45 @@ def run_curves(history: History, names: Sequence[str], path: Path, title: str) -
 def accuracy_bands(groups: Mapping[str, Sequence[History]], path: Path, title: str) -> None:
     """Mean test accuracy of the peers against the epoch, with a band of one standard deviation.
 
+    Many methods get the last third of the epochs as a second, larger view, and a legend beside.
+
     Args:
         groups: histories of the runs (seeds) of each method, by label.
         path: PNG file.
         title: heading.
     """
-    # A long legend stands beside the curves.
+    longest = max(len(history) for histories in groups.values() for history in histories)
     many = len(groups) > 4
-    figure, (axis,) = _figure(1, extra=2.2 if many else 0.0)
-    axis.set_title(title, fontsize=10)
+    enlarged = many and longest >= 6
+    figure, axes = _figure(2 if enlarged else 1, extra=2.2 if many else 0.0)
+    figure.suptitle(title, fontsize=10)
+    late = longest - longest // 3
+    shown: list[float] = []
     for i, (label, histories) in enumerate(groups.items()):
         epochs = [row["epoch"] for row in histories[0]]
         runs = np.array([[row["acc_mean"] for row in history] for history in histories])
         mean = runs.mean(0)
         spread = runs.std(0, ddof=1) if len(runs) > 1 else np.zeros_like(mean)
+        shown += [v for e, m, s in zip(epochs, mean, spread, strict=True) if e >= late
+                  for v in (m - s, m + s)]  # fmt: skip
         seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-        # A single epoch is a point.
-        marker = "o" if len(epochs) == 1 else None
-        axis.plot(epochs, mean, label=f"{label} ({seeds})", marker=marker, **_line(i))
-        axis.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, color=_line(i)["color"])
+        style = _line(i)
+        for axis in axes:
+            axis.plot(
+                epochs, mean, label=f"{label} ({seeds})", lw=1.2 if many else 1.5,
+                # A single epoch is a point.
+                marker="o" if len(epochs) == 1 else None, **style,
+            )  # fmt: skip
+            axis.fill_between(
+                epochs, mean - spread, mean + spread, color=style["color"], lw=0,
+                alpha=0.1 if many else 0.2,
+            )  # fmt: skip
     beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}
-    _finish(axis, "test accuracy, mean of peers (%)", **beside)
+    for axis in axes:
+        _finish(axis, "test accuracy, mean of peers (%)", **beside)
+    if enlarged:
+        axes[0].get_legend().remove()
+        axes[1].set(xlim=(late, longest), ylim=(min(shown), max(shown)), ylabel="")
     _save(figure, path)
 
 
@@ -146,11 +164,11 @@ def accuracy_bars(
     for y, bar in enumerate(bars.values()):
         axes[0].plot(
             np.mean(bar.ensemble), y, "D", ms=5, mfc="none", mec="black", ls="none",
-            label="ensemble" if y == 0 else None,
+            label="ensemble, mean" if y == 0 else None,
         )  # fmt: skip
     axes[0].set_xlim(left=start)
     note = f"; axis from {start:g}" if start else ""
-    axes[0].set_xlabel(f"test accuracy, last epoch (%){note}")
+    axes[0].set_xlabel(f"test accuracy, mean of peers, last epoch (%){note}")
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
     # Above the bars: no place among them is free for sure.
@@ -159,7 +177,7 @@ def accuracy_bars(
         _bars(axes[1], [bar.gain or () for bar in bars.values()], 0.0)
         axes[1].axvline(0, color="black", lw=0.8)
         axes[1].set_xlabel(f"gain over {baseline}, same seed (points)")
-        axes[1].set_yticks(range(len(labels)), [""] * len(labels))
+        axes[1].set_yticks([])
         axes[1].set_ylim(axes[0].get_ylim())
     _save(figure, path)
 

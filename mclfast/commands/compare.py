@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,14 +56,13 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     folder = known.out or _default_folder(plan)
     runs = runs_of(plan, folder)
     replaced = changed(runs, overwrite=known.overwrite)
-    command = shlex.join(["mclfast", *sys.argv[1:]])
-    write_plan(folder / "plan.yaml", plan, command)
+    write_plan(folder / "plan.yaml", plan, known.command_line)
     try:
         failed = _execute(known, runs, replaced)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    return _report(folder, plan, runs, failed, command)
+    return _report(folder, plan, runs, failed, known.command_line)
 
 
 def _settings(known: argparse.Namespace, rest: list[str]) -> dict[str, Any]:

@@ -219,8 +219,8 @@ def _peers(summaries: Sequence[Summary]) -> Table:
     notes = [f"Networks: {'; '.join(cohorts)}."]
     if any("gain" in s.values for s in summaries):
         notes.append(
-            "In brackets: points over the same peer of the baseline with the same seed, which starts "
-            "from the same weights (but for parts that are shared)."
+            "In brackets: points over the same peer of the baseline with the same seed, which "
+            "starts from the same weights (but for parts that are shared)."
         )
     return Table("Each peer", header, rows, notes)
 

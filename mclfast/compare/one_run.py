@@ -66,6 +66,8 @@ def _train(
 ) -> None:
     device = select_device(config.device)
     if device.type == "cuda":
+        # Before the first use of a device there are no statistics to reset.
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     trainer = build(config, folder)
     if replace:

@@ -13,10 +13,11 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from mclfast._files import read_json, write_json, write_text
+from mclfast.compare.summary import spread
 from mclfast.config import TrainConfig
 from mclfast.plots import accuracy_bands
 from mclfast.train import CHECKPOINT, CURVES, ENVIRONMENT, METRICS, RunResult, train
@@ -93,11 +94,6 @@ def make_table(results: dict[str, list[RunResult]]) -> str:
         f" Seconds per seed: {seconds[0]:.0f} alone, {seconds[1]:.0f} for the cohort.\n"
         "The gain depends on the learning rate and the length of the training: see the README."
     )
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{mean(values):.2f} +- {stdev(values) if len(values) > 1 else 0.0:.2f}"
 
 
 def record(

@@ -1,24 +1,29 @@
-"""The command line: ``mclfast train | eval | export | bench | env``."""
+"""The command line: ``mclfast train | compare | eval | export | bench | env``."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 from mclfast._backend import BackendUnavailableError
 from mclfast._version import __version__
-from mclfast.commands import bench, env, eval, export, train
+from mclfast.commands import bench, compare, env, eval, export, train
 from mclfast.commands.parser import OneLineParser
 
 _COMMANDS: dict[str, ModuleType] = {
     "train": train,
+    "compare": compare,
     "eval": eval,
     "export": export,
     "bench": bench,
     "env": env,
 }
+
+# Which options these have depends on the settings there are, so they read the rest themselves.
+_WITH_SETTINGS = ("train", "compare")
 
 # What a wrong setting, a missing file or a missing package raises. Anything else is a defect of
 # ours and keeps its traceback.
@@ -48,13 +53,14 @@ def _run(arguments: Sequence[str]) -> int:
     for name, module in _COMMANDS.items():
         text = module.HELP
         command = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False, add_help=name != "train"
-        )
+            name, help=text, description=text, allow_abbrev=False,
+            add_help=name not in _WITH_SETTINGS,
+        )  # fmt: skip
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
-    # Which options `train` has depends on the method, so it reads the rest itself.
     known, rest = parser.parse_known_args([_with_dashes(a) for a in arguments])
-    if rest and known.command != "train":
+    known.command_line = shlex.join(["mclfast", *arguments])
+    if rest and known.command not in _WITH_SETTINGS:
         known.parser.error(f"{rest[0]}: unknown argument")
     try:
         status: int = known.run(known, rest)

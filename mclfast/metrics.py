@@ -10,7 +10,7 @@ from pathlib import Path
 from mclfast._files import write_text
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes all rows anew.
 
     A run writes them before the checkpoint of the same epoch: one that is killed between the two

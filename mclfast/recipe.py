@@ -26,22 +26,32 @@ def load(name: str) -> dict[str, Any]:
         ValueError: unknown name, or a file that is not a YAML mapping.
         FileNotFoundError: a path that does not exist.
     """
-    import yaml
-
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         if name not in available():
             raise unknown_name("recipe", name, available())
         path = folder() / f"{name}.yaml"
-    elif not path.is_file():
-        raise FileNotFoundError(f"recipe: expected a file {path}, found none")
+    return read_yaml(path, "recipe")
+
+
+def read_yaml(path: Path, argument: str) -> dict[str, Any]:
+    """The YAML mapping of a file.
+
+    Raises:
+        ValueError: the file is not a YAML mapping; the text begins with ``argument``.
+        FileNotFoundError: there is none.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument}: expected a file {path}, found none")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"recipe: expected YAML in {path}, got {problem}") from None
+        raise ValueError(f"{argument}: expected YAML in {path}, got {problem}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(
-            f"recipe: expected `field: value` lines in {path}, got {type(values).__name__}"
+            f"{argument}: expected `field: value` lines in {path}, got {type(values).__name__}"
         )
     return values

@@ -43,6 +43,8 @@ from mclfast.types import Batch, Setup
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
 RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
+#: Where a run computes, and where its data lie, may change; what it computes may not.
+FREE_SETTINGS = frozenset({"device", "eval_batch_size", "data_root", "workers"})
 
 # Values of a part of _finite_sum.
 _SUM_AT_A_TIME = 2**22
@@ -414,12 +416,10 @@ class Trainer:
         Raises:
             ValueError: the state is of other settings, other data or other networks.
         """
-        # Where a run computes, and where its data lie, may change; what it computes may not.
-        free = {"device", "eval_batch_size", "data_root", "workers"}
         try:
             for kind, mine in (("settings", self._settings()), ("data", self._data_facts())):
                 for name, value in state[kind].items():
-                    if name not in free and mine.get(name) != value:
+                    if name not in FREE_SETTINGS and mine.get(name) != value:
                         want, got = (shortened(repr(v), 80) for v in (value, mine.get(name)))
                         raise ValueError(
                             f"{name}: expected {want} as in the checkpoint being resumed, got {got}"

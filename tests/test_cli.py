@@ -18,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
+from command import call, contents, error_of
 from mclfast.cli import main
 from mclfast.export import load_backbone
 from mclfast.train import Trainer
@@ -45,28 +46,6 @@ def elsewhere(tmp_path, monkeypatch):
     """Commands run in an empty folder, with the setting of a user."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MCLFAST_TRACEBACK", raising=False)
-
-
-def call(*arguments: str | Path) -> int:
-    """The exit status; argparse leaves by an exception."""
-    try:
-        return main([str(a) for a in arguments])
-    except SystemExit as leave:
-        return int(leave.code or 0)
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one line of a command that fails for a mistake of the user."""
-    assert call(*arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert "error: " in lines[0] and "Traceback" not in lines[0]
-    return lines[0].split("error: ", 1)[1]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")

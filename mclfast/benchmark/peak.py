@@ -19,16 +19,10 @@ from pathlib import Path
 
 import torch
 
+from mclfast._memory import status
 from mclfast.benchmark.cases import PROVIDERS, make_inputs
 from mclfast.benchmark.measure import release
 from mclfast.benchmark.problem import Case, step
-
-
-def _status(field: str) -> int:
-    """Bytes of an entry of the process status: VmRSS, resident now, or VmHWM, its maximum."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 def measure(call: Callable[[], object]) -> int:
@@ -36,10 +30,10 @@ def measure(call: Callable[[], object]) -> int:
     # Freed memory that stays resident would be used again unseen.
     release()
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     for _ in range(2):
         call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status("VmHWM") - before)
 
 
 def _case_call(task: dict[str, object]) -> Callable[[], object]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mclfast.commands.parser import OneLineParser
+from mclfast.commands.settings import add_settings, dashed, value_too_many
 
 HELP = "train a cohort, or a lone network"
 
@@ -33,7 +33,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     if known.resume:
         for extra in ("recipe", "run_dir", "overwrite"):
             if getattr(known, extra):
-                flag = f"--{_dashed(extra)}"
+                flag = f"--{dashed(extra)}"
                 raise ValueError(f"resume: expected no {flag} beside --resume, got both")
     values: dict[str, Any] = {}
     if known.recipe:
@@ -60,8 +60,8 @@ def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]
         rest: those that are left.
         values: settings of the recipe or of the run resumed, shown as defaults.
     """
-    from mclfast._settings import coerce, field_types
-    from mclfast.config import TrainConfig, field_help
+    from mclfast._settings import field_types
+    from mclfast.config import TrainConfig
     from mclfast.methods import method_class
 
     first = OneLineParser(prog="mclfast train", add_help=False, allow_abbrev=False)
@@ -74,18 +74,8 @@ def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description=known.parser.description, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    for title, cls, defaults in (
-        ("settings", TrainConfig, TrainConfig),
-        (f"settings of the method {method}", options, options()),
-    ):
-        group = parser.add_argument_group(title)
-        for name, kind in field_types(cls).items():
-            default = coerce(name, kind, values.get(name, getattr(defaults, name)))
-            text = f"{field_help(cls)[name]} (default: {_shown(default)})"
-            # argparse takes a percent sign, as in a path, for a place to fill in.
-            group.add_argument(
-                f"--{_dashed(name)}", dest=name, metavar="X", help=text.replace("%", "%%")
-            )
+    add_settings(parser, "settings", TrainConfig, values)
+    add_settings(parser, f"settings of the method {method}", options, values)
     if known.help:
         parser.print_help()
         parser.exit(0)
@@ -100,36 +90,13 @@ def _not_understood(
     rest: list[str], unknown: list[str], types: dict[str, Any], method: str
 ) -> ValueError:
     """The error for arguments that are no settings."""
-    from mclfast._checks import unknown_name
     from mclfast.config import unknown_setting
 
     for argument in unknown:
         if argument.startswith("--"):
             flag = argument.removeprefix("--").partition("=")[0]
-            return unknown_setting("setting", flag, method, spell=_dashed)
-    # No setting is unknown, so one of them got a value too many.
-    name, values = "", 0
-    for argument in rest:
-        if argument.startswith("--"):
-            flag, equals, _ = argument.removeprefix("--").partition("=")
-            name, values = flag.replace("-", "_"), len(equals)
-        elif name and values:
-            many = typing.get_origin(types[name]) is tuple
-            what = "one list separated by commas" if many else "one value"
-            return ValueError(f"{name}: expected {what}, got {argument!r} after it")
-        else:
-            values += 1
-    return unknown_name("setting", unknown[0], map(_dashed, types))
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return value if isinstance(value, str) else str(value).lower()
+            return unknown_setting("setting", flag, method, spell=dashed)
+    return value_too_many(rest, unknown, types)
 
 
 def default_run_dir(config: Any) -> Path:
@@ -151,7 +118,7 @@ def _refuse_old_run(run_dir: Path) -> None:
         )
 
 
-def _remove_old_run(run_dir: Path) -> None:
+def remove_old_run(run_dir: Path) -> None:
     """Removes what a run writes, so that a new one does not mix with it."""
     from mclfast.export import DESCRIPTION, WEIGHTS
     from mclfast.train import CHECKPOINT, CONFIG, CURVES, METRICS, RESULT
@@ -170,7 +137,7 @@ def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bo
     trainer = build(config, run_dir)
     if replace:
         # Only now: settings that cannot work cost no old run.
-        _remove_old_run(run_dir)
+        remove_old_run(run_dir)
     d = trainer.data
     print(
         f"{d.name}: {len(d.train)} training and {len(d.test)} test images, {d.num_classes} "

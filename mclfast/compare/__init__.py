@@ -1,0 +1,1 @@
+"""Training methods side by side: plan, runs, statistics over seeds, report."""

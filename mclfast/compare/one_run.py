@@ -1,0 +1,110 @@
+"""One run of a comparison, here or as a process of its own.
+
+``python -m mclfast.compare.one_run`` reads the run as a line of JSON from stdin. The end of stdin
+says that whoever started it is gone or wants no more, and ends the process: checkpoints are whole
+at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mclfast._checks import shortened
+from mclfast._files import write_json, write_text
+from mclfast._memory import peak_resident
+from mclfast.commands.train import remove_old_run
+from mclfast.config import TrainConfig
+from mclfast.models import parameter_count
+from mclfast.train import build, select_device
+
+#: Beside the files of every run: what it cost, or why it failed.
+COST, FAILURE = "cost.json", "failure.txt"
+
+
+def perform(
+    values: dict[str, Any], folder: Path, *, replace: bool, progress: bool, alone: bool
+) -> bool:
+    """Trains a run to its end, from its checkpoint if there is one.
+
+    What goes wrong is written to ``failure.txt``: the reason in the first line, then where.
+
+    Args:
+        values: flat settings.
+        folder: of the run.
+        replace: remove the run that is there.
+        progress: show a progress bar.
+        alone: this process is for this run, so that its peak memory is the run's.
+
+    Returns:
+        Whether it finished.
+    """
+    (folder / FAILURE).unlink(missing_ok=True)
+    try:
+        _train(TrainConfig.from_values(values), folder, replace, progress, alone)
+    # Of whatever kind, a defect of a method included: the other runs go on.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if type(error) is not ValueError:
+            reason = f"{type(error).__name__}: {reason}"
+        # The text of some errors of CUDA fills a page.
+        text = f"{shortened(reason, 300)}\n\n{traceback.format_exc()}"
+        write_text(folder / FAILURE, text)
+        return False
+    return True
+
+
+def _train(
+    config: TrainConfig, folder: Path, replace: bool, progress: bool, alone: bool
+) -> None:
+    device = select_device(config.device)
+    if device.type == "cuda":
+        # Before the first use of a device there are no statistics to reset.
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer = build(config, folder)
+    if replace:
+        # Only now: settings that cannot work cost no old run.
+        remove_old_run(folder)
+        (folder / COST).unlink(missing_ok=True)
+    trainer.fit(progress=progress)
+    if device.type == "cuda":
+        peak: int | None = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = peak_resident() if alone else None
+    cost = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "peak_memory_bytes": peak,
+        "parameters": [parameter_count(p.backbone) for p in trainer.cohort.peers],
+        "parameters_in_training": parameter_count(trainer.cohort)
+        + parameter_count(trainer.method),
+    }
+    write_json(folder / COST, cost)
+
+
+def _leave_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def main() -> int:
+    """Reads the run, performs it; the exit status is 1 where it failed."""
+    task = json.loads(sys.stdin.readline())
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    finished = perform(
+        task["values"], Path(task["folder"]), replace=task["replace"],
+        progress=task["progress"], alone=True,
+    )  # fmt: skip
+    return 0 if finished else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The runs of a comparison: which are done, and doing the others, one or several at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mclfast import metrics
+from mclfast._checks import shortened
+from mclfast._files import read_json
+from mclfast.compare.one_run import COST, FAILURE, perform
+from mclfast.compare.plan import Plan
+from mclfast.config import TrainConfig
+from mclfast.recipe import read_yaml
+from mclfast.train import CONFIG, ENVIRONMENT, FREE_SETTINGS, METRICS, RESULT, RunResult
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One entry of the plan with one seed; equal to nothing but itself."""
+
+    label: str
+    seed: int
+    config: TrainConfig
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether its result is there."""
+        return (self.folder / RESULT).is_file()
+
+
+class Finished(NamedTuple):
+    """A run and what came out of it.
+
+    Attributes:
+        run: the run.
+        result: accuracies, time and history.
+        cost: content of ``cost.json``; empty where a run was interrupted just before writing it.
+        environment: content of ``environment.json``.
+    """
+
+    run: Run
+    result: RunResult
+    cost: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def runs_of(plan: Plan, folder: Path) -> list[Run]:
+    """All runs, seed by seed: every entry once before any entry twice."""
+    return [
+        Run(label, seed, replace(config, seed=seed), folder / label / f"seed{seed}")
+        for seed in plan.seeds
+        for label, config in plan.configs.items()
+    ]
+
+
+def changed(runs: Sequence[Run], *, overwrite: bool) -> set[Path]:
+    """Folders of the runs that are there with other settings.
+
+    Raises:
+        ValueError: there are some, and ``overwrite`` is false.
+    """
+    found = set()
+    for run in runs:
+        if not (run.folder / CONFIG).is_file():
+            continue
+        before, now = read_yaml(run.folder / CONFIG, "out"), run.config.to_values()
+        for name, value in before.items():
+            if name in FREE_SETTINGS or now.get(name) == value:
+                continue
+            if not overwrite:
+                old, new = (shortened(repr(v), 60) for v in (value, now.get(name)))
+                raise ValueError(
+                    f"{name}: expected {old} as in the run in {run.folder}, got {new}; use "
+                    "--overwrite to replace runs with other settings, or another --out"
+                )
+            found.add(run.folder)
+    return found
+
+
+def execute(
+    runs: Sequence[Run], *, jobs: int, replaced: set[Path], progress: bool
+) -> Iterator[tuple[Run, str | None]]:
+    """Does the runs, in order.
+
+    Args:
+        runs: none of them finished, unless it is replaced.
+        jobs: how many at a time, each in a process of its own; 0 for one after the other in this
+            process, whose peak memory says nothing then.
+        replaced: folders whose present run is removed first.
+        progress: show a progress bar.
+
+    Yields:
+        Each run when it has ended, and the reason if it failed.
+    """
+    if jobs == 0:
+        for run in runs:
+            done = perform(
+                run.config.to_values(), run.folder, replace=run.folder in replaced,
+                progress=progress, alone=False,
+            )  # fmt: skip
+            yield run, None if done else _reason(run)
+        return
+    waiting, going = list(runs), dict[subprocess.Popen[str], Run]()
+    try:
+        while waiting or going:
+            while waiting and len(going) < jobs:
+                run = waiting.pop(0)
+                # Bars of several runs would write over one another.
+                bar = progress and jobs == 1
+                going[_start(run, jobs, run.folder in replaced, bar)] = run
+            ended = [process for process in going if process.poll() is not None]
+            if not ended:
+                time.sleep(0.05)
+            for process in ended:
+                yield (run := going.pop(process)), _failure(run, process)
+    finally:
+        for process in going:
+            # The end of its stdin ends it.
+            _tell(process, last=True)
+            process.wait()
+
+
+def _start(run: Run, jobs: int, replaced: bool, progress: bool) -> subprocess.Popen[str]:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # Processes that each take all cores slow one another down.
+    environment = {"OMP_NUM_THREADS": str(threads)} if jobs > 1 else {}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mclfast.compare.one_run"],
+        stdin=subprocess.PIPE,
+        text=True,
+        env={**environment, **os.environ},
+        # An interruption from the terminal reaches this process only, which ends the others.
+        start_new_session=True,
+    )
+    task = {
+        "values": run.config.to_values(), "folder": str(run.folder), "replace": replaced,
+        "progress": progress,
+    }  # fmt: skip
+    # A reason of an earlier try would be taken for that of a process that dies at once.
+    (run.folder / FAILURE).unlink(missing_ok=True)
+    _tell(process, json.dumps(task) + "\n")
+    return process
+
+
+def _tell(process: subprocess.Popen[str], text: str = "", *, last: bool = False) -> None:
+    assert process.stdin is not None
+    # How a process that is gone has ended is seen elsewhere.
+    with suppress(BrokenPipeError):
+        process.stdin.write(text)
+        process.stdin.close() if last else process.stdin.flush()
+
+
+def _failure(run: Run, process: subprocess.Popen[str]) -> str | None:
+    _tell(process, last=True)
+    status = process.returncode
+    if status == 0:
+        return None
+    if (run.folder / FAILURE).is_file():
+        return _reason(run)
+    if status < 0:
+        return f"the process was ended by signal {-status}, perhaps for want of memory"
+    return f"the process left with status {status}"
+
+
+def _reason(run: Run) -> str:
+    return (run.folder / FAILURE).read_text(encoding="utf-8").partition("\n")[0]
+
+
+def load(run: Run) -> Finished:
+    """What a finished run left in its folder."""
+    result = read_json(run.folder / RESULT, "run")
+    cost = run.folder / COST
+    return Finished(
+        run,
+        RunResult(
+            peers=tuple(result["peers"]),
+            ensemble=result["ensemble"],
+            published_protocol=result["published_protocol"],
+            seconds=result["seconds"],
+            history=metrics.read_csv(run.folder / METRICS),
+        ),
+        read_json(cost, "run") if cost.is_file() else {},
+        read_json(run.folder / ENVIRONMENT, "run"),
+    )

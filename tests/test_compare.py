@@ -1,0 +1,571 @@
+"""Comparison of methods: plan, runs, statistics, report, and what mistakes cost."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from command import call, contents, error_of
+from mclfast import models, plots, recipe
+from mclfast.compare import report, runner
+from mclfast.compare.plan import Plan, make_plan, write_plan
+from mclfast.compare.published import _LMCL_TABLE, _MCL_TABLE, published
+from mclfast.compare.runner import Finished, Run
+from mclfast.compare.summary import spread, summarize, summary_rows
+from mclfast.config import TrainConfig
+from mclfast.methods import MCL
+from mclfast.train import RunResult, Trainer
+
+SMALL = [
+    "--data", "digits-full", "--train-per-class", "2", "--batch-size", "20",
+    "--images-per-class", "2", "--device", "cpu", "--epochs", "1", "--no-progress",
+]  # fmt: skip
+PLAN = {
+    "seeds": [0, 5],
+    "methods": {
+        "baseline": None,
+        "mcl": {"projection_dim": 4},
+        "narrow": {"method": "mcl", "topology": "shared_stem", "cohort": "resnet8,resnet8,resnet8"},
+        "broken": {"method": "mcl", "topology": "shared_stem", "split_stage": 9},
+    },
+}
+FILES = {
+    "accuracy.png", "curves.png", "plan.yaml", "report.html", "report.md", "summary.csv",
+    "table.csv",
+}  # fmt: skip
+HERE = ["--jobs", "0", "--out", "out"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small are slower on more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MCLFAST_TRACEBACK", raising=False)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """A comparison of two seeds, one method of which fails. Not to be changed."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "mine.yaml").write_text(yaml.safe_dump(PLAN))
+    out = folder / "out"
+    assert call("compare", *SMALL, "--plan", folder / "mine.yaml", "--jobs=0", "--out", out) == 1
+    return out
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+# ---------------------------------------------------------------- what a comparison writes
+
+
+def test_files_of_a_comparison(compared):
+    assert {p.name for p in compared.iterdir() if p.is_file()} == FILES
+    assert {p.name for p in compared.iterdir() if p.is_dir()} == set(PLAN["methods"])
+    for label in ("baseline", "mcl", "narrow"):
+        for seed in (0, 5):
+            config = yaml.safe_load((compared / label / f"seed{seed}" / "config.yaml").read_text())
+            assert config["seed"] == seed
+            assert config["method"] == ("baseline" if label == "baseline" else "mcl")
+            assert config["topology"] == ("shared_stem" if label == "narrow" else "independent")
+    assert config["cohort"] == ["resnet8"] * 3
+    assert not (compared / "broken" / "seed0" / "result.json").exists()
+
+
+def test_table_has_a_row_per_run_and_peer(compared):
+    rows = rows_of(compared / "table.csv")
+    got = [(r["label"], int(r["seed"]), int(r["peer"]), float(r["accuracy"])) for r in rows]
+    peers = {
+        (label, seed): result_of(compared / label / f"seed{seed}")["peers"]
+        for label in ("baseline", "mcl", "narrow") for seed in (0, 5)
+    }  # fmt: skip
+    want = [(*key, i, a) for key, accuracies in peers.items() for i, a in enumerate(accuracies)]
+    assert sorted(got) == sorted(want) and len(got) == 2 * (2 + 2 + 3)
+    assert {r["parameters"] for r in rows} == {
+        str(models.parameter_count(models.create("resnet8", num_classes=10, in_channels=1)))
+    }
+    # In this process the peak memory of a run is unknown.
+    assert {r["peak_memory_mib"] for r in rows} == {""}
+
+
+def test_statistics_over_seeds(compared):
+    rows = {(r["label"], r["metric"]): r for r in rows_of(compared / "summary.csv")}
+
+    def check(label: str, metric: str, values: list[float]) -> None:
+        row = rows[label, metric]
+        mean = sum(values) / len(values)
+        variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+        assert float(row["mean"]) == pytest.approx(mean, abs=1e-9)
+        assert float(row["sd"]) == pytest.approx(math.sqrt(variance), abs=1e-9)
+        assert row["seeds"] == "2"
+
+    found = {
+        label: [result_of(compared / label / f"seed{seed}") for seed in (0, 5)]
+        for label in ("baseline", "mcl", "narrow")
+    }
+    for label, results in found.items():
+        means = [sum(r["peers"]) / len(r["peers"]) for r in results]
+        check(label, "mean_of_peers", means)
+        for name in ("ensemble", "published_protocol", "seconds"):
+            check(label, name, [r[name] for r in results])
+        for i in range(len(results[0]["peers"])):
+            check(label, f"peer{i}", [r["peers"][i] for r in results])
+    base = [r["peers"] for r in found["baseline"]]
+    mine = [r["peers"] for r in found["mcl"]]
+    check("mcl", "gain", [(sum(m) - sum(b)) / 2 for m, b in zip(mine, base, strict=True)])
+    check("mcl", "gain_peer1", [m[1] - b[1] for m, b in zip(mine, base, strict=True)])
+    # Other networks, or the baseline itself: nothing to compare with.
+    assert ("narrow", "gain") not in rows and ("baseline", "gain") not in rows
+
+
+def test_report_says_it_all(compared):
+    text = (compared / "report.md").read_text()
+    results = [result_of(compared / "mcl" / f"seed{seed}") for seed in (0, 5)]
+    for name in ("ensemble", "published_protocol"):
+        values = np.array([r[name] for r in results])
+        assert f"{values.mean():.2f} ± {values.std(ddof=1):.2f}" in text
+    assert "train_per_class 2" in text and "projection_dim 4" in text
+    assert "narrow: method mcl, cohort resnet8+resnet8+resnet8, topology shared_stem" in text
+    assert "None for narrow: other networks." in text
+    assert "| broken | 5 | split_stage: expected a value < 3" in text
+    assert "published |" not in text.replace("published protocol |", "")
+    assert "`mclfast compare --data digits-full" in text
+    # The page holds the same words and the pictures themselves.
+    page = (compared / "report.html").read_text()
+    assert "split_stage: expected a value &lt; 3" in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    for name in ("accuracy.png", "curves.png"):
+        content = (compared / name).read_bytes()
+        assert base64.b64encode(content).decode() in page
+        with Image.open(compared / name) as picture:
+            assert picture.format == "PNG" and picture.width > picture.height > 200
+            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 10
+
+
+def test_plan_of_a_comparison_gives_the_same_runs(compared, capsys):
+    before = contents(compared)
+    arguments = ["compare", "--plan", compared / "plan.yaml", "--out", compared, "--jobs", "0"]
+    assert call(*arguments, "--methods", "baseline,mcl,narrow", "--no-progress") == 0
+    assert "6 of 6 runs are finished already" in capsys.readouterr().out
+    assert contents(compared)["table.csv"] == before["table.csv"]
+    for name, content in before.items():
+        # All but the report, which is without the broken one now.
+        if name not in FILES:
+            assert contents(compared)[name] == content
+    for name in FILES:
+        (compared / name).write_bytes(before[name])
+
+
+# ---------------------------------------------------------------- interruption, change, failure
+
+
+def test_interrupted_comparison_goes_on(monkeypatch, capsys):
+    arguments = ["compare", *SMALL, "--epochs", "3", "--methods", "baseline,mcl", "--seeds", "1"]
+    assert call(*arguments, "--jobs", "0", "--out", "whole") == 0
+    step, done = Trainer.train_step, []
+
+    def interrupted(self: Trainer, *batch: Any) -> Any:
+        done.append(self.config.method)
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert call(*arguments, *HERE) == 130
+        # One step an epoch: the second run has finished one epoch of three.
+        assert done == ["baseline"] * 3 + ["mcl"] * 2
+        assert "the same command goes on" in capsys.readouterr().err
+    done.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert call(*arguments, *HERE) == 0
+    assert done == ["mcl"] * 2
+    assert "1 of 2 runs are finished already" in capsys.readouterr().out
+    for run in ("baseline/seed0", "mcl/seed0"):
+        whole, cut = (result_of(Path(folder, run)) for folder in ("whole", "out"))
+        del whole["seconds"], cut["seconds"]
+        assert whole == cut
+
+
+def test_changed_settings(capsys):
+    arguments = ["compare", *SMALL, "--methods", "baseline,mcl", "--seeds", "1", *HERE]
+    assert call(*arguments) == 0
+    capsys.readouterr()
+    before = contents(Path("out"))
+    message = error_of(capsys, *arguments, "--set", "mcl.temperature=0.2")
+    assert message == (
+        "temperature: expected 0.1 as in the run in out/mcl/seed0, got 0.2; use --overwrite to "
+        "replace runs with other settings, or another --out"
+    )
+    assert contents(Path("out")) == before
+    assert call(*arguments, "--set", "mcl.temperature=0.2", "--overwrite") == 0
+    after = contents(Path("out"))
+    assert before["baseline/seed0/result.json"] == after["baseline/seed0/result.json"]
+    assert before["mcl/seed0/checkpoint.pt"] != after["mcl/seed0/checkpoint.pt"]
+    # Where it computes may change.
+    assert call(*arguments, "--set", "mcl.temperature=0.2", "--eval-batch-size", "64") == 0
+
+
+def test_a_defect_of_a_method_does_not_stop_the_others(monkeypatch, capsys):
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a defect\nof two lines")
+
+    arguments = ["compare", *SMALL, "--methods", "mcl,baseline", "--seeds", "1", *HERE]
+    with monkeypatch.context() as patch:
+        patch.setattr(MCL, "loss", broken)
+        assert call(*arguments) == 1
+    text = capsys.readouterr().out
+    assert "mcl, seed 0: failed: RuntimeError: a defect of two lines" in text
+    assert "baseline, seed 0: mean of peers" in text and "Failed runs" in text
+    assert "in broken" in Path("out/mcl/seed0/failure.txt").read_text()
+    assert [r["label"] for r in rows_of(Path("out/table.csv"))] == ["baseline"] * 2
+    assert call(*arguments) == 0
+    assert "1 of 2 runs are finished already" in capsys.readouterr().out
+    assert not Path("out/mcl/seed0/failure.txt").exists()
+    assert "Failed" not in Path("out/report.md").read_text()
+
+
+def test_no_run_finishes(capsys):
+    arguments = ["--methods", "baseline", "--seeds", "1", "--topology", "shared_stem"]
+    assert call("compare", *SMALL, *HERE, *arguments, "--split-stage", "9") == 1
+    assert capsys.readouterr().err == "no run finished: nothing to report\n"
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_runs_in_processes_of_their_own(compared):
+    arguments = ["--methods", "baseline,broken", "--seeds", "0,", "--jobs", "2", "--out", "out"]
+    plan = ["--plan", str(compared.parent / "mine.yaml")]
+    assert call("compare", *SMALL, *plan, *arguments) == 1
+    mine, theirs = (result_of(folder / "baseline" / "seed0") for folder in (Path("out"), compared))
+    assert mine["peers"] == pytest.approx(theirs["peers"], abs=1.0)
+    memory = {float(r["peak_memory_mib"]) for r in rows_of(Path("out/table.csv"))}
+    assert len(memory) == 1 and 50 < memory.pop() < 5000
+    text = Path("out/report.md").read_text()
+    assert "peak memory (MiB)" in text
+    assert "| broken | 0 | split_stage: expected" in text
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    values = TrainConfig.from_values(
+        {"method": "baseline", "cohort": "resnet8", "epochs": 10**6, "device": "cpu"}
+    ).to_values()
+    task = {"values": values, "folder": str(tmp_path / "run"), "replace": False, "progress": False}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mclfast.compare.one_run"], stdin=subprocess.PIPE, text=True
+    )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(task) + "\n")
+    child.stdin.close()
+    assert child.wait(timeout=60) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("kill -9 $$", "the process was ended by signal 9"), ("exit 3", "left with status 3")],
+)
+def test_a_process_that_dies(script, reason, tmp_path, monkeypatch, capsys):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(program))
+    assert call("compare", *SMALL, "--methods", "baseline", "--seeds", "2", "--out", "out") == 1
+    assert capsys.readouterr().out.count(reason) == 2
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_what_goes_before_what(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "seeds: 2\ndefaults: {lr: 0.3, epochs: 7, amp: off, batch_size: 24}\n"
+        "methods: {baseline: {batch_size: 36}, wide: {method: mcl, projection_dim: 9}}\n"
+    )
+    plan = make_plan(file, None, None, {"epochs": "8"}, ["wide.lr=0.4", "wide.kl-temperature=2"])
+    assert (list(plan.configs), plan.seeds) == (["baseline", "wide"], (0, 1))
+    assert plan.baseline == "baseline"
+    baseline, wide = plan.configs.values()
+    assert (baseline.lr, baseline.epochs, baseline.batch_size) == (0.3, 8, 36)
+    assert (wide.lr, wide.epochs, wide.batch_size, wide.projection_dim) == (0.4, 8, 24, 9)
+    assert (wide.method, wide.options.kl_temperature, wide.amp) == ("mcl", 2.0, "off")
+    chosen = make_plan(file, "mcl,wide", "3,1", {}, [])
+    assert (list(chosen.configs), chosen.seeds, chosen.baseline) == (["mcl", "wide"], (3, 1), None)
+    assert chosen.configs["mcl"].projection_dim == TrainConfig.projection_dim
+
+
+def test_a_written_plan_is_the_same_plan(tmp_path):
+    given = ["wide.milestones=3,5", "wide.data_root=/a"]
+    (tmp_path / "given.yaml").write_text("methods: {lmcl: {}, wide: {method: mcl, workers: 0}}\n")
+    plan = make_plan(tmp_path / "given.yaml", None, "4,2", {"schedule": "cosine"}, given)
+    write_plan(tmp_path / "plan.yaml", plan, "mclfast compare")
+    assert make_plan(tmp_path / "plan.yaml", None, None, {}, []) == plan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "methods: expected names by --methods or in a --plan file, got none"),
+        (["--methods", "baseline,lmlc"], "method: .*'lmlc'"),
+        (["--methods", "mcl,mcl"], "methods: expected each once, got mcl twice"),
+        (["--methods", "../mcl"], "methods: expected a name fit for a folder, got '../mcl'"),
+        (["--methods", "mcl", "--seeds", "0"], "seeds: expected a number >= 1, got 0"),
+        (["--methods", "mcl", "--seeds", "1,1"], "seeds: expected different numbers"),
+        (["--methods", "mcl", "--seeds", "x"], "seeds: expected an integer, got 'x'"),
+        (["--methods", "mcl", "--seed", "3"], "seed: expected --seeds in a comparison"),
+        (["--method", "mcl"], "method: expected --methods in a comparison"),
+        (["--methods", "mcl", "--set", "mcl.seed=3"], "seed: expected --seeds"),
+        (["--methods", "mcl", "--set", "lr=3"], "set: expected METHOD.setting=value, got 'lr=3'"),
+        (["--methods", "mcl", "--set", "mlc.lr=3"], "set: .*'mlc' .did you mean 'mcl'"),
+        (["--methods", "mcl", "--set", "mcl.lr=fast"], "lr: expected a number, got 'fast'"),
+        (["--methods", "mcl", "--set", "mcl.matcher_dim=3"], "matcher_dim: .* method mcl, got"),
+        (["--methods", "mcl", "--lr", "3", "4"], "lr: expected one value, got '4' after it"),
+        (["--methods", "mcl", "--epoch", "3"], "setting: .*'epoch' .did you mean 'epochs'"),
+        (["--methods", "mcl", "--jobs", "-1"], "jobs: expected a value >= 0, got -1"),
+        (
+            ["--methods", "mcl", "--matcher-dim", "3"],
+            "matcher-dim: expected a setting of all methods, got one of method lmcl; use --set "
+            "lmcl.matcher_dim=X",
+        ),
+        (["--plan", "no.yaml"], "plan: expected a file no.yaml, found none"),
+    ],
+)
+def test_mistakes(arguments, message, capsys, tmp_path):
+    found = error_of(capsys, "compare", *arguments)
+    assert re.match(message, found), found
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("method: mcl", "plan: .*'method' .did you mean 'methods'"),
+        ("methods: mcl", "methods: expected `setting: value` lines, got 'mcl'"),
+        ("methods: {mcl: 3}", "methods.mcl: expected `setting: value` lines, got 3"),
+        ("methods: [mcl]\nseeds: []", "seeds: expected different numbers"),
+        ("methods: [mcl]\ndefaults: {lrr: 3}", "field: .*'lrr'"),
+        ("methods: [", "plan: expected YAML in"),
+    ],
+)
+def test_mistakes_in_a_plan(content, message, tmp_path):
+    (tmp_path / "plan.yaml").write_text(content)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_plan(tmp_path / "plan.yaml", None, None, {}, [])
+
+
+def test_help_shows_all_settings(capsys):
+    assert call("compare", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--methods" in text and "initial learning rate (default: 0.05)" in text
+    assert "--seed " not in text and "--matcher-dim" not in text
+
+
+# ---------------------------------------------------------------- summary and pictures
+
+
+def finished(label: str, seed: int, peers: list[float], **values: Any) -> Finished:
+    """A run that reached what is given, without having run."""
+    config = TrainConfig.from_values({"cohort": ["resnet32"] * len(peers), **values})
+    history = [{"epoch": 1.0, "acc_mean": 1.0}, {"epoch": 2.0, "acc_mean": sum(peers) / len(peers)}]
+    result = RunResult(tuple(peers), max(peers) + 1, max(peers) + 2, 3.0, history)
+    cost = {
+        "device": "cpu", "threads": 1, "peak_memory_bytes": 2**20 * (seed + 1),
+        "parameters": [10] * len(peers), "parameters_in_training": 99,
+    }  # fmt: skip
+    about = {"mclfast": {"version": "0", "git": None}, "torch": {"version": "2"}}
+    run = Run(label, seed, dataclasses.replace(config, seed=seed), Path(label))
+    return Finished(run, result, cost, about)
+
+
+def plan_of(runs: list[Finished]) -> Plan:
+    return Plan(
+        {f.run.label: f.run.config for f in runs}, tuple(sorted({f.run.seed for f in runs}))
+    )
+
+
+def test_gain_is_paired_by_seed():
+    runs = [
+        finished("baseline", 0, [70.0, 72.0], method="baseline"),
+        finished("baseline", 1, [60.0, 62.0], method="baseline"),
+        finished("mcl", 2, [90.0, 90.0], method="mcl"),
+        finished("mcl", 1, [64.0, 63.0], method="mcl"),
+        finished("mcl", 0, [71.0, 75.0], method="mcl"),
+    ]
+    _, mcl = summarize(plan_of(runs), runs)
+    assert mcl.seeds == (0, 1, 2)
+    assert mcl.values["mean_of_peers"] == [73.0, 63.5, 90.0]
+    # The baseline has no run with seed 2.
+    assert mcl.values["gain"] == [2.0, 2.5]
+    assert (mcl.values["gain_peer0"], mcl.values["gain_peer1"]) == ([1.0, 4.0], [3.0, 1.0])
+    assert mcl.values["peak_memory_mib"] == [1.0, 2.0, 3.0]
+    row = next(r for r in summary_rows([mcl]) if r["metric"] == "gain")
+    assert (row["mean"], row["sd"]) == (2.25, pytest.approx(math.sqrt(0.125)))
+    assert (row["unit"], row["seeds"]) == ("points", 2)
+
+
+def test_spread_of_one_value_has_no_deviation():
+    assert spread([1.0, 3.0]) == "2.00 ± 1.41"
+    assert spread([2.0], sign="+", digits=1) == "+2.0"
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Any]:
+    """Collects the figures in place of their files."""
+    kept: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    return kept
+
+
+def test_bars_show_the_numbers(figures, tmp_path):
+    bars = {
+        "baseline": plots.Bar([70.0, 74.0], [75.0, 75.0], None),
+        "mcl": plots.Bar([75.0, 77.0], [78.0, 80.0], [5.0, 3.0]),
+    }
+    plots.accuracy_bars(bars, tmp_path / "a.png", "title", "baseline")
+    left, right = figures[0].axes
+    start = left.get_xlim()[0]
+    assert 0 < start < 70 and f"axis from {start:g}" in left.get_xlabel()
+    assert [p.get_x() + p.get_width() for p in left.patches] == [72.0, 76.0]
+    assert [p.get_width() for p in right.patches] == [4.0]
+    dots = [list(line.get_xdata()) for line in left.lines if line.get_marker() == "o"]
+    assert dots == [[70.0, 74.0], [75.0, 77.0]]
+    ensembles = [float(line.get_xdata()[0]) for line in left.lines if line.get_marker() == "D"]
+    assert ensembles == [75.0, 79.0]
+    (bar,) = (c for c in right.containers if hasattr(c, "has_xerr"))
+    ends = bar[2][0].get_segments()[0][:, 0]
+    assert list(ends) == pytest.approx([4 - math.sqrt(2), 4 + math.sqrt(2)])
+    assert [t.get_text() for t in left.get_yticklabels()] == ["baseline", "mcl"]
+    # The first is on top in both.
+    assert left.yaxis_inverted() and left.get_ylim() == right.get_ylim()
+
+
+def test_curves_show_the_numbers(figures, tmp_path):
+    runs = ([1, 5], [3, 5])
+    histories = [[{"epoch": e, "acc_mean": a} for e, a in enumerate(run, 1)] for run in runs]
+    plots.accuracy_bands({"mcl": histories, "one": histories[:1]}, tmp_path / "a.png", "title")
+    (axis,) = figures[0].axes
+    assert [list(line.get_ydata()) for line in axis.lines] == [[2, 5], [1, 5]]
+    corners = axis.collections[0].get_paths()[0].vertices
+    assert corners[:, 1].min() == pytest.approx(2 - math.sqrt(2))
+    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert texts == ["mcl (2 seeds)", "one (1 seed)"]
+
+
+def test_curves_of_many_methods(figures, tmp_path):
+    rows = [[{"epoch": e, "acc_mean": 10.0 * i + e} for e in range(1, 10)] for i in range(12)]
+    plots.accuracy_bands({str(i): [row] for i, row in enumerate(rows)}, tmp_path / "a.png", "t")
+    whole, late = figures[0].axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in whole.lines}) == 12
+    assert late.get_xlim() == (6, 9) and late.get_ylim() == (6, 119)
+    assert whole.get_legend() is None and len(late.get_legend().get_texts()) == 12
+
+
+# ---------------------------------------------------------------- published numbers
+
+
+CIFAR = {"data": "cifar100", "epochs": 300}
+
+
+def shown(method: str, cohort: str, **values: Any) -> str:
+    values = {**CIFAR, "method": method, "cohort": cohort, **values}
+    return report._published(published(TrainConfig.from_values(values)))
+
+
+def test_published_where_the_setting_is_the_same():
+    four = ",".join(["wrn_16_2"] * 4)
+    shared = {"topology": "shared_stem"}
+    assert shown("baseline", "resnet32,resnet32") == "70.91 ± 0.14"
+    assert shown("baseline", "resnet32,resnet110") == "70.91 & 75.29"
+    assert shown("lmcl", "resnet56,resnet56") == "77.51 (alone 73.15)"
+    assert shown("lmcl", "resnet32,resnet110") == "75.82 & 79.71"
+    assert shown("mcl", "wrn_16_2,wrn_16_2") == "74.56 ± 0.11 (alone 72.55)"
+    assert shown("mcl", four, **shared) == "75.79 ± 0.07 (alone 72.55)"
+    assert shown("mcl", four, **shared, logit_distill="last") == "76.34 ± 0.22 (alone 72.55)"
+    for other in (
+        shown("mcl", four),
+        shown("mcl", four, **shared, logit_distill="all"),
+        shown("mcl", "wrn_16_2", **shared),
+        shown("mcl", "resnet8,resnet8"),
+        shown("lmcl", "resnet110,resnet32"),
+        shown("lmcl", "resnet32,resnet32", **shared),
+        shown("baseline", "resnet8,resnet32"),
+        shown("lmcl", "resnet32,resnet32", data="cifar10"),
+    ):
+        assert other == "-"
+
+
+def test_published_of_methods_by_their_names():
+    config = TrainConfig.from_values({**CIFAR, "method": "baseline", "cohort": ["resnet32"] * 4})
+
+    def of(method: str, topology: str, size: int = 4, split: int = 1) -> str:
+        # Registered or not: only names are read.
+        copy = dataclasses.replace(config)
+        copy.method, copy.topology, copy.split_stage = method, topology, split
+        copy.cohort = ("resnet32",) * size
+        return report._published(published(copy))
+
+    assert of("dml", "shared_stem") == "75.08 (ensemble 77.03, alone 71.09)"
+    assert of("cl-ilr", "tree") == "74.60 (ensemble 75.97, alone 71.09)"
+    assert of("mcl-okd", "shared_stem") == "75.48 (ensemble 78.00, alone 71.09)"
+    assert of("pcl", "shared_stem", 3, 2) == "74.14 ± 0.16"
+    assert of("dml", "independent") == of("dml", "shared_stem", 2) == of("dml", "tree") == "-"
+    assert of("pcl", "shared_stem", 3, 1) == of("kdcl", "independent") == "-"
+
+
+def test_published_numbers_agree_with_the_recipes():
+    text = (recipe.folder() / "lmcl-cifar100.yaml").read_text()
+    pairs = dict(re.findall(r"(\w+,\w+) +[\d.]+ -> ([\d.]+)", text))
+    pairs |= dict(re.findall(r"(\w+,\w+) +([\d.]+ & [\d.]+)", text))
+    assert len(pairs) == len(_LMCL_TABLE) == 11
+    for cohort, numbers in _LMCL_TABLE.items():
+        assert pairs[",".join(cohort)] == " & ".join(f"{n:.2f}" for n in numbers)
+    text = (recipe.folder() / "baseline-cifar100.yaml").read_text()
+    alone = re.findall(r"(\w+) +([\d.]+) \+- (\.\d+)", text)
+    assert {network: (float(mean), float(sd)) for network, mean, sd in alone} == {
+        network: row[0] for network, row in _MCL_TABLE.items()
+    }
+
+
+def test_published_column_in_a_report(tmp_path):
+    runs = [
+        finished("baseline", 0, [70.0, 71.0], method="baseline", **CIFAR),
+        finished("lmcl", 0, [75.0, 76.0], method="lmcl", **CIFAR | {"epochs": 3}),
+        finished("other", 0, [75.0, 76.0], method="mcl", **CIFAR, topology="shared_stem"),
+    ]
+    report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
+    text = (tmp_path / "report.md").read_text()
+    assert "| published protocol | published |" in text
+    assert "| lmcl | 1 | 75.50 | +5.00 | 77.00 | 78.00 | 75.82 (alone 70.91) |" in text
+    assert "| other | 1 | 75.50 | +5.00 | 77.00 | 78.00 | - |" in text
+    assert "300 epochs; here: 300, 3." in text
+    assert "lmcl: layer-wise MCL (arXiv 2207.11518)" in text

@@ -101,7 +101,8 @@ def _not_understood(
 
 def default_run_dir(config: Any) -> Path:
     """``runs/<data>-<method>-<cohort>-seed<n>``."""
-    cohort = "+".join(config.cohort)
+    # A name of another package has a colon, that of a hub a slash.
+    cohort = "+".join(config.cohort).replace(":", "-").replace("/", "-")
     return Path("runs") / f"{config.data}-{config.method}-{cohort}-seed{config.seed}"
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from mclfast._checks import check_integer, describe
-from mclfast.heads import ProjectionHead
+from mclfast.heads import Kinds, ProjectionHead
 from mclfast.models.auxiliary import PeerNetwork
 from mclfast.models.staged import StagedNetwork
 from mclfast.topology import Topology, forward_maps, share
@@ -23,8 +23,8 @@ class PeerOutputs(NamedTuple):
         embeddings: networks of stages of [B, projection_dim] unit-norm; empty without heads.
         maps: of each network, the last feature map [B, D_a, h, w] before pooling.
         shared: the last map [B, c, h, w] that all networks have in common, None without one.
-        teacher: outputs of the moving average of the whole cohort on the same images, without
-            gradient, for methods that ask for it.
+        teacher: outputs of the moving average of the whole cohort, without gradient, for methods
+            that ask for it; on the same images unless the method wants a view of its own for it.
     """
 
     features: tuple[tuple[Tensor, ...], ...]
@@ -54,6 +54,7 @@ class Cohort(nn.Module):
         auxiliary_heads: give every backbone a feature-refinement head and classifier per
             intermediate stage (layer-wise methods need them; inference does not).
         projection_dim: width of the embeddings, one head per stage; None for no heads.
+        projection: "mlp" or "linear", see :class:`ProjectionHead`.
         topology: what the networks share, see :func:`mclfast.topology.topology`; they are changed
             to use the modules of the first of them. None for independent peers.
 
@@ -69,6 +70,7 @@ class Cohort(nn.Module):
         *,
         auxiliary_heads: bool = True,
         projection_dim: int | None = 128,
+        projection: Kinds = "mlp",
         topology: Topology | None = None,
     ) -> None:
         super().__init__()
@@ -97,7 +99,9 @@ class Cohort(nn.Module):
         self.projections = nn.ModuleList()
         if projection_dim is not None:
             self.projections.extend(
-                nn.ModuleList(ProjectionHead(dim, projection_dim) for dim in dims)
+                nn.ModuleList(
+                    ProjectionHead(dim, projection_dim, kind=projection) for dim in dims
+                )
                 for dims in self.feature_dims
             )
 

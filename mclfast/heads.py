@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 
+from mclfast._checks import unknown_name
 from mclfast.normalize import unit_norm
+
+Kinds = Literal["mlp", "linear"]
 
 
 class ProjectionHead(nn.Module):
     """Linear, ReLU, Linear, L2 normalisation; [B, in_dim] -> [B, dim] unit-norm, float32 or wider.
 
+    With kind "linear", one Linear in place of the three.
+
     Args:
         in_dim: width of the pooled feature.
         dim: width of the embedding.
         eps: smallest norm divided by, see :func:`mclfast.normalize.unit_norm`.
+        kind: "mlp" or "linear".
+
+    Raises:
+        ValueError: another kind.
 
     Source: MCL, arXiv 2104.12565, section 3.1 (dim 128).
     """
 
-    def __init__(self, in_dim: int, dim: int = 128, eps: float = 1e-6) -> None:
+    def __init__(
+        self, in_dim: int, dim: int = 128, eps: float = 1e-6, kind: Kinds = "mlp"
+    ) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(in_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        if kind not in get_args(Kinds):
+            raise unknown_name("projection", kind, get_args(Kinds))
+        self.layers = nn.Sequential(nn.Linear(in_dim, dim))
+        if kind == "mlp":
+            self.layers.extend([nn.ReLU(), nn.Linear(dim, dim)])
         self.eps = eps
 
     def forward(self, feature: Tensor) -> Tensor:

@@ -7,10 +7,18 @@ from mclfast.methods.base import Method
 from mclfast.methods.baseline import Baseline
 from mclfast.methods.lmcl import LayerwiseMCL
 from mclfast.methods.mcl import MCL
+from mclfast.methods.moco_mcl import MomentumMCL
 
-__all__ = ["MCL", "Baseline", "LayerwiseMCL", "Method", "available", "method_class"]
+__all__ = [
+    "MCL", "Baseline", "LayerwiseMCL", "Method", "MomentumMCL", "available", "method_class",
+]  # fmt: skip
 
-_METHODS: dict[str, type[Method]] = {"baseline": Baseline, "lmcl": LayerwiseMCL, "mcl": MCL}
+_METHODS: dict[str, type[Method]] = {
+    "baseline": Baseline,
+    "lmcl": LayerwiseMCL,
+    "mcl": MCL,
+    "moco-mcl": MomentumMCL,
+}
 
 
 def available() -> list[str]:

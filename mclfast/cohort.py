@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from mclfast._checks import check_integer, describe
-from mclfast.heads import Kinds, ProjectionHead
+from mclfast.heads import ProjectionHead
 from mclfast.models.auxiliary import PeerNetwork
 from mclfast.models.staged import StagedNetwork
 from mclfast.topology import Topology, forward_maps, share
@@ -54,14 +54,15 @@ class Cohort(nn.Module):
         auxiliary_heads: give every backbone a feature-refinement head and classifier per
             intermediate stage (layer-wise methods need them; inference does not).
         projection_dim: width of the embeddings, one head per stage; None for no heads.
-        projection: "mlp" or "linear", see :class:`ProjectionHead`.
+        projection: kind of those heads, "mlp" or "linear", see
+            :class:`mclfast.heads.ProjectionHead`.
         topology: what the networks share, see :func:`mclfast.topology.topology`; they are changed
             to use the modules of the first of them. None for independent peers.
 
     Raises:
         TypeError: ``networks`` is not a sequence.
         ValueError: no networks, one network twice, networks that differ in their number of
-            classes, or a projection_dim below 1.
+            classes, a projection_dim below 1, or an unknown projection.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Cohort(nn.Module):
         *,
         auxiliary_heads: bool = True,
         projection_dim: int | None = 128,
-        projection: Kinds = "mlp",
+        projection: Literal["mlp", "linear"] = "mlp",
         topology: Topology | None = None,
     ) -> None:
         super().__init__()
@@ -99,9 +100,7 @@ class Cohort(nn.Module):
         self.projections = nn.ModuleList()
         if projection_dim is not None:
             self.projections.extend(
-                nn.ModuleList(
-                    ProjectionHead(dim, projection_dim, kind=projection) for dim in dims
-                )
+                nn.ModuleList(ProjectionHead(dim, projection_dim, kind=projection) for dim in dims)
                 for dims in self.feature_dims
             )
 

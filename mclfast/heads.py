@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from mclfast._checks import unknown_name
 from mclfast.normalize import unit_norm
 
-Kinds = Literal["mlp", "linear"]
+PROJECTIONS = ("mlp", "linear")
 
 
 class ProjectionHead(nn.Module):
     """Linear, ReLU, Linear, L2 normalisation; [B, in_dim] -> [B, dim] unit-norm, float32 or wider.
 
-    With kind "linear", one Linear in place of the three.
+    The linear kind is one Linear and the normalisation.
 
     Args:
         in_dim: width of the pooled feature.
@@ -25,20 +25,26 @@ class ProjectionHead(nn.Module):
         kind: "mlp" or "linear".
 
     Raises:
-        ValueError: another kind.
+        ValueError: an unknown kind.
 
-    Source: MCL, arXiv 2104.12565, section 3.1 (dim 128).
+    Source: MCL, arXiv 2104.12565, section 3.1 (dim 128); linear: MCL-OKD, arXiv 2006.04093.
     """
 
     def __init__(
-        self, in_dim: int, dim: int = 128, eps: float = 1e-6, kind: Kinds = "mlp"
+        self,
+        in_dim: int,
+        dim: int = 128,
+        eps: float = 1e-6,
+        *,
+        kind: Literal["mlp", "linear"] = "mlp",
     ) -> None:
         super().__init__()
-        if kind not in get_args(Kinds):
-            raise unknown_name("projection", kind, get_args(Kinds))
-        self.layers = nn.Sequential(nn.Linear(in_dim, dim))
+        if kind not in PROJECTIONS:
+            raise unknown_name("projection", kind, PROJECTIONS)
         if kind == "mlp":
-            self.layers.extend([nn.ReLU(), nn.Linear(dim, dim)])
+            self.layers = nn.Sequential(nn.Linear(in_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        else:
+            self.layers = nn.Sequential(nn.Linear(in_dim, dim))
         self.eps = eps
 
     def forward(self, feature: Tensor) -> Tensor:

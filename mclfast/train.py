@@ -93,7 +93,7 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
         networks,
         auxiliary_heads=cls.auxiliary_heads,
         projection_dim=config.projection_dim if cls.projections else None,
-        projection=cls.projection(config.options),
+        projection=cls.projection_kind(config.options),
         topology=topology(
             config.topology,
             len(networks),

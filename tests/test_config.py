@@ -151,7 +151,7 @@ def test_amp_off_as_yaml_reads_it():
             {"method": "baseline", "matcher_dim": 3},
             "^matcher_dim: expected a setting of method baseline, got one of method lmcl",
         ),
-        ({"method": "lmcll"}, r"^method: expected one of baseline, .*; got 'lmcll' .*'lmcl'"),
+        ({"method": "lmcll"}, r"^method: expected .*; got 'lmcll' .*'lmcl'"),
         ({"method": ["lmcl"]}, r"^method: expected text, got \['lmcl'\]"),
         ({"cohort": "resnet8,resnet9"}, r"^cohort: .*got 'resnet9' \(did you mean"),
         ({"cohort": ""}, "^cohort: expected at least one network, got none"),

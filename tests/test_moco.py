@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from images import encoded, make_folder
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -14,7 +16,10 @@ from mclfast import Batch, checkpoint
 from mclfast.batch_parts import forward_in_parts, shuffled_order
 from mclfast.cohort import Cohort
 from mclfast.config import TrainConfig
-from mclfast.data import ImageSet
+from mclfast.data import ImageSet, decode, load
+from mclfast.data.augment_contrastive import CONTRASTIVE, augment_contrastive
+from mclfast.data.feed import TrainingFeed, _step_seed
+from mclfast.data.source import Views
 from mclfast.key_queue import KeyQueue
 from mclfast.methods.moco_mcl import _sums_of_rows, momentum_mcl_sums
 from mclfast.moving_average import frozen_copy, update_average
@@ -325,4 +330,59 @@ def test_half_precision_keeps_the_losses_wide():
 def test_four_networks_with_a_common_stem():
     trainer = tiny(cohort="resnet8,resnet8,resnet8,resnet8", topology="shared_stem", epochs=1)
     record = trainer.fit(progress=False).history[-1]
+    assert all(torch.tensor(list(record.values())).isfinite())
+
+
+# ---------------------------------------------------------------- streamed images
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_views_of_streamed_images_come_in_one_pass(tmp_path, workers):
+    root = make_folder(tmp_path)
+    data = load("imagefolder", root=root, workers=workers, image_size=16)
+    a = CONTRASTIVE["moco-v1"]
+    feed = TrainingFeed(data, device=torch.device("cpu"), seed=5, views=2, contrastive=a)
+    rows = torch.randperm(24).view(6, 4)
+    batches = list(feed.batches(rows, first_step=3))
+    assert [len(views) for views, _, _ in batches] == [2] * 6
+    for i, (views, labels, index) in enumerate(batches):
+        assert torch.equal(index, rows[i]) and torch.equal(labels, data.train.labels[rows[i]])
+        for view, seed in zip(views, feed._seeds, strict=True):
+            asked = Views(seed, 3 + i, min_area=0.2)
+            (pixels,) = data.train.pixels(rows[i : i + 1], "cpu", views=asked)
+            # The source has cropped and flipped.
+            plain = replace(a, crop=False, flip=False)
+            want = augment_contrastive(
+                pixels, plain, mean=data.mean, std=data.std, seed=_step_seed(seed, 3 + i)
+            )
+            assert torch.equal(view, want)
+        assert not torch.equal(*views)
+    # A run that goes on from the middle.
+    again = list(feed.batches(rows[4:], first_step=7))
+    assert all(torch.equal(x, y) for x, y in zip(again[0][0], batches[4][0], strict=True))
+
+
+def test_smallest_area_of_streamed_crops():
+    boxes = [
+        decode.random_box(400, 300, decode.view_generator(0, step, 0), 0.5) for step in range(300)
+    ]
+    shares = [(r - x) * (b - y) / 120_000 for x, y, r, b in boxes]
+    assert 0.49 < min(shares) < 0.55
+    generators = (decode.view_generator(0, 1, 0) for _ in range(2))
+    content = encoded(1, (400, 300))
+    small, large = (
+        decode.training_view(content, 8, g, min_area=m)
+        for g, m in zip(generators, (0.08, 0.99), strict=True)
+    )
+    assert not torch.equal(small, large)
+
+
+def test_a_run_on_streamed_images(tmp_path):
+    root = make_folder(tmp_path)
+    values = {
+        "data": "imagefolder", "data_root": str(root), "image_size": 16, "workers": 0,
+        "train_per_class": None, "batch_size": 8, "queue_size": 16, "epochs": 1,
+    }  # fmt: skip
+    record = tiny(**values).fit(progress=False).history[-1]
+    assert record["step"] == 3
     assert all(torch.tensor(list(record.values())).isfinite())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from mclfast._settings import coerce_fields
 from mclfast.cohort import PeerOutputs
 from mclfast.data.augment_contrastive import ContrastiveAugmentation
-from mclfast.heads import Kinds
 from mclfast.types import Batch, Setup
+
+Part = TypeVar("Part")
+
+
+def prepared(part: Part | None) -> Part:
+    """What :meth:`Method.prepare` made; RuntimeError before it was called."""
+    if part is None:
+        raise RuntimeError("loss: expected prepare() to be called before, got a method without")
+    return part
 
 
 class Method(nn.Module):
@@ -47,6 +55,8 @@ class Method(nn.Module):
     supervised: ClassVar[bool] = True
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
+    #: Kind of those heads, see :class:`mclfast.heads.ProjectionHead`.
+    projection: ClassVar[Literal["mlp", "linear"]] = "mlp"
 
     @dataclass
     class Options:
@@ -68,9 +78,9 @@ class Method(nn.Module):
             )
 
     @classmethod
-    def projection(cls, options: Any) -> Kinds:
-        """What the projection heads are, for a method that has them."""
-        return "mlp"
+    def projection_kind(cls, options: Any) -> Literal["mlp", "linear"]:
+        """Kind of the projection heads; :attr:`projection` unless the options say it."""
+        return cls.projection
 
     def augmentation(self) -> ContrastiveAugmentation | None:
         """What is done to training images in place of the data set's own augmentation, if any."""

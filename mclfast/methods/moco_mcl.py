@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from mclfast._checks import check_integer, check_not_negative, check_temperature
 from mclfast.cohort import PeerOutputs
 from mclfast.data.augment_contrastive import CONTRASTIVE, ContrastiveAugmentation
-from mclfast.heads import Kinds
 from mclfast.key_queue import KeyQueue, check_queue_size
 from mclfast.methods.base import Method
 from mclfast.reference import distribution_kl_rows, wide
@@ -108,8 +107,8 @@ class MomentumMCL(Method):
         self.queue: KeyQueue | None = None
 
     @classmethod
-    def projection(cls, options: Any) -> Kinds:
-        head: Kinds = options.head
+    def projection_kind(cls, options: Any) -> Literal["mlp", "linear"]:
+        head: Literal["mlp", "linear"] = options.head
         return head
 
     def augmentation(self) -> ContrastiveAugmentation:

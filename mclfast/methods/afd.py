@@ -1,0 +1,143 @@
+"""AFD: adversarial feature maps, each network imitating the maps of the one before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mclfast._checks import check_not_negative, check_positive
+from mclfast.cohort import PeerOutputs
+from mclfast.distillation import mutual_kd_loss
+from mclfast.methods.base import Method, prepared
+from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.methods.distilling import DistillOptions, check_peers
+from mclfast.methods.feature_maps import to_smallest, transfer
+from mclfast.reference import wide
+from mclfast.types import Batch, Setup
+
+
+class Discriminator(nn.Sequential):
+    """Says for every place of a map [B, c, h, w] whether it is real: [B, 1, h, w] in (0, 1).
+
+    Without BatchNorm, which would hide from it the shift between real and imitated maps.
+    """
+
+    def __init__(self, channels: int) -> None:
+        hidden = max(channels // 2, 1)
+        super().__init__(
+            nn.Conv2d(channels, hidden, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(hidden, 1, 3, padding=1),
+            nn.Sigmoid(),
+        )
+
+
+class AFD(Method):
+    """Online distillation of feature maps, arXiv 2002.01775, for two networks or more.
+
+    ``sum_a CE_a + distill_weight sum_a mean_{b != a} KD(z_a <- z_b) + adversarial_weight sum_a
+    mean (1 - D_a(G_a))**2`` with G_a the last map of network a, in a cycle: discriminator D_a takes
+    the maps of the network before a for real and those of a for imitated. After each step it lowers
+    ``mean (1 - D_a(G_{a-1}))**2 + mean D_a(G_a)**2`` on maps that are constants. A network with
+    maps of another width than the one before it imitates those through a 1x1 convolution, which is
+    trained with the network; the larger of two sizes is averaged down.
+
+    Cycle, least-squares form and logit loss are the paper's. Its constants could not be checked:
+    here the adversarial loss is a weighted part of the one loss of the networks, where the paper
+    gives it an optimiser of its own with a small learning rate; the discriminators' shape, learning
+    rate (constant over the run) and weight decay (decoupled: as a part of the gradient it would
+    outweigh it) are choices too. All are options but the shape.
+    """
+
+    @dataclass
+    class Options(DistillOptions):
+        distill_weight: float = field(
+            default=1.0, metadata={"help": "weight of the distillation between logits"}
+        )
+        adversarial_weight: float = field(
+            default=0.1, metadata={"help": "weight of the networks' adversarial loss"}
+        )
+        discriminator_lr: float = field(
+            default=2e-5, metadata={"help": "Adam learning rate of the discriminators"}
+        )
+        discriminator_weight_decay: float = field(
+            default=0.1, metadata={"help": "decoupled weight decay of the discriminators"}
+        )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            for name in ("distill_weight", "adversarial_weight", "discriminator_weight_decay"):
+                check_not_negative(name, getattr(self, name))
+            check_positive("discriminator_lr", self.discriminator_lr)
+
+    def __init__(
+        self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
+    ) -> None:
+        super().__init__(feature_dims, options)
+        self.discriminators: nn.ModuleList | None = None
+        self.transfers: nn.ModuleList | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def prepare(self, setup: Setup) -> None:
+        check_peers(setup, "afd", 2)
+        o, widths = self.options, [m.shape[1] for m in setup.example.maps]
+        # Entry a - 1 of the first is the last one: the cycle.
+        real = [widths[a - 1] for a in range(len(widths))]
+        self.discriminators = nn.ModuleList(Discriminator(c) for c in real)
+        self.transfers = nn.ModuleList(
+            transfer(own, wanted) for own, wanted in zip(widths, real, strict=True)
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.discriminators.parameters(),
+            lr=o.discriminator_lr,
+            weight_decay=o.discriminator_weight_decay,
+        )
+
+    def own_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {} if self.optimizer is None else {"discriminators": self.optimizer}
+
+    def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
+        o, logits = self.options, outputs.final_logits
+        ce = sum_cross_entropy(outputs, batch.labels)
+        distill = mutual_kd_loss(logits, logits, o.distill_temperature)
+        with torch.autocast(outputs.maps[0].device.type, enabled=False):
+            adversarial = torch.stack(
+                [
+                    (1 - _frozen(judge, imitated)).square().mean()
+                    for judge, _, imitated in self._trials(outputs.maps)
+                ]
+            ).sum()
+        return {
+            "loss": ce + o.distill_weight * distill + o.adversarial_weight * adversarial,
+            "ce": ce,
+            "distill": distill,
+            "adversarial": adversarial,
+        }
+
+    def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
+        losses = [
+            (1 - judge(real)).square().mean() + judge(imitated.detach()).square().mean()
+            for judge, real, imitated in self._trials(outputs.maps)
+        ]
+        optimizer = prepared(self.optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+
+    def _trials(self, maps: Sequence[Tensor]) -> list[tuple[nn.Module, Tensor, Tensor]]:
+        """Every discriminator with its real (constant) and imitated map, both of one shape."""
+        parts = zip(prepared(self.discriminators), prepared(self.transfers), strict=True)
+        trials = []
+        for a, (judge, change) in enumerate(parts):
+            real, own = to_smallest([wide(maps[a - 1]).detach(), wide(maps[a])])
+            trials.append((judge, real, change(own)))
+        return trials
+
+
+def _frozen(module: nn.Module, x: Tensor) -> Tensor:
+    """Output of a module whose parameters get no gradient."""
+    return functional_call(module, {n: p.detach() for n, p in module.named_parameters()}, x)

@@ -1,0 +1,115 @@
+"""FFL: feature fusion learning, a classifier on the fused maps of two networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mclfast._checks import check_not_negative
+from mclfast.cohort import PeerOutputs
+from mclfast.distillation import kd_loss
+from mclfast.methods.base import Method, prepared
+from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.methods.distilling import RampedDistillOptions, check_peers
+from mclfast.methods.feature_maps import to_smallest, transfer
+from mclfast.reference import wide
+from mclfast.types import Batch, Setup
+
+
+class FusionModule(nn.Module):
+    """Fused logits of the last feature maps of two networks.
+
+    Side by side, 3x3 depthwise convolution, 1x1 convolution to one map's width, each with BatchNorm
+    and ReLU, global average pool, Linear. Maps that differ are brought together first: to the
+    larger width by a 1x1 convolution, to the smaller size by averaging.
+
+    Args:
+        channels: of both maps.
+        num_classes: C.
+
+    Source: arXiv 1904.09058, section 3.2.
+    """
+
+    def __init__(self, channels: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        width = max(channels)
+        both = width * len(channels)
+        self.transfers = nn.ModuleList(transfer(c, width) for c in channels)
+        self.layers = nn.Sequential(
+            nn.Conv2d(both, both, 3, padding=1, groups=both, bias=False),
+            nn.BatchNorm2d(both),
+            nn.ReLU(),
+            nn.Conv2d(both, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(width, num_classes),
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps [B, c_a, h_a, w_a] -> logits [B, C]."""
+        own = [t(m) for t, m in zip(self.transfers, to_smallest(maps), strict=True)]
+        return self.layers(torch.cat(own, dim=1))
+
+
+class FFL(Method):
+    """The loss of arXiv 1904.09058 (section 3) for exactly two networks.
+
+    ``CE_1 + CE_2 + CE_f + w(epoch) (KD(z_1 <- z_f) + KD(z_2 <- z_f) + KD(z_f <- mean(z_1, z_2)))``
+    with z_f the logits of a :class:`FusionModule`, w rising to 1 and every teacher a constant. The
+    fused losses reach the networks through their maps. The ensemble is z_f, not the mean logits.
+
+    Equal networks and networks that share stages are published; for maps that differ the paper has
+    a regression layer without details, here the 1x1 convolution of the module.
+    """
+
+    @dataclass
+    class Options(RampedDistillOptions):
+        fusion_weight_decay: float = field(
+            default=1e-5, metadata={"help": "weight decay of the fusion module"}
+        )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_not_negative("fusion_weight_decay", self.fusion_weight_decay)
+
+    def __init__(
+        self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
+    ) -> None:
+        super().__init__(feature_dims, options)
+        self.fusion: FusionModule | None = None
+
+    def prepare(self, setup: Setup) -> None:
+        check_peers(setup, "ffl", 2, exactly=True)
+        self.fusion = FusionModule([m.shape[1] for m in setup.example.maps], setup.num_classes)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        decay = self.options.fusion_weight_decay
+        return [{"params": list(prepared(self.fusion).parameters()), "weight_decay": decay}]
+
+    def ensemble(self, outputs: PeerOutputs) -> Tensor:
+        """The fused logits [B, C]."""
+        return prepared(self.fusion)(outputs.maps)
+
+    def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
+        temperature, logits = self.options.distill_temperature, outputs.final_logits
+        fused = wide(self.ensemble(outputs))
+        ce = sum_cross_entropy(outputs, batch.labels)
+        fusion_ce = cross_entropy(fused, batch.labels)
+        from_fusion = torch.stack([kd_loss(z, fused, temperature) for z in logits]).sum()
+        mean = torch.stack([wide(z) for z in logits]).mean(0)
+        from_mean = kd_loss(fused, mean, temperature)
+        weight = self.options.weight(batch.epoch)
+        return {
+            "loss": ce + fusion_ce + weight * (from_fusion + from_mean),
+            "ce": ce,
+            "fusion_ce": fusion_ce,
+            "distill": from_fusion,
+            "fusion_distill": from_mean,
+        }

@@ -1,4 +1,4 @@
-"""The command line: ``mclfast train | compare | eval | export | bench | env``."""
+"""The command line: ``mclfast train | compare | eval | linear | export | bench | env``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from types import ModuleType
 
 from mclfast._backend import BackendUnavailableError
 from mclfast._version import __version__
-from mclfast.commands import bench, compare, env, eval, export, train
+from mclfast.commands import bench, compare, env, eval, export, linear, train
 from mclfast.commands.parser import OneLineParser
 
 _COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "compare": compare,
     "eval": eval,
+    "linear": linear,
     "export": export,
     "bench": bench,
     "env": env,

@@ -23,8 +23,8 @@ class PeerOutputs(NamedTuple):
         embeddings: networks of stages of [B, projection_dim] unit-norm; empty without heads.
         maps: of each network, the last feature map [B, D_a, h, w] before pooling.
         shared: the last map [B, c, h, w] that all networks have in common, None without one.
-        teacher: outputs of the moving average of the whole cohort on the same images, without
-            gradient, for methods that ask for it.
+        teacher: outputs of the moving average of the whole cohort, without gradient, for methods
+            that ask for it; on the same images unless the method wants a view of its own for it.
     """
 
     features: tuple[tuple[Tensor, ...], ...]

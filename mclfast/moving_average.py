@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def frozen_copy(module: nn.Module) -> nn.Module:
+
+def frozen_copy(module: Module) -> Module:
     """A copy in evaluation mode whose parameters want no gradient; shared parts stay shared."""
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
+def update_average(
+    average: nn.Module, module: nn.Module, decay: float, *, buffers: bool = True
+) -> None:
     """``average = decay * average + (1 - decay) * module``, in place.
 
     Parameters and floating-point buffers (BatchNorm statistics) are averaged; other buffers, such
@@ -24,11 +29,12 @@ def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
         average: made by :func:`frozen_copy` from a module like the other.
         module: what is averaged.
         decay: in [0, 1]; 0 copies.
+        buffers: False averages the parameters alone, for an average in training mode, which has
+            statistics of its own.
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: expected a value in [0, 1], got {decay}")
-    mine = [*average.parameters(), *average.buffers()]
-    theirs = [*module.parameters(), *module.buffers()]
+    mine, theirs = ([*m.parameters(), *(m.buffers() if buffers else ())] for m in (average, module))
     pairs = list(zip(mine, theirs, strict=True))
     floating = [(a, b) for a, b in pairs if a.is_floating_point()]
     torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - decay)

@@ -24,6 +24,8 @@ from torch.func import functional_call
 from mclfast import checkpoint, env, metrics, models, plots
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
+from mclfast.batch_parts import forward_in_parts, shuffled_order
+from mclfast.class_means import class_mean_images, set_class_means
 from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.config import TrainConfig
 from mclfast.data import load as load_data
@@ -96,7 +98,7 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
         networks,
         auxiliary_heads=cls.auxiliary_heads,
         projection_dim=config.projection_dim if cls.projections else None,
-        projection=cls.projection,
+        projection=cls.projection_kind(config.options),
         topology=topology(
             config.topology,
             len(networks),
@@ -144,6 +146,11 @@ class Trainer:
                 f"cohort: expected {data.num_classes} classes as the data has, "
                 f"got {cohort.num_classes}"
             )
+        if config.sampler == "balanced" and not method.supervised:
+            raise ValueError(
+                f"sampler: expected shuffle for method {config.method}, which uses no labels, "
+                "got balanced"
+            )
         self.config = config
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = select_device(config.device)
@@ -158,10 +165,14 @@ class Trainer:
                 self.cohort.projection_dim,
                 self._example(),
                 config.seed,
+                config.batch_size,
             )
         )
         self.method.to(self.device)
         self.average = frozen_copy(self.cohort) if method.teacher else None
+        if self.average is not None:
+            self.average.train(method.teacher_mode == "train")
+        self.mean_images = None if method.supervised else class_mean_images(self.data)
         self.own_parts = network_names is None
         self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
         self.sampler = self._sampler()
@@ -170,7 +181,8 @@ class Trainer:
             device=self.device,
             seed=config.seed,
             augmented=config.augment,
-            views=len(self.cohort.peers) if method.views == "per_peer" else 1,
+            views={"one": 1, "per_peer": len(self.cohort.peers), "query_key": 2}[method.views],
+            contrastive=method.augmentation(),
         )
         self.history: list[dict[str, float]] = []
         self.step = 0
@@ -297,10 +309,7 @@ class Trainer:
     def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
         with self._autocast():
-            outputs = self.cohort(images)
-            if self.average is not None:
-                with torch.no_grad():
-                    outputs = outputs._replace(teacher=self.average(images))
+            outputs = self._outputs(images, batch)
             parts = self.method.loss(outputs, batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(parts["loss"]).backward()
@@ -309,10 +318,28 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
+        if self.average is not None and self.method.teacher_mode == "eval":
             update_average(self.average, self.cohort, self.method.teacher_decay(batch.step))
         self.method.after_step(outputs, batch)
         return parts
+
+    def _outputs(self, images: Tensor | list[Tensor], batch: Batch) -> PeerOutputs:
+        """Those of the peers, and those of their moving average where there is one."""
+        method, parts = self.method, self.method.batch_parts()
+        own, others = images if method.views == "query_key" else (images, images)
+        outputs = forward_in_parts(self.cohort, own, parts)
+        if self.average is None:
+            return outputs
+        order = None
+        if method.teacher_mode == "train":
+            decay = method.teacher_decay(batch.step)
+            update_average(self.average, self.cohort, decay, buffers=False)
+            order = shuffled_order(
+                len(batch.index), seed=self.config.seed, step=batch.step, device=self.device
+            )
+        with torch.no_grad():
+            teacher = forward_in_parts(self.average, others, parts, order)
+        return outputs._replace(teacher=teacher)
 
     def bilevel_step(self, images: Tensor | list[Tensor], batch: Batch, lr: float) -> None:
         """One SGD step of the method's meta parameters along the exact bilevel gradient.
@@ -360,6 +387,9 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.method.eval()
+        if self.mean_images is not None:
+            size = self.config.eval_batch_size
+            set_class_means(self.cohort, self.mean_images, self.data, batch_size=size)
         found = cohort_accuracy(
             self.cohort,
             self.data,

@@ -115,6 +115,7 @@ class Setup:
         example: outputs of the cohort for two blank images, without gradient: the widths of all
             features, logits and maps.
         seed: of the run.
+        batch_size: B, images per step.
     """
 
     labels: Tensor
@@ -122,3 +123,4 @@ class Setup:
     projection_dim: int | None
     example: PeerOutputs
     seed: int
+    batch_size: int = 1

@@ -161,6 +161,11 @@ def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bo
         f"published protocol (best of all heads and epochs on the test set): "
         f"{result.published_protocol:.2f} %"
     )
+    if not trainer.method.supervised:
+        print(
+            "labels were not used in training: the classifiers are class means of features; "
+            f"for a trained one: mclfast linear {run_dir / 'peer0'}"
+        )
     if summary := _throughput(result.history[-1]):
         print(summary)
     print(f"curves      {run_dir / CURVES}")

@@ -60,6 +60,11 @@ class ImageSet:
         return channels, height, width
 
     @property
+    def makes_views(self) -> bool:
+        """Its pixels are always whole images."""
+        return False
+
+    @property
     def fingerprint(self) -> None:
         """Nothing is known of where the images came from."""
         return None

@@ -44,15 +44,17 @@ def view_generator(seed: int, step: int, index: int) -> random.Random:
     return random.Random(int.from_bytes(digest, "little"))
 
 
-def random_box(width: int, height: int, generator: random.Random) -> Box:
+def random_box(
+    width: int, height: int, generator: random.Random, min_area: float = SCALE[0]
+) -> Box:
     """A random crop of an image, as (left, top, right, bottom) in whole pixels.
 
-    Its area is a uniform share in `SCALE` of the image's, the logarithm of width / height
+    Its area is a uniform share in [`min_area`, 1] of the image's, the logarithm of width / height
     uniform in that of `RATIO` (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842). Where ten
     draws do not fit into the image, the largest centred crop of an allowed ratio.
     """
     for _ in range(_ATTEMPTS):
-        area = width * height * _uniform(generator, *SCALE)
+        area = width * height * _uniform(generator, min_area, SCALE[1])
         ratio = math.exp(_uniform(generator, math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -66,7 +68,11 @@ def random_box(width: int, height: int, generator: random.Random) -> Box:
 
 
 def training_view(
-    data: bytes, size: int, generator: random.Random, stages: Stages | None = None
+    data: bytes,
+    size: int,
+    generator: random.Random,
+    stages: Stages | None = None,
+    min_area: float = SCALE[0],
 ) -> Tensor:
     """A random crop resized to [3, size, size], mirrored with probability 1/2.
 
@@ -75,6 +81,7 @@ def training_view(
         size: side of the result in pixels.
         generator: the only source of randomness.
         stages: gets the seconds added.
+        min_area: see `random_box`.
 
     Returns:
         uint8 [3, size, size].
@@ -86,7 +93,7 @@ def training_view(
     with _opened(data) as image:
         is_mirrored = generator.random() < 0.5
         width, height = image.size
-        left, top, right, bottom = random_box(width, height, generator)
+        left, top, right, bottom = random_box(width, height, generator, min_area)
         shrink = _draft(image, (right - left) // size, (bottom - top) // size)
         rgb = _rgb(image)
     clock.decoded()

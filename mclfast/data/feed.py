@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mclfast.data.augment import Augmentation, augment, prepare
+from mclfast.data.augment_contrastive import ContrastiveAugmentation, augment_contrastive
 from mclfast.data.dataset import Dataset
 from mclfast.data.source import ImageSource, LoaderTimes, Views
 
@@ -30,6 +32,7 @@ class TrainingFeed:
         seed: seed of the augmentation.
         augmented: whether to draw random crops and flips.
         views: how many augmented forms of each image a batch holds, each drawn by itself.
+        contrastive: what is done to the images in place of the data set's own augmentation.
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class TrainingFeed:
         seed: int,
         augmented: bool = True,
         views: int = 1,
+        contrastive: ContrastiveAugmentation | None = None,
     ) -> None:
         self._data = data
         self._device = device
         self._seeds = [seed, *(_view_seed(seed, v) for v in range(1, views))]
         self._augmented = augmented
+        self._contrastive = contrastive if augmented else None
         self._loader = LoaderTimes()
         self._steps = StepClock(device)
 
@@ -65,39 +70,45 @@ class TrainingFeed:
         Raises:
             ValueError: an image that cannot be read; the text names its file.
         """
-        data, train = self._data, self._data.train
+        train = self._data.train
         self._loader, self._steps = LoaderTimes(), StepClock(self._device)
-        augmentation = data.augmentation if self._augmented else Augmentation()
-        arriving = zip(
-            *(
-                train.pixels(
-                    rows,
-                    self._device,
-                    views=Views(seed, first_step) if self._augmented else None,
-                    times=self._loader,
-                )
-                for seed in self._seeds
-            ),
-            strict=True,
-        )
+        asked = None
+        if self._augmented:
+            asked = Views(self._seeds[0], first_step, tuple(self._seeds[1:]))
+            if self._contrastive is not None:
+                asked = asked._replace(min_area=self._contrastive.min_area)
+        # One pass over the set, with the views of a step one after the other.
+        repeated = rows.repeat_interleave(len(self._seeds), dim=0)
+        arriving = train.pixels(repeated, self._device, views=asked, times=self._loader)
         on_device = rows.to(self._device)
-        for step, (index, pixels) in enumerate(zip(on_device, arriving, strict=True), first_step):
-            views = [
-                augment(
-                    view,
-                    augmentation,
-                    mean=data.mean,
-                    std=data.std,
-                    generator=_step_generator(seed, step, self._device),
-                )
-                for seed, view in zip(self._seeds, pixels, strict=True)
-            ]
+        for step, index in enumerate(on_device, first_step):
+            views = [self._augment(next(arriving), seed, step) for seed in self._seeds]
             images = views[0] if len(views) == 1 else views
             self._steps.start()
             try:
                 yield images, train.labels[index], index
             finally:
                 self._steps.stop()
+
+    def _augment(self, pixels: Tensor, seed: int, step: int) -> Tensor:
+        data, number = self._data, _step_seed(seed, step)
+        if self._contrastive is not None:
+            # What the source or the data set says of crops and flips stays true.
+            own = data.train.makes_views
+            return augment_contrastive(
+                pixels,
+                replace(self._contrastive, crop=not own, flip=data.augmentation.flip),
+                mean=data.mean,
+                std=data.std,
+                seed=number,
+            )
+        return augment(
+            pixels,
+            data.augmentation if self._augmented else Augmentation(),
+            mean=data.mean,
+            std=data.std,
+            generator=torch.Generator(self._device).manual_seed(number),
+        )
 
     def throughput(self) -> dict[str, float]:
         """What the last pass over streamed images took; empty for images in memory.
@@ -180,6 +191,6 @@ def _view_seed(seed: int, view: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+def _step_seed(seed: int, step: int) -> int:
     digest = hashlib.blake2b(f"augment {seed} {step}".encode(), digest_size=4).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+    return int.from_bytes(digest, "little")

@@ -19,13 +19,24 @@ Source = TypeVar("Source", bound="ImageSource")
 class Views(NamedTuple):
     """Asks for random views of the images: row i of a pass is step `first_step + i`.
 
+    With more seeds a pass holds as many rows for each step, one for each seed, next to each other.
+
     Attributes:
         seed: seed of the run.
         first_step: number of the first row's step, counted over the whole run.
+        more_seeds: seeds of further views.
+        min_area: smallest share of an image's area in a crop.
     """
 
     seed: int
     first_step: int
+    more_seeds: tuple[int, ...] = ()
+    min_area: float = 0.08
+
+    def of_row(self, row: int) -> tuple[int, int]:
+        """Seed and step of a row of the pass."""
+        seeds = (self.seed, *self.more_seeds)
+        return seeds[row % len(seeds)], self.first_step + row // len(seeds)
 
 
 @dataclass
@@ -72,6 +83,10 @@ class ImageSource(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width (C, H, W) of what `pixels` yields."""
+
+    @property
+    def makes_views(self) -> bool:
+        """Whether `views` makes `pixels` yield random crops, mirrored half of the time."""
 
     @property
     def fingerprint(self) -> str | None:

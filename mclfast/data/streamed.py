@@ -89,6 +89,11 @@ class StreamedSet:
         self._loader = _Loader(_Decoder(reader, size), self.workers)
 
     @property
+    def makes_views(self) -> bool:
+        """Crops and flips are drawn where the files are decoded."""
+        return True
+
+    @property
     def fingerprint(self) -> str:
         """Tells one numbering of the files from another."""
         return self._reader.fingerprint
@@ -133,7 +138,9 @@ class StreamedSet:
         times.workers = max(1, self.workers)
         jobs = [
             _Job(
-                row.cpu().numpy(), None if views is None else (views.seed, views.first_step + i)
+                row.cpu().numpy(),
+                None if views is None else views.of_row(i),
+                decode.SCALE[0] if views is None else views.min_area,
             )
             for i, row in enumerate(rows)
         ]
@@ -162,10 +169,11 @@ def core_count() -> int:
 
 
 class _Job(NamedTuple):
-    """One batch to make: image numbers int64 [B], and (seed, step) for random views."""
+    """One batch to make: image numbers int64 [B], (seed, step) of random views, smallest area."""
 
     numbers: np.ndarray
     views: tuple[int, int] | None
+    min_area: float
 
 
 class _Decoded(NamedTuple):
@@ -210,7 +218,7 @@ class _Decoder(Dataset[_Decoded]):
         if job.views is None:
             return decode.evaluation_view(data, self._size, stages)
         generator = decode.view_generator(*job.views, index)
-        return decode.training_view(data, self._size, generator, stages)
+        return decode.training_view(data, self._size, generator, stages, job.min_area)
 
 
 class _Jobs:

@@ -13,6 +13,7 @@ from mclfast.methods.kdcl import KDCL
 from mclfast.methods.lmcl import LayerwiseMCL
 from mclfast.methods.mcl import MCL
 from mclfast.methods.mcl_okd import MCLOKD
+from mclfast.methods.moco_mcl import MomentumMCL
 from mclfast.methods.okddip import OKDDip
 from mclfast.methods.one import ONE
 from mclfast.methods.pcl import PCL
@@ -30,6 +31,7 @@ __all__ = [
     "Baseline",
     "LayerwiseMCL",
     "Method",
+    "MomentumMCL",
     "OKDDip",
     "available",
     "method_class",
@@ -45,6 +47,7 @@ _METHODS: dict[str, type[Method]] = {
     "lmcl": LayerwiseMCL,
     "mcl": MCL,
     "mcl-okd": MCLOKD,
+    "moco-mcl": MomentumMCL,
     "okddip": OKDDip,
     "one": ONE,
     "pcl": PCL,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mclfast._settings import coerce_fields
 from mclfast.cohort import PeerOutputs
+from mclfast.data.augment_contrastive import ContrastiveAugmentation
 from mclfast.types import Batch, Setup
 
 Part = TypeVar("Part")
@@ -37,12 +38,21 @@ class Method(nn.Module):
 
     #: Whether the networks carry auxiliary heads at their intermediate stages.
     auxiliary_heads: ClassVar[bool] = False
-    #: "one": all peers see the same augmented images; "per_peer": each draws its own.
-    views: ClassVar[Literal["one", "per_peer"]] = "one"
+    #: "one": all peers see the same augmented images; "per_peer": each draws its own; "query_key":
+    #: all peers see the first view of each image, the teacher a second one.
+    views: ClassVar[Literal["one", "per_peer", "query_key"]] = "one"
     #: Whether gradients are divided where networks that share parts branch off.
     rescale_gradients: ClassVar[bool] = False
     #: Whether outputs come with those of a moving average of the cohort (``PeerOutputs.teacher``).
     teacher: ClassVar[bool] = False
+    #: "eval": the teacher runs in evaluation mode, and all of it is averaged after the step.
+    #: "train": as the key networks of momentum contrast (arXiv 1911.05722), in training mode with
+    #: statistics of its own on a shuffled batch (the outputs are in the order of the batch), its
+    #: parameters averaged before it runs.
+    teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"
+    #: Whether the classifiers learn. Where they do not, evaluation sets them to the class means of
+    #: the features, see :mod:`mclfast.class_means`.
+    supervised: ClassVar[bool] = True
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
     #: Kind of those heads, see :class:`mclfast.heads.ProjectionHead`.
@@ -66,6 +76,19 @@ class Method(nn.Module):
                 f"options: expected {self.Options.__qualname__}, "
                 f"got {type(options).__qualname__}"
             )
+
+    @classmethod
+    def projection_kind(cls, options: Any) -> Literal["mlp", "linear"]:
+        """Kind of the projection heads; :attr:`projection` unless the options say it."""
+        return cls.projection
+
+    def augmentation(self) -> ContrastiveAugmentation | None:
+        """What is done to training images in place of the data set's own augmentation, if any."""
+        return None
+
+    def batch_parts(self) -> int:
+        """Equal parts that the networks run a batch in: batch norm sees one at a time."""
+        return 1
 
     def prepare(self, setup: Setup) -> None:
         """Builds what depends on cohort and data; called once, before a run starts.

@@ -1,0 +1,216 @@
+"""MoCo-MCL: mutual contrastive learning without labels, between momentum-contrast networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mclfast._checks import check_integer, check_not_negative, check_temperature
+from mclfast.cohort import PeerOutputs
+from mclfast.data.augment_contrastive import CONTRASTIVE, ContrastiveAugmentation
+from mclfast.key_queue import KeyQueue, check_queue_size
+from mclfast.methods.base import Method
+from mclfast.reference import distribution_kl_rows, wide
+from mclfast.types import Batch, MCLTerms, Setup
+
+# Anchors whose similarities to all keys are held at a time.
+_ROWS = 64
+
+
+class MomentumMCL(Method):
+    """The self-supervised form of arXiv 2104.12565 (MoCo-MCL), for any number of networks.
+
+    Each network embeds one view of an image (the query q_a); a moving average of its parameters
+    embeds another view (the key k_a), which joins the queue Q_a after the step. With
+    ``G_ab = q_a . [k_b, Q_b] / temperature`` over 1 + K columns, column 0 the positive:
+
+    ``sum_a CE(G_aa) + sum_{a != b} KD(G_aa <- G_bb) + sum_{a != b} CE(G_ab) +
+    sum_{a != b} KD(G_ab <- G_ba)``, named vcl, soft_vcl, icl, soft_icl, teachers constant. One
+    network alone is MoCo (arXiv 1911.05722).
+
+    Batch norm of queries and keys takes its statistics from ``norm_parts`` parts of a batch, the
+    keys' shuffled, as on the GPUs of the published runs. With one part, shuffling has no effect, as
+    in those runs on one GPU.
+
+    Labels are not used in training. In evaluation the classifiers hold the class means of training
+    features; ``mclfast linear`` trains a classifier on a finished network.
+    """
+
+    views = "query_key"
+    teacher = True
+    teacher_mode = "train"
+    supervised = False
+    projections = True
+
+    @dataclass
+    class Options(Method.Options):
+        temperature: float = field(
+            default=0.07, metadata={"help": "divides the cosine similarities"}
+        )
+        kl_temperature: float = field(
+            default=3.0, metadata={"help": "softens the similarity distributions compared"}
+        )
+        vcl_weight: float = field(
+            default=1.0, metadata={"help": "weight of the term inside networks"}
+        )
+        soft_vcl_weight: float = field(
+            default=1.0, metadata={"help": "weight of the KL between intra-network similarities"}
+        )
+        icl_weight: float = field(
+            default=1.0, metadata={"help": "weight of the term between networks"}
+        )
+        soft_icl_weight: float = field(
+            default=1.0, metadata={"help": "weight of the KL between inter-network similarities"}
+        )
+        queue_size: int = field(
+            default=3840,
+            metadata={"help": "keys kept of each network, a multiple of batch_size"},
+        )
+        key_momentum: float = field(
+            default=0.999, metadata={"help": "share of the old parameters of the key networks"}
+        )
+        norm_parts: int = field(
+            default=4,
+            metadata={"help": "parts of a batch, each with batch-norm statistics of its own"},
+        )
+        head: Literal["linear", "mlp"] = field(
+            default="linear", metadata={"help": "projection heads: linear, or a layer more (mlp)"}
+        )
+        augmentation: Literal["moco-v1", "moco-v2"] = field(
+            default="moco-v1",
+            metadata={"help": "crops and colours as in MoCo; v2 blurs and shifts hues less"},
+        )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            for name in ("temperature", "kl_temperature"):
+                check_temperature(name, getattr(self, name))
+            for name in ("vcl_weight", "soft_vcl_weight", "icl_weight", "soft_icl_weight"):
+                check_not_negative(name, getattr(self, name))
+            for name in ("queue_size", "norm_parts"):
+                check_integer(name, getattr(self, name), 1)
+            if not 0 <= self.key_momentum < 1:
+                raise ValueError(
+                    f"key_momentum: expected a value in [0, 1), got {self.key_momentum}"
+                )
+
+    def __init__(
+        self, feature_dims: Sequence[Sequence[int]], options: Options | None = None
+    ) -> None:
+        super().__init__(feature_dims, options)
+        self.num_networks = len(feature_dims)
+        self.queue: KeyQueue | None = None
+
+    @classmethod
+    def projection_kind(cls, options: Any) -> Literal["mlp", "linear"]:
+        head: Literal["mlp", "linear"] = options.head
+        return head
+
+    def augmentation(self) -> ContrastiveAugmentation:
+        return CONTRASTIVE[self.options.augmentation]
+
+    def batch_parts(self) -> int:
+        parts: int = self.options.norm_parts
+        return parts
+
+    def teacher_decay(self, step: int) -> float:
+        decay: float = self.options.key_momentum
+        return decay
+
+    def prepare(self, setup: Setup) -> None:
+        o = self.options
+        if setup.projection_dim is None:
+            raise ValueError("projection_dim: expected a width for a method with keys, got None")
+        check_queue_size(o.queue_size, setup.batch_size)
+        if setup.batch_size % o.norm_parts:
+            raise ValueError(
+                f"norm_parts: expected a divisor of batch_size {setup.batch_size}, "
+                f"got {o.norm_parts}"
+            )
+        self.queue = KeyQueue(
+            self.num_networks, o.queue_size, setup.projection_dim, seed=setup.seed
+        )
+
+    def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
+        o = self.options
+        if self.queue is None or outputs.teacher is None:
+            raise RuntimeError("loss: expected prepare() and the outputs of key networks before it")
+        queries, keys = _stacked(outputs), _stacked(outputs.teacher)
+        sums = momentum_mcl_sums(queries, keys, self.queue.keys, o.temperature, o.kl_temperature)
+        terms = MCLTerms(*(sums / queries.shape[1]))
+        weights = o.vcl_weight, o.soft_vcl_weight, o.icl_weight, o.soft_icl_weight
+        return {"loss": terms.weighted_sum(*weights), **terms._asdict()}
+
+    def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
+        assert self.queue is not None and outputs.teacher is not None
+        self.queue.update(_stacked(outputs.teacher))
+
+
+def _stacked(outputs: PeerOutputs) -> Tensor:
+    """The embeddings of the networks themselves, [M, B, D]."""
+    return torch.stack([stages[-1] for stages in outputs.embeddings])
+
+
+def momentum_mcl_sums(
+    queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, kl_temperature: float
+) -> Tensor:
+    """The four terms of :class:`MomentumMCL`, summed over the batch.
+
+    Nothing of size [B, 1 + K] is kept for the backward, which computes the similarities of 64
+    queries at a time again; at that time there are some 5 M^2 matrices [64, 1 + K]. At M = 2,
+    B = 256, K = 65536 that is a third of the memory of keeping them all.
+
+    Args:
+        queries: [M, B, D] unit-norm.
+        keys: [M, B, D] unit-norm; no gradient.
+        queue: [M, K, D] unit-norm; no gradient.
+        temperature: divides the similarities.
+        kl_temperature: softens the distributions compared.
+
+    Returns:
+        [4]: vcl, soft_vcl, icl, soft_icl, in float32 or wider.
+    """
+    # Matrix products in half precision would lose what a temperature this low brings out.
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = wide(queries)
+        keys, queue = keys.detach().to(queries.dtype), queue.detach().to(queries.dtype)
+        parts = [
+            checkpoint(
+                _sums_of_rows, q, k, queue, temperature, kl_temperature,
+                use_reentrant=False, preserve_rng_state=False,
+            )
+            for q, k in zip(queries.split(_ROWS, dim=1), keys.split(_ROWS, dim=1), strict=True)
+        ]  # fmt: skip
+        return torch.stack(parts).sum(0)
+
+
+def _sums_of_rows(
+    queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, kl_temperature: float
+) -> Tensor:
+    networks = range(len(queries))
+
+    def logits(a: int, b: int) -> Tensor:
+        positive = (queries[a] * keys[b]).sum(-1, keepdim=True)
+        return torch.cat([positive, queries[a] @ queue[b].T], dim=1) / temperature
+
+    def contrast(g: Tensor) -> Tensor:
+        return (g.logsumexp(1) - g[:, 0]).sum()
+
+    def distil(student: Tensor, teacher: Tensor) -> Tensor:
+        return distribution_kl_rows(student, teacher, kl_temperature).sum()
+
+    g = [[logits(a, b) for b in networks] for a in networks]
+    pairs = [(a, b) for a in networks for b in networks if a != b]
+    zero = queries.new_zeros(())
+    terms = MCLTerms(
+        vcl=sum((contrast(g[a][a]) for a in networks), start=zero),
+        soft_vcl=sum((distil(g[a][a], g[b][b]) for a, b in pairs), start=zero),
+        icl=sum((contrast(g[a][b]) for a, b in pairs), start=zero),
+        soft_icl=sum((distil(g[a][b], g[b][a]) for a, b in pairs), start=zero),
+    )
+    return torch.stack(terms)

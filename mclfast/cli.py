@@ -1,4 +1,4 @@
-"""The command line: ``mclfast train | eval | export | bench | env``."""
+"""The command line: ``mclfast train | eval | export | transfer | bench | env``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from types import ModuleType
 
 from mclfast._backend import BackendUnavailableError
 from mclfast._version import __version__
-from mclfast.commands import bench, env, eval, export, train
+from mclfast.commands import bench, env, eval, export, train, transfer
 from mclfast.commands.parser import OneLineParser
 
 _COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "eval": eval,
     "export": export,
+    "transfer": transfer,
     "bench": bench,
     "env": env,
 }

@@ -151,7 +151,7 @@ def _refuse_old_run(run_dir: Path) -> None:
         )
 
 
-def _remove_old_run(run_dir: Path) -> None:
+def remove_old_run(run_dir: Path) -> None:
     """Removes what a run writes, so that a new one does not mix with it."""
     from mclfast.export import DESCRIPTION, WEIGHTS
     from mclfast.train import CHECKPOINT, CONFIG, CURVES, METRICS, RESULT
@@ -170,7 +170,7 @@ def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bo
     trainer = build(config, run_dir)
     if replace:
         # Only now: settings that cannot work cost no old run.
-        _remove_old_run(run_dir)
+        remove_old_run(run_dir)
     d = trainer.data
     print(
         f"{d.name}: {len(d.train)} training and {len(d.test)} test images, {d.num_classes} "

@@ -1,11 +1,11 @@
 """glyphs100: drawn signs of 100 classes in 20 families of look-alikes, for small machines.
 
 A class is a few strokes, lines and bows, whose control points define it. The five classes of a
-family share all strokes but one or two: in four of them one stroke bends otherwise or one of its
-ends lies elsewhere. Every image is drawn anew, so that there are as many training images as one
-asks for, and nothing is read or downloaded.
+family differ in one or two strokes: four of them are the first one with a stroke that bends
+otherwise or ends elsewhere. Every image is drawn anew, so that there are as many training images
+as one asks for, and nothing is read or downloaded.
 
-What varies from image to image, uniformly in these ranges (pixels of the 32 x 32 image):
+What varies from image to image, evenly within these ranges (pixels of the 32 x 32 image):
 
 - position +-3 px across and down; size 0.75 to 1.1 of a glyph 20 px wide; rotation +-20 degrees;
   shear +-0.25; ratio of width to height 0.85 to 1.15
@@ -40,12 +40,14 @@ _PIECES = 6  # straight pieces of a bow
 _MOST_STROKES = 4
 _PIXELS_PER_UNIT = 10  # the glyph's box is [-1, 1] x [-1, 1]
 _CLASS_SEED = 100
+# Pixels that must change clearly between two members of a family.
+_LEAST_DIFFERENCE = 10
 # Numbers that one image draws; a few more than are used, so that one more changes no other.
 _NUMBERS = 160
 # What tells the streams of random numbers apart.
 _TRAIN, _TEST = 1, 2
-# Of 500 images of every class; fixed, so that they do not depend on the number of images.
-_MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+# Of 100 images of every class, rounded; fixed, so that they do not depend on the number of images.
+_MEAN, _STD = (0.5, 0.5, 0.5), (0.24, 0.24, 0.24)
 
 
 def load_glyphs(
@@ -208,16 +210,36 @@ class _Stroke:
         return [self.start, middle, self.end]
 
 
+def plain_picture(strokes: Floats) -> Floats:
+    """A glyph without any nuisance, strokes of 2 px: share of ink [32, 32] in [0, 1]."""
+    middle = np.float32((IMAGE_SIZE - 1) / 2)
+    lines = bezier_points(strokes, _PIECES) * np.float32(_PIXELS_PER_UNIT) + middle
+    return coverage(stroke_distance(lines[None], IMAGE_SIZE), np.full(1, 2, np.float32))[0]
+
+
 def _family(rng: RandomState) -> list[Floats]:
     """The members' strokes: a glyph, and the same with one change each."""
     base = _prototype(rng)
     order = rng.permutation(len(base)).tolist()
-    members = [base]
-    for change in range(MEMBERS - 1):
+    members = [_as_array(base)]
+    change = -1
+    while len(members) < MEMBERS:
+        change += 1
         which = order[change % len(base)]
-        altered = (_bent if change % 2 == 0 else _moved)(base[which], rng)
-        members.append([*base[:which], altered, *base[which + 1 :]])
-    return [np.array([s.control() for s in glyph], np.float32) for glyph in members]
+        altered = (_moved if rng.randint(2) else _bent)(base[which], rng)
+        member = _as_array([*base[:which], altered, *base[which + 1 :]])
+        # A stroke may move along another one, where nobody sees it.
+        if all(_differing_pixels(member, other) >= _LEAST_DIFFERENCE for other in members):
+            members.append(member)
+    return members
+
+
+def _as_array(glyph: list[_Stroke]) -> Floats:
+    return np.array([stroke.control() for stroke in glyph], np.float32)
+
+
+def _differing_pixels(one: Floats, other: Floats) -> int:
+    return int((np.abs(plain_picture(one) - plain_picture(other)) > 0.5).sum())
 
 
 def _prototype(rng: RandomState) -> list[_Stroke]:
@@ -258,7 +280,9 @@ def _filling_the_box(strokes: list[_Stroke]) -> list[_Stroke]:
 
 def _bent(stroke: _Stroke, rng: RandomState) -> _Stroke:
     """A line becomes a bow, a bow flatter or turned over."""
-    amount = _uniform(rng, 0.35, 0.5)
+    dx, dy = (b - a for a, b in zip(stroke.start, stroke.end, strict=True))
+    # As far for a short stroke as for a long one, so that no two classes look the same.
+    amount = _uniform(rng, 0.45, 0.6) / max(abs(dx), abs(dy))
     sign = 1 - 2 * rng.randint(2) if stroke.bend == 0 else (-1 if stroke.bend > 0 else 1)
     return _Stroke(stroke.start, stroke.end, stroke.bend + sign * amount)
 

@@ -134,7 +134,7 @@ def test_default_counts(monkeypatch):
 def test_the_images_never_change():
     """Byte for byte: the drawing is arithmetic that IEEE 754 defines to the last bit."""
     images = np.stack([draw(glyph_classes()[k], 2, (1, 0, k)) for k in (0, 37, 99)])
-    assert hashlib.sha256(images.tobytes()).hexdigest().startswith("9e9fb55241fc34f6")
+    assert hashlib.sha256(images.tobytes()).hexdigest().startswith("f283a177130169f2")
 
 
 def test_fewer_images_are_a_part_of_more(small):
@@ -233,6 +233,6 @@ def test_half_of_the_images_are_occluded():
     hidden = pixels[:, 0] >= 0
     area = hidden.sum((1, 2))
     assert 0.4 < (area > 0).mean() < 0.6
-    assert 16 <= area[area > 0].min() and area.max() <= 144
+    assert 9 <= area[area > 0].min() and area.max() <= 121
     rows, columns = hidden.any(2).sum(1), hidden.any(1).sum(1)
     assert (rows * columns == area).all()

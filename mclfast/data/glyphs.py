@@ -13,10 +13,10 @@ What varies from image to image, evenly within these ranges (pixels of the 32 x 
 - stroke width 1.2 to 2.8 px
 - background: a grey of 0.15 to 0.85 with channels +-0.15, a linear gradient of up to +-0.15 from
   edge to edge, and a smooth texture of up to +-0.2 in each channel
-- ink: lighter or darker than the background's grey by 0.2 to 0.5, channels +-0.15
+- ink: lighter or darker than the background's grey by 0.25 to 0.6, channels +-0.15
 - a stray line of 1 px in the colour of the ink on half of the images
-- an occluding rectangle of any colour, sides 5 to 11 px, on half of the images
-- noise of each pixel and channel, standard deviation 0.02 to 0.12
+- an occluding rectangle of any colour, sides 4 to 10 px, on half of the images
+- noise of each pixel and channel, standard deviation 0.01 to 0.08
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _LEAST_DIFFERENCE = 10
 _NUMBERS = 160
 # What tells the streams of random numbers apart.
 _TRAIN, _TEST = 1, 2
-# Of 100 images of every class, rounded; fixed, so that they do not depend on the number of images.
-_MEAN, _STD = (0.5, 0.5, 0.5), (0.24, 0.24, 0.24)
+# Of 50 images of every class, rounded; fixed, so that they do not depend on the number of images.
+_MEAN, _STD = (0.5, 0.5, 0.5), (0.23, 0.23, 0.23)
 
 
 def load_glyphs(
@@ -119,7 +119,7 @@ def draw(strokes: Floats, count: int, stream: tuple[int, ...]) -> np.ndarray:
     ink = np.maximum(ink, stray_ink * is_stray[:, None, None])[:, None]
 
     grey = shape.between(0.15, 0.85)
-    contrast = shape.between(0.2, 0.5) * np.where(grey < 0.5, 1, -1).astype(np.float32)
+    contrast = shape.between(0.25, 0.6) * np.where(grey < 0.5, 1, -1).astype(np.float32)
     ground = grey[:, None] + shape.between(-0.15, 0.15, 3)
     colour = (grey + contrast)[:, None] + shape.between(-0.15, 0.15, 3)
     slope = shape.between(-0.075, 0.075, 2)
@@ -132,7 +132,7 @@ def draw(strokes: Floats, count: int, stream: tuple[int, ...]) -> np.ndarray:
     pixels += ink * (colour[:, :, None, None] - pixels)
 
     _occlude(pixels, shape)
-    amount = shape.between(0.02, 0.12)
+    amount = shape.between(0.01, 0.08)
     # Nearly normal, and exact: the sum of four bytes, scaled to a standard deviation of one.
     total = np.frombuffer(raw, np.uint8).reshape(count, 3, size, size, 4).astype(np.int32)
     total = total[..., 0] + total[..., 1] + total[..., 2] + total[..., 3]
@@ -186,7 +186,7 @@ def _occlude(pixels: Floats, shape: _Numbers) -> None:
     is_hidden = shape.between(0, 1)[:, None] < 0.5
     inside = []
     for _ in range(2):
-        centre, side = shape.between(4, IMAGE_SIZE - 4), shape.between(5, 11)
+        centre, side = shape.between(4, IMAGE_SIZE - 4), shape.between(4, 10)
         away = np.abs(position - centre[:, None])
         inside.append((away < side[:, None] * np.float32(0.5)) & is_hidden)
     rectangle = inside[0][:, None, :, None] & inside[1][:, None, None, :]

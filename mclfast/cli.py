@@ -1,4 +1,4 @@
-"""The command line: ``mclfast train | compare | eval | linear | export | bench | env``."""
+"""``mclfast train | compare | eval | linear | export | transfer | bench | env``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 from mclfast._backend import BackendUnavailableError
 from mclfast._version import __version__
-from mclfast.commands import bench, compare, env, eval, export, linear, train
+from mclfast.commands import bench, compare, env, eval, export, linear, train, transfer
 from mclfast.commands.parser import OneLineParser
 
 _COMMANDS: dict[str, ModuleType] = {
@@ -19,6 +19,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "eval": eval,
     "linear": linear,
     "export": export,
+    "transfer": transfer,
     "bench": bench,
     "env": env,
 }

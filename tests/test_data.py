@@ -154,7 +154,7 @@ class TestLimitPerClass:
 
 class TestLoad:
     def test_available(self):
-        in_memory = ["digits", "digits-full", "cifar10", "cifar100", "folder"]
+        in_memory = ["digits", "digits-full", "cifar10", "cifar100", "glyphs100", "folder"]
         assert data.available() == [*in_memory, "imagefolder", "webdataset"]
 
     def test_unknown_name_suggests_the_closest(self):

@@ -27,6 +27,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     from mclfast._checks import shortened
     from mclfast.data import has_image_size
     from mclfast.data import load as load_data
+    from mclfast.data.channels import with_channels
     from mclfast.evaluate import accuracy
     from mclfast.export import DESCRIPTION, load_backbone
     from mclfast.train import select_device
@@ -58,6 +59,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
             both = (about["class_names"], data.class_names)
             want, got = (shortened(", ".join(names), 60) for names in both)
             raise ValueError(f"data_root: expected the classes {want} of the export, got {got}")
+        data = with_channels(data, about["in_channels"])
         # The statistics it was trained with; those of an image folder follow its training images.
         data = replace(data, mean=tuple(about["mean"]), std=tuple(about["std"]))
         found = accuracy(

@@ -29,7 +29,7 @@ __all__ = [
     "load",
 ]
 
-_IN_MEMORY = ("digits", "digits-full", "cifar10", "cifar100", "folder")
+_IN_MEMORY = ("digits", "digits-full", "cifar10", "cifar100", "glyphs100", "folder")
 _STREAMED = ("imagefolder", "webdataset")
 _NAMES = (*_IN_MEMORY, *_STREAMED)
 
@@ -57,14 +57,18 @@ def load(
 
     Args:
         name: one of `available()`. "digits" trains on few labels and tests on all the rest,
-            "digits-full" is an 80 / 20 split of the same images.
+            "digits-full" is an 80 / 20 split of the same images. "glyphs100" is drawn, 100
+            classes in families of look-alikes (`mclfast.data.glyphs`).
         root: folder holding the CIFAR archive or extracted files, or the folders train and
             test of "folder", or train and val of "imagefolder" and "webdataset"; ~ stands for
-            the home folder. The digits sets come with scikit-learn and do not read it.
+            the home folder. The digits sets come with scikit-learn and "glyphs100" is drawn:
+            they do not read it.
         train_per_class: keeps that many training images of every class, the test images stay.
-            For "digits" it sets the split itself (default 10) and the rest becomes the test set.
+            For "digits" it sets the split itself (default 10) and the rest becomes the test set;
+            of "glyphs100" (default 50) any number is drawn.
         seed: which images `train_per_class` keeps. It is not the seed of a training run: leave
-            it alone to compare runs on the same images. "digits" has one split and ignores it.
+            it alone to compare runs on the same images. "digits" has one split and ignores it,
+            "glyphs100" draws other training images for another one.
         image_size: side of the square images of "folder" (default 32), "imagefolder" and
             "webdataset" (default 224). The other sets have one size; naming another one is an
             error.
@@ -110,6 +114,12 @@ def load(
         source = CIFAR10 if name == "cifar10" else CIFAR100
         _only_size(name, image_size, 32)
         dataset = load_cifar(_required(root, source.archive), source)
+    elif name == "glyphs100":
+        from mclfast.data import glyphs
+
+        _only_size(name, image_size, glyphs.IMAGE_SIZE)
+        per_class = glyphs.TRAIN_PER_CLASS if train_per_class is None else train_per_class
+        return glyphs.load_glyphs(per_class, seed=seed)
     else:
         from mclfast.data import digits
 

@@ -20,7 +20,7 @@ What varies from image to image, evenly within these ranges (pixels of the 32 x 
 
 For scale: a lone ResNet-20 (baseline, 12 epochs of the default 5000 images, batch 64 shuffled, lr
 0.1, seed 0) reached 70.7 % of the test images. Training starts slowly: the loss stays near that of
-chance for the first epochs, how many depends on the seed, so compare over several of them.
+chance for 2 to 5 epochs or more, which differs from run to run, so compare over several seeds.
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ What varies from image to image, evenly within these ranges (pixels of the 32 x 
 - a stray line of 1 px in the colour of the ink on half of the images
 - an occluding rectangle of any colour, sides 4 to 10 px, on half of the images
 - noise of each pixel and channel, standard deviation 0.01 to 0.08
+
+For scale: a lone ResNet-20 (baseline, 12 epochs of the default 5000 images, batch 64 shuffled, lr
+0.1, seed 0) reached 70.7 % of the test images. Training starts slowly: the loss stays near that of
+chance for 2 to 5 epochs or more, which differs from run to run, so compare over several seeds.
 """
 
 from __future__ import annotations

@@ -690,6 +690,8 @@ def test_an_ended_run_leaves_no_process(number, folder, tmp_path):
         [*command, *where, *TINY, "--epochs", "100000", "--run-dir", str(run)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell that starts the tests in its background has them ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         until = time.monotonic() + 60

@@ -330,8 +330,9 @@ def test_interleaved_timing():
     slow_, fast = timings["slow"], timings["fast"]
     assert len(slow_.samples) == len(slow_.rounds) == len(fast.rounds) == 4
     assert len(fast.samples) == 4 * 20
-    # Each round begins with another call; the first two entries are the estimates.
-    turns = [name for i, name in enumerate(order[2:]) if i == 0 or order[i + 1] != name]
+    # Each round begins with another call; the first four entries are the estimates.
+    assert order[:4] == ["slow", "slow", "fast", "fast"]
+    turns = [name for i, name in enumerate(order[4:]) if i == 0 or order[i + 3] != name]
     assert turns[:5] == ["slow", "fast", "slow", "fast", "slow"]
     assert fast.ratio(slow_) > 20
     assert slow_.quantile(0) >= 20

@@ -9,8 +9,8 @@ import torch
 
 from mclfast.cohort import Cohort
 from mclfast.data.dataset import Dataset, class_ranks, select
-from mclfast.data.feed import evaluation_batches
 from mclfast.data.source import ImageSource
+from mclfast.evaluate import batches_for, evaluation_mode
 
 #: Training images of a class that its mean is taken from.
 IMAGES_PER_CLASS = 50
@@ -38,25 +38,15 @@ def set_class_means(
     classifiers = [peer.backbone.classifier for peer in cohort.peers]
     if any(c.bias is None for c in classifiers):
         raise ValueError("cohort: expected classifiers with a bias to hold class means, got none")
-    was_training = cohort.training
-    cohort.eval()
     sums = [torch.zeros_like(c.weight, dtype=torch.float64) for c in classifiers]  # [C, D]
     counts = torch.zeros(data.num_classes, dtype=torch.float64, device=sums[0].device)
-    try:
-        for x, labels in evaluation_batches(
-            images,
-            mean=data.mean,
-            std=data.std,
-            batch_size=batch_size,
-            device=counts.device,
-        ):
+    with evaluation_mode(cohort):
+        for x, labels in batches_for(cohort, images, data, batch_size):
             members = torch.nn.functional.one_hot(labels, data.num_classes).double()  # [b, C]
             counts += members.sum(0)
             for total, feature in zip(sums, cohort(x).final_features, strict=True):
                 # A product, as sums by index have no fixed order on a GPU.
                 total += members.T @ feature.double()
-    finally:
-        cohort.train(was_training)
     for classifier, total in zip(classifiers, sums, strict=True):
         means = total / counts.clamp_min(1)[:, None]
         classifier.weight.copy_(means)

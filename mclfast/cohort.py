@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mclfast._checks import check_integer, describe
@@ -43,6 +44,11 @@ class PeerOutputs(NamedTuple):
     def final_logits(self) -> tuple[Tensor, ...]:
         """Logits [B, C] of each network's own classifier."""
         return tuple(stages[-1] for stages in self.logits)
+
+
+def mean_logits(outputs: PeerOutputs) -> Tensor:
+    """The mean of the peers' own logits, [B, C]."""
+    return torch.stack(outputs.final_logits).mean(0)
 
 
 class Cohort(nn.Module):

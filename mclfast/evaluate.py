@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.cohort import Cohort, PeerOutputs, mean_logits
 from mclfast.data.dataset import Dataset
 from mclfast.data.feed import evaluation_batches
 from mclfast.data.source import ImageSource
@@ -29,6 +30,37 @@ class CohortAccuracy(NamedTuple):
     best_head: float
 
 
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode, and afterwards as it was before."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def batches_for(
+    module: nn.Module, images: ImageSource, data: Dataset, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Evaluation views [b, C, H, W] and labels [b] in order, on the device of a module.
+
+    Args:
+        module: has a parameter.
+        images: what is read.
+        data: gives the statistics that images are normalised by.
+        batch_size: images at a time.
+    """
+    return evaluation_batches(
+        images,
+        mean=data.mean,
+        std=data.std,
+        batch_size=batch_size,
+        device=next(module.parameters()).device,
+    )
+
+
 @torch.no_grad()
 def _percent_correct(
     module: nn.Module,
@@ -38,28 +70,12 @@ def _percent_correct(
     batch_size: int,
 ) -> list[float]:
     """Accuracy of every head; ``heads`` maps images to a sequence of logits."""
-    was_training = module.training
-    module.eval()
-    batches = evaluation_batches(
-        images,
-        mean=data.mean,
-        std=data.std,
-        batch_size=batch_size,
-        device=next(module.parameters()).device,
-    )
-    try:
+    with evaluation_mode(module):
         correct = [
             torch.stack([(logits.argmax(1) == y).sum() for logits in heads(x)])
-            for x, y in batches
+            for x, y in batches_for(module, images, data, batch_size)
         ]
-    finally:
-        module.train(was_training)
     return (100.0 * torch.stack(correct).sum(0).double() / len(images)).tolist()
-
-
-def mean_logits(outputs: PeerOutputs) -> Tensor:
-    """The mean of the peers' own logits, [B, C]."""
-    return torch.stack(outputs.final_logits).mean(0)
 
 
 @torch.no_grad()
@@ -67,19 +83,9 @@ def peer_logits(
     cohort: Cohort, images: ImageSource, data: Dataset, *, batch_size: int = 256
 ) -> Tensor:
     """Logits [M, N, C] of every peer's own classifier, in evaluation mode."""
-    was_training = cohort.training
-    cohort.eval()
-    batches = evaluation_batches(
-        images,
-        mean=data.mean,
-        std=data.std,
-        batch_size=batch_size,
-        device=next(cohort.parameters()).device,
-    )
-    try:
+    with evaluation_mode(cohort):
+        batches = batches_for(cohort, images, data, batch_size)
         return torch.cat([torch.stack(cohort(x).final_logits) for x, _ in batches], dim=1)
-    finally:
-        cohort.train(was_training)
 
 
 def cohort_accuracy(

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from mclfast._checks import check_integer, check_not_negative, check_positive
 from mclfast.data.dataset import Dataset
-from mclfast.data.feed import evaluation_batches
 from mclfast.data.source import ImageSource
+from mclfast.evaluate import batches_for, evaluation_mode
 from mclfast.models.staged import StagedNetwork
 
 
@@ -87,16 +87,6 @@ def _features(
     network: StagedNetwork, images: ImageSource, data: Dataset, batch_size: int
 ) -> Tensor:
     """Pooled features float32 [N, D] of the evaluation views, on the network's device."""
-    was_training = network.training
-    network.eval()
-    batches = evaluation_batches(
-        images,
-        mean=data.mean,
-        std=data.std,
-        batch_size=batch_size,
-        device=next(network.parameters()).device,
-    )
-    try:
+    with evaluation_mode(network):
+        batches = batches_for(network, images, data, batch_size)
         return torch.cat([network.forward_taps(x).feature for x, _ in batches])
-    finally:
-        network.train(was_training)

@@ -33,7 +33,7 @@ from mclfast.data.dataset import Dataset, class_ranks, select
 from mclfast.data.feed import TrainingFeed
 from mclfast.data.sampler import BalancedSampler, ShuffleSampler
 from mclfast.data.source import ImageSource
-from mclfast.evaluate import cohort_accuracy, peer_logits
+from mclfast.evaluate import cohort_accuracy, evaluation_mode, peer_logits
 from mclfast.export import export_backbone
 from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
@@ -79,15 +79,20 @@ def train(
     return build(config, run_dir).fit(progress=progress)
 
 
-def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
-    """The trainer of a config; the seed fixes every initial weight."""
-    data = load_data(
+def load_images(config: TrainConfig) -> Dataset:
+    """The data set that a config names."""
+    return load_data(
         config.data,
         root=config.data_root,
         train_per_class=config.train_per_class,
         image_size=config.image_size,
         workers=config.workers,
     )
+
+
+def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
+    """The trainer of a config; the seed fixes every initial weight."""
+    data = load_images(config)
     torch.manual_seed(config.seed)
     cls = method_class(config.method)
     networks = [
@@ -198,10 +203,10 @@ class Trainer:
     @torch.no_grad()
     def _example(self) -> PeerOutputs:
         """Outputs for two blank images."""
-        was_training = self.cohort.training
-        self.cohort.eval()
-        outputs = self.cohort(torch.zeros(2, *self.data.train.image_shape, device=self.device))
-        self.cohort.train(was_training)
+        with evaluation_mode(self.cohort):
+            outputs: PeerOutputs = self.cohort(
+                torch.zeros(2, *self.data.train.image_shape, device=self.device)
+            )
         return outputs
 
     def _sampler(self) -> BalancedSampler | ShuffleSampler:

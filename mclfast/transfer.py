@@ -20,15 +20,14 @@ from mclfast import models
 from mclfast._checks import unknown_name
 from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.config import TrainConfig
-from mclfast.data import load as load_data
 from mclfast.data.channels import with_channels
 from mclfast.data.dataset import Dataset
-from mclfast.data.feed import evaluation_batches
 from mclfast.data.source import ImageSource
+from mclfast.evaluate import batches_for
 from mclfast.export import load_backbone
 from mclfast.methods import method_class
 from mclfast.models.staged import StagedNetwork
-from mclfast.train import RunResult, Trainer
+from mclfast.train import RunResult, Trainer, load_images
 
 Mode = Literal["linear", "finetune"]
 
@@ -95,14 +94,7 @@ def build_transfer(
     _check_mode(mode)
     exported = load_backbone(folder)
     name, channels = (exported.description[key] for key in ("network", "in_channels"))
-    data = load_data(
-        config.data,
-        root=config.data_root,
-        train_per_class=config.train_per_class,
-        image_size=config.image_size,
-        workers=config.workers,
-    )
-    data = with_channels(data, channels)
+    data = with_channels(load_images(config), channels)
     torch.manual_seed(config.seed)
     network = models.create(name, num_classes=data.num_classes, in_channels=channels)
     copy_backbone(exported.network, network)
@@ -198,13 +190,7 @@ class _FeatureTrainer(_TransferTrainer):
 
     @torch.no_grad()
     def _features(self, source: ImageSource) -> _Features:
-        batches = evaluation_batches(
-            source,
-            mean=self.data.mean,
-            std=self.data.std,
-            batch_size=self.config.eval_batch_size,
-            device=self.device,
-        )
+        batches = batches_for(self.cohort, source, self.data, self.config.eval_batch_size)
         parts = [(self.cohort(x).final_features[0].clone(), y) for x, y in batches]
         features, labels = zip(*parts, strict=True)
         return _Features(torch.cat(features), torch.cat(labels))

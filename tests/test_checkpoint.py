@@ -18,13 +18,7 @@ from mclfast.train import Trainer, build
 STATE = {"step": 3, "weights": torch.arange(6.0).view(2, 3), "history": [{"loss": 0.5}]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small are slower on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Creates:

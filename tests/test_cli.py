@@ -32,13 +32,7 @@ TINY = [*SMALL, "--method", "baseline", "--cohort", "resnet8"]
 FILES = ["checkpoint.pt", "config.yaml", "curves.png", "environment.json", "metrics.csv"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small are slower on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -25,13 +25,7 @@ VALUES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small are slower on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +73,7 @@ def test_an_export_is_the_backbone(run, peer):
 @pytest.mark.parametrize("peer", [0, 1])
 def test_the_recorded_accuracy_is_reached_exactly(run, peer):
     exported = load_backbone(str(run.run_dir / f"peer{peer}"))
-    found = accuracy(
-        exported.network, run.data, batch_size=exported.description["eval_batch_size"]
-    )
+    found = accuracy(exported.network, run.data, batch_size=exported.description["eval_batch_size"])
     assert found == exported.description["accuracy"] == run.history[-1][f"acc_peer{peer}"]
 
 

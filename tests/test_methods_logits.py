@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +42,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Losses, written out from the papers in float64.
@@ -486,9 +479,7 @@ def test_cl_ilr_divides_gradients_where_the_tree_splits(networks, stage2):
     assert cohort.topology is not None and cohort.topology.rescale_gradients
 
     def gradients(rescale: bool) -> dict[str, Tensor]:
-        cohort.topology = topology(
-            "tree", networks, 3, split_stage=1, rescale_gradients=rescale
-        )
+        cohort.topology = topology("tree", networks, 3, split_stage=1, rescale_gradients=rescale)
         outputs, batch = first_step(trainer)
         loss = trainer.method.loss(outputs, batch)["loss"]
         named = dict(cohort.named_parameters())

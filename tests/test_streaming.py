@@ -36,13 +36,7 @@ CPU = torch.device("cpu")
 TIMES = ("seconds", "data_images_per_s", "step_images_per_s", "data_wait_seconds", "step_seconds")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small are slower on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

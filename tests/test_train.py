@@ -36,14 +36,7 @@ from mclfast.train import (
 )
 from mclfast.types import Batch
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small are slower on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(**values: Any) -> TrainConfig:
@@ -636,9 +629,7 @@ def test_the_check_of_a_large_bank_needs_no_memory():
 def test_classes_of_cohort_and_data_must_agree():
     cohort = Cohort([build(settings(cohort="resnet8")).cohort.peers[0]], projection_dim=None)
     data = tiny_data()
-    data = Dataset(
-        **{**vars(data), "num_classes": 11, "class_names": tuple("abcdefghijk")}
-    )
+    data = Dataset(**{**vars(data), "num_classes": 11, "class_names": tuple("abcdefghijk")})
     method = methods.Baseline(cohort.feature_dims)
     with pytest.raises(ValueError, match="^cohort: expected 11 classes as the data has, got 10"):
         Trainer(cohort, method, data, settings(method="baseline"))
@@ -817,9 +808,7 @@ def test_the_schedule_reaches_both_optimisers():
 
 
 def test_training_learns(tmp_path):
-    config = settings(
-        cohort="resnet8", method="baseline", train_per_class=12, epochs=10, lr=0.05
-    )
+    config = settings(cohort="resnet8", method="baseline", train_per_class=12, epochs=10, lr=0.05)
     result = train(config, tmp_path, progress=False)
     assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
     assert result.peers[0] > 40

@@ -26,13 +26,7 @@ from torchvision_record import RECORD
 FEW = {"data": "digits-full", "train_per_class": 8, "batch_size": 20, "device": "cpu"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small are slower on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def export(folder: Path, name: str = "resnet8", in_channels: int = 3, num_classes: int = 7) -> Path:
@@ -140,9 +134,7 @@ def test_features_are_computed_once(exported, monkeypatch):
     values = {**FEW, "epochs": 3, "eval_batch_size": 400}
     trainer = build_transfer(exported, "linear", transfer_config(exported, "linear", values))
     backbone = trainer.cohort.peers[0].backbone
-    monkeypatch.setattr(
-        backbone, "forward_taps", lambda _: pytest.fail("the backbone ran again")
-    )
+    monkeypatch.setattr(backbone, "forward_taps", lambda _: pytest.fail("the backbone ran again"))
     trainer.fit(progress=False)
 
 
@@ -204,11 +196,7 @@ def test_grey_images_are_repeated():
         assert torch.equal(split.labels, original.labels)
     device = torch.device("cpu")
     batches = [
-        next(
-            evaluation_batches(
-                d.test, mean=d.mean, std=d.std, batch_size=5, device=device
-            )
-        )[0]
+        next(evaluation_batches(d.test, mean=d.mean, std=d.std, batch_size=5, device=device))[0]
         for d in (colour, grey)
     ]
     assert torch.equal(batches[0], batches[1].expand(5, 3, 16, 16))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mclfast._settings import coerce_fields
-from mclfast.cohort import PeerOutputs
+from mclfast.cohort import PeerOutputs, mean_logits
 from mclfast.data.augment_contrastive import ContrastiveAugmentation
 from mclfast.types import Batch, Setup
 
@@ -73,8 +73,7 @@ class Method(nn.Module):
         self.options: Any = self.Options() if options is None else options
         if not isinstance(self.options, self.Options):
             raise TypeError(
-                f"options: expected {self.Options.__qualname__}, "
-                f"got {type(options).__qualname__}"
+                f"options: expected {self.Options.__qualname__}, got {type(options).__qualname__}"
             )
 
     @classmethod
@@ -106,7 +105,7 @@ class Method(nn.Module):
 
     def ensemble(self, outputs: PeerOutputs) -> Tensor:
         """Logits [B, C] of all peers together; the mean of theirs unless overridden."""
-        return torch.stack(outputs.final_logits).mean(0)
+        return mean_logits(outputs)
 
     def teacher_decay(self, step: int) -> float:
         """Share of the old values when the moving average is updated after a step."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mclfast._checks import check_temperature
-from mclfast.cohort import PeerOutputs
+from mclfast.cohort import PeerOutputs, mean_logits
 from mclfast.distillation import kd_loss
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.methods.contrastive import ContrastiveMethod
@@ -43,7 +43,7 @@ class MCL(ContrastiveMethod):
         parts = {"ce": sum_cross_entropy(outputs, batch.labels)}
         if self.options.logit_distill != "none":
             logits = outputs.final_logits
-            teacher = torch.stack(logits).mean(0).detach()
+            teacher = mean_logits(outputs).detach()
             students = logits if self.options.logit_distill == "all" else logits[-1:]
             parts["distill"] = torch.stack(
                 [kd_loss(z, teacher, self.options.distill_temperature) for z in students]

@@ -63,6 +63,11 @@ class TrainConfig:
     lr_decay: float = _field(0.1, "factor of the multistep schedule")
     clip_grad_norm: float | None = _field(None, "largest gradient norm; none for no clipping")
     amp: Literal["off", "bf16", "fp16"] = _field("off", "automatic mixed precision")
+    memory: Literal["ordinary", "checkpoint", "sequential", "auto"] = _field(
+        "ordinary",
+        "activations kept in a step: of all peers; of no block but its input (checkpoint); of one "
+        "peer, whatever their number (sequential); auto chooses",
+    )
     projection_dim: int = _field(128, "width of the embeddings")
     bilevel_every: int = _field(
         10, "steps between bilevel steps, counted over the whole run; 0 for never"

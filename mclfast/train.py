@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mclfast import checkpoint, env, metrics, models, plots
+from mclfast import checkpoint, env, memory_modes, metrics, models, plots
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast.batch_parts import forward_in_parts, shuffled_order
 from mclfast.class_means import class_mean_images, set_class_means
-from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.cohort import Cohort, PeerOutputs, detached
 from mclfast.config import TrainConfig
 from mclfast.data import load as load_data
 from mclfast.data.dataset import Dataset, class_ranks, select
@@ -46,7 +46,7 @@ from mclfast.types import Batch, Setup
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
 RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
 #: Where a run computes, and where its data lie, may change; what it computes may not.
-FREE_SETTINGS = frozenset({"device", "eval_batch_size", "data_root", "workers"})
+FREE_SETTINGS = frozenset({"device", "memory", "eval_batch_size", "data_root", "workers"})
 
 # Values of a part of _finite_sum.
 _SUM_AT_A_TIME = 2**22
@@ -199,6 +199,9 @@ class Trainer:
         self.meta_optimizer = self._sgd(meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.memory = memory_modes.resolve(config, self)
+        runner = memory_modes.RUNNERS[self.memory]
+        self.runner = runner(self.cohort, method.batch_parts(), self._autocast)
 
     @torch.no_grad()
     def _example(self) -> PeerOutputs:
@@ -313,11 +316,12 @@ class Trainer:
 
     def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
+        self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             outputs = self._outputs(images, batch)
             parts = self.method.loss(outputs, batch)
-        self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(parts["loss"]).backward()
+        self.runner.backward(outputs)
         if self.config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
@@ -325,14 +329,14 @@ class Trainer:
         self.scaler.update()
         if self.average is not None and self.method.teacher_mode == "eval":
             update_average(self.average, self.cohort, self.method.teacher_decay(batch.step))
-        self.method.after_step(outputs, batch)
+        self.method.after_step(detached(outputs), batch)
         return parts
 
     def _outputs(self, images: Tensor | list[Tensor], batch: Batch) -> PeerOutputs:
         """Those of the peers, and those of their moving average where there is one."""
-        method, parts = self.method, self.method.batch_parts()
+        method = self.method
         own, others = images if method.views == "query_key" else (images, images)
-        outputs = forward_in_parts(self.cohort, own, parts)
+        outputs = self.runner.forward(own)
         if self.average is None:
             return outputs
         order = None
@@ -343,7 +347,7 @@ class Trainer:
                 len(batch.index), seed=self.config.seed, step=batch.step, device=self.device
             )
         with torch.no_grad():
-            teacher = forward_in_parts(self.average, others, parts, order)
+            teacher = forward_in_parts(self.average, others, method.batch_parts(), order)
         return outputs._replace(teacher=teacher)
 
     def bilevel_step(self, images: Tensor | list[Tensor], batch: Batch, lr: float) -> None:

@@ -68,6 +68,9 @@ class TrainConfig:
         "activations kept in a step: of all peers; of no block but its input (checkpoint); of one "
         "peer, whatever their number (sequential); auto chooses",
     )
+    checkpoint_every: int = _field(
+        0, "steps between checkpoints within an epoch; 0 for one at the end of each epoch alone"
+    )
     projection_dim: int = _field(128, "width of the embeddings")
     bilevel_every: int = _field(
         10, "steps between bilevel steps, counted over the whole run; 0 for never"
@@ -122,7 +125,7 @@ class TrainConfig:
             "eval_batch_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
-        for name in ("bilevel_every", "outer_steps", "seed"):
+        for name in ("bilevel_every", "checkpoint_every", "outer_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
         if self.workers is not None:
             _at_least("workers", self.workers, 0)

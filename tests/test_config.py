@@ -39,6 +39,7 @@ CHANGED: dict[str, Any] = {
     "clip_grad_norm": 2.5,
     "amp": "bf16",
     "memory": "sequential",
+    "checkpoint_every": 9,
     "projection_dim": 32,
     "bilevel_every": 5,
     "inner_steps": 3,

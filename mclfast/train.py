@@ -39,6 +39,7 @@ from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
 from mclfast.models.staged import StagedNetwork
 from mclfast.moving_average import frozen_copy, update_average
+from mclfast.offload import PeerOffload
 from mclfast.schedule import learning_rate
 from mclfast.topology import topology
 from mclfast.types import Batch, Setup
@@ -47,7 +48,10 @@ CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
 RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
 #: Where a run computes, and where its data lie, may change; what it computes may not.
 FREE_SETTINGS = frozenset(
-    {"device", "memory", "checkpoint_every", "eval_batch_size", "data_root", "workers"}
+    {
+        "device", "memory", "offload", "checkpoint_every", "eval_batch_size", "data_root",
+        "workers",
+    }  # fmt: skip
 )
 
 # Values of a part of _finite_sum.
@@ -175,7 +179,11 @@ class Trainer:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = select_device(config.device)
         self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
-        self.cohort = cohort.to(self.device)
+        self.cohort = cohort
+        if config.offload == "peers":
+            PeerOffload(cohort, self.device)
+        else:
+            cohort.to(self.device)
         self.method = method
         self.method.check_device(self.device)
         self.method.prepare(
@@ -217,8 +225,7 @@ class Trainer:
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.memory = memory_modes.resolve(config, self)
-        runner = memory_modes.RUNNERS[self.memory]
-        self.runner = runner(self.cohort, method.batch_parts(), self._autocast)
+        self.runner = memory_modes.runner(self)
 
     @torch.no_grad()
     def _example(self) -> PeerOutputs:
@@ -331,6 +338,7 @@ class Trainer:
 
     def _check_finite(self, loss: float) -> None:
         """Raises before weights that are not finite get into a checkpoint."""
+        self._wait()
         # The last step shows in no loss yet.
         tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
         sums = torch.stack([_finite_sum(t).to(self.device) for t in tensors])
@@ -353,7 +361,7 @@ class Trainer:
     def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self.autocast():
             outputs = self._outputs(images, batch)
             parts = self.method.loss(outputs, batch)
         self.scaler.scale(parts["loss"]).backward()
@@ -407,7 +415,7 @@ class Trainer:
             return value
 
         meta = self.method.meta_parameters()
-        with nullcontext() if c.amp == "fp16" else self._autocast():
+        with nullcontext() if c.amp == "fp16" else self.autocast():
             result = bilevel_gradient(
                 objective(self.method.inner_loss),
                 objective(self.method.outer_loss),
@@ -424,7 +432,8 @@ class Trainer:
         self.meta_optimizer.step()
         self.meta_optimizer.zero_grad(set_to_none=True)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of forward runs: mixed precision where the config asks for it."""
         if self.config.amp == "off":
             return nullcontext()
         dtype = torch.bfloat16 if self.config.amp == "bf16" else torch.float16
@@ -451,6 +460,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes, as tensors and plain values."""
+        self._wait()
         return {
             "settings": self._settings(),
             "data": self._data_facts(),
@@ -466,6 +476,11 @@ class Trainer:
             "epoch_so_far": asdict(self._so_far),
             "history": self.history,
         }
+
+    def _wait(self) -> None:
+        """Until the device has written what it writes to host memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _settings(self) -> dict[str, Any]:
         """The settings by name, with the true names of the networks and of the data."""

@@ -2,63 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_cohort import CASES, batches, in_float64, small_trainer
 from torch import Tensor
 
+from equal_states import assert_same, steps_of, tensors
 from mclfast import checkpoint, methods
 from mclfast.train import CHECKPOINT, Trainer
 from mclfast.types import Batch
+from small_cohort import CASES, in_float64, small_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODES = ["checkpoint", "sequential"]
-
-
-def step_of(trainer: Trainer, count: int = 1) -> dict[str, Any]:
-    """All that the first steps leave behind, from the same random numbers each time."""
-    torch.manual_seed(5)
-    trainer.cohort.train()
-    trainer.method.train()
-    losses = [trainer.train_step(*b)["loss"].detach() for b in batches(trainer, count)]
-    grads = {
-        f"{kind}.{name}": p.grad
-        for kind, module in (("cohort", trainer.cohort), ("method", trainer.method))
-        for name, p in module.named_parameters()
-    }
-    return {"losses": losses, "grads": grads, "state": trainer.state()}
-
-
-def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a nested value with its path."""
-    if isinstance(value, dict):
-        for k, v in value.items():
-            yield from tensors(v, f"{path}/{k}")
-    elif isinstance(value, (list, tuple)):
-        for i, v in enumerate(value):
-            yield from tensors(v, f"{path}/{i}")
-    else:
-        yield path, value
-
-
-def assert_same(found: Any, wanted: Any, tolerance: float) -> None:
-    """Floating-point values to a tolerance, relative to the largest of their tensor; all else
-    exactly."""
-    mine, theirs = dict(tensors(found)), dict(tensors(wanted))
-    assert mine.keys() == theirs.keys()
-    for path, want in theirs.items():
-        got = mine[path]
-        if not isinstance(want, Tensor) or not want.is_floating_point():
-            same = torch.equal(got, want) if isinstance(want, Tensor) else got == want
-            assert same or path.startswith("/state/settings/memory"), path
-        elif want.numel():
-            error = (got.double() - want.double()).abs().max()
-            assert error <= tolerance * max(1.0, float(want.double().abs().max())), path
 
 
 def test_every_method_has_a_case():
@@ -71,7 +30,7 @@ def test_every_method_has_a_case():
 def test_a_step_equals_the_ordinary_one(case: str, mode: str):
     ordinary = in_float64(small_trainer(case))
     other = in_float64(small_trainer(case, memory=mode))
-    want, got = step_of(ordinary), step_of(other)
+    want, got = steps_of(ordinary, 1), steps_of(other, 1)
     assert_same(got, want, 1e-12)
     # Statistics are updated once, from the same values in the same order.
     for (name, a), (_, b) in zip(
@@ -87,8 +46,8 @@ def test_a_step_equals_the_ordinary_one(case: str, mode: str):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_steps_equal_the_ordinary_ones(case: str, mode: str):
-    want = step_of(in_float64(small_trainer(case, clip_grad_norm=0.5)), 4)
-    got = step_of(in_float64(small_trainer(case, clip_grad_norm=0.5, memory=mode)), 4)
+    want = steps_of(in_float64(small_trainer(case, clip_grad_norm=0.5)), 4)
+    got = steps_of(in_float64(small_trainer(case, clip_grad_norm=0.5, memory=mode)), 4)
     assert_same(got, want, 1e-9)
 
 

@@ -172,7 +172,7 @@ def peaks(mode: str, case: str = "dml") -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("case", ["mcl", "one"])
+@pytest.mark.parametrize("case", ["mcl", "mcl-okd"])
 def test_memory_of_the_modes(case: str):
     eager, saved, sequential = (peaks(m, case) for m in ("ordinary", *MODES))
     # What a peer adds: nothing but its outputs and gradients.

@@ -504,7 +504,17 @@ def test_published_where_the_setting_is_the_same():
     assert shown("mcl", "wrn_16_2,wrn_16_2") == "74.56 ± 0.11 (alone 72.55)"
     assert shown("mcl", four, **shared) == "75.79 ± 0.07 (alone 72.55)"
     assert shown("mcl", four, **shared, logit_distill="last") == "76.34 ± 0.22 (alone 72.55)"
+    wide = ",".join(["hcgnet_a2"] * 4)
+    assert shown("mcl", wide, **shared, logit_distill="last") == "82.47 ± 0.20 (alone 79.00)"
+    shuffle = "shufflenet_v2_x1_0_cifar"
+    assert shown("lmcl", f"{shuffle},{shuffle}") == "77.25 (alone 70.93)"
+    assert shown("lmcl", f"{shuffle},resnet110") == "76.85 & 79.17"
+    # What MCL does not have is taken from MCL-OKD, but not both side by side.
+    assert shown("baseline", "densenet_40_12,vgg16") == "70.83 & 74.82"
     for other in (
+        shown("mcl", wide, **shared),
+        shown("baseline", "vgg16,resnet56"),
+        shown("lmcl", "resnet56,resnet56", loss="bank", sampler="shuffle"),
         shown("mcl", four),
         shown("mcl", four, **shared, logit_distill="all"),
         shown("mcl", "wrn_16_2", **shared),
@@ -520,26 +530,32 @@ def test_published_where_the_setting_is_the_same():
 def test_published_of_methods_by_their_names():
     config = TrainConfig.from_values({**CIFAR, "method": "baseline", "cohort": ["resnet32"] * 4})
 
-    def of(method: str, topology: str, size: int = 4, split: int = 1) -> str:
+    def of(
+        method: str, topology: str, size: int = 4, split: int = 1, network: str = "resnet32"
+    ) -> str:
         # Registered or not: only names are read.
         copy = dataclasses.replace(config)
         copy.method, copy.topology, copy.split_stage = method, topology, split
-        copy.cohort = ("resnet32",) * size
+        copy.cohort = (network,) * size
         return report._published(published(copy))
 
     assert of("dml", "shared_stem") == "75.08 (ensemble 77.03, alone 71.09)"
     assert of("cl-ilr", "tree") == "74.60 (ensemble 75.97, alone 71.09)"
     assert of("mcl-okd", "shared_stem") == "75.48 (ensemble 78.00, alone 71.09)"
     assert of("pcl", "shared_stem", 3, 2) == "74.14 ± 0.16"
+    assert of("pcl", "shared_stem", 3, 2, "wrn_20_8") == "80.51 ± 0.49"
+    assert of("one", "shared_stem", 4, 2, "vgg16") == "74.78 (ensemble 74.88, alone 74.82)"
+    assert of("okddip", "shared_stem", 4, 2, "hcgnet_a1") == "78.46 (ensemble 79.03, alone 77.54)"
     assert of("dml", "independent") == of("dml", "shared_stem", 2) == of("dml", "tree") == "-"
     assert of("pcl", "shared_stem", 3, 1) == of("kdcl", "independent") == "-"
+    assert of("one", "shared_stem", 4, 1) == of("pcl", "shared_stem", 3, 2, "vgg16") == "-"
 
 
 def test_published_numbers_agree_with_the_recipes():
     text = (recipe.folder() / "lmcl-cifar100.yaml").read_text()
     pairs = dict(re.findall(r"(\w+,\w+) +[\d.]+ -> ([\d.]+)", text))
     pairs |= dict(re.findall(r"(\w+,\w+) +([\d.]+ & [\d.]+)", text))
-    assert len(pairs) == len(_LMCL_TABLE) == 11
+    assert len(pairs) == len(_LMCL_TABLE) == 17
     for cohort, numbers in _LMCL_TABLE.items():
         assert pairs[",".join(cohort)] == " & ".join(f"{n:.2f}" for n in numbers)
     text = (recipe.folder() / "baseline-cifar100.yaml").read_text()

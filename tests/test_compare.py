@@ -22,7 +22,7 @@ from command import call, contents, error_of
 from mclfast import models, plots, recipe
 from mclfast.compare import report, runner
 from mclfast.compare.plan import Plan, make_plan, write_plan
-from mclfast.compare.published import _LMCL_TABLE, _MCL_TABLE, published
+from mclfast.compare.published import _LMCL_TABLE, _MCL_TABLE, _OKD_TABLE, published
 from mclfast.compare.runner import Finished, Run
 from mclfast.compare.summary import spread, summarize, summary_rows
 from mclfast.config import TrainConfig
@@ -558,6 +558,18 @@ def test_published_numbers_agree_with_the_recipes():
     assert len(pairs) == len(_LMCL_TABLE) == 17
     for cohort, numbers in _LMCL_TABLE.items():
         assert pairs[",".join(cohort)] == " & ".join(f"{n:.2f}" for n in numbers)
+    for column, name in ((1, "mcl-cifar100"), (2, "mcl-x4-cifar100")):
+        text = (recipe.folder() / f"{name}.yaml").read_text().partition("# With the logits")[0]
+        shown = re.findall(r"(\w+) +([\d.]+) -> ([\d.]+) \+- (\.\d+)", text)
+        assert {n: (float(a), (float(mean), float(sd))) for n, a, mean, sd in shown} == {
+            network: (row[0][0], row[column]) for network, row in _MCL_TABLE.items()
+        }
+    for method in ("dml", "cl-ilr", "one", "okddip", "mcl-okd"):
+        text = (recipe.folder() / f"{method}-cifar100.yaml").read_text()
+        shown = re.findall(r"(\w+) +([\d.]+) -> ([\d.]+) \(([\d.]+)\)", text)
+        assert {n: [round(100 - float(x), 2) for x in values] for n, *values in shown} == {
+            network: [alone, *rows[method]] for network, (alone, rows) in _OKD_TABLE.items()
+        }
     text = (recipe.folder() / "baseline-cifar100.yaml").read_text()
     alone = re.findall(r"(\w+) +([\d.]+) \+- (\.\d+)", text)
     assert {network: (float(mean), float(sd)) for network, mean, sd in alone} == {

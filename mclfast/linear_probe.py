@@ -118,6 +118,11 @@ class _FeatureTrainer(Trainer):
         super().__init__(*arguments, **names)
         self._compute_features()
 
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        # The backbone is now that of the checkpoint.
+        self._compute_features()
+
     def _compute_features(self) -> None:
         self.feed: Any = self._features(self.data.train)
         self._tested = self._features(self.data.test)

@@ -317,6 +317,35 @@ def test_what_goes_before_what(tmp_path):
     assert chosen.configs["mcl"].projection_dim == TrainConfig.projection_dim
 
 
+def test_a_recipe_gives_the_defaults(capsys):
+    Path("mine.yaml").write_text(
+        "method: mcl\ncohort: [resnet8, resnet8]\ndata: digits\nlr: 0.3\nepochs: 1\n"
+        "batch_size: 20\nimages_per_class: 2\nclip_grad_norm: 5.0\nkl_temperature: 2.0\n"
+    )
+    Path("plan.yaml").write_text("defaults: {clip_grad_norm: 4.0}\nmethods: [mcl, lmcl]\n")
+    recipe_of = ("compare", "--recipe", "mine.yaml")
+    given = ("--lr", "0.01", "--device", "cpu", "--no-progress", "--jobs", "0", "--seeds", "1")
+    assert call(*recipe_of, *given, "--out", "alone") == 0
+    assert sorted(p.name for p in Path("alone").iterdir() if p.is_dir()) == ["mcl"]
+    config = yaml.safe_load(Path("alone/mcl/seed0/config.yaml").read_text())
+    for name, value in {"lr": 0.01, "batch_size": 20, "kl_temperature": 2.0}.items():
+        assert config[name] == value
+
+    values = recipe.load("mine.yaml")
+    plan = make_plan(Path("plan.yaml"), None, None, {}, ["lmcl.kl_temperature=3.5"], values)
+    mcl, lmcl = plan.configs["mcl"], plan.configs["lmcl"]
+    assert (mcl.lr, mcl.clip_grad_norm, lmcl.batch_size) == (0.3, 4.0, 20)
+    assert (mcl.options.kl_temperature, lmcl.options.kl_temperature) == (2.0, 3.5)
+    chosen = make_plan(None, "lmcl,baseline", "1", {"lr": 0.2}, [], values).configs
+    assert (chosen["lmcl"].options.kl_temperature, chosen["baseline"].lr) == (3.0, 0.2)
+
+    capsys.readouterr()
+    assert call(*recipe_of, "--help") == 0
+    assert "initial learning rate (default: 0.3)" in " ".join(capsys.readouterr().out.split())
+    Path("mine.yaml").write_text("method: mcl\nkl_temprature: 2.0\n")
+    assert "'kl_temprature'" in error_of(capsys, *recipe_of, "--methods", "baseline")
+
+
 def test_a_written_plan_is_the_same_plan(tmp_path):
     given = ["wide.milestones=3,5", "wide.data_root=/a"]
     (tmp_path / "given.yaml").write_text("methods: {lmcl: {}, wide: {method: mcl, workers: 0}}\n")

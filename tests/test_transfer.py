@@ -20,6 +20,7 @@ from mclfast.data.channels import with_channels
 from mclfast.data.feed import TrainingFeed, evaluation_batches
 from mclfast.evaluate import accuracy
 from mclfast.export import WEIGHTS, export_backbone, load_backbone
+from mclfast.train import Trainer
 from mclfast.transfer import build_transfer, copy_backbone, transfer_config
 from torchvision_record import RECORD
 
@@ -260,7 +261,7 @@ def test_an_old_run_is_kept_unless_told(exported, tmp_path, capsys):
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["epochs"] == 2
     # Going on as with an ordinary run would train what a linear classifier keeps fixed.
     assert main(["train", "--resume", str(run_dir), "--no-progress"]) == 2
-    assert "transfer_from" in capsys.readouterr().err
+    assert "resume: expected a run of mclfast train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["linear", "finetune"])
@@ -283,6 +284,16 @@ def test_a_resumed_command_equals_an_unbroken_one(tmp_path, capsys, mode):
     assert results[0]["peers"] == results[1]["peers"]
     assert main(["transfer", "--resume", str(broken), "--lr", "0.5"]) == 2
     assert "error: lr: expected " in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_how_to_go_on(exported, tmp_path, monkeypatch, capsys):
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    assert main(command(exported, tmp_path / "run")) == 130
+    err = capsys.readouterr().err
+    assert err == f"\ninterrupted; go on with: mclfast transfer --resume {tmp_path}/run\n"
 
 
 def test_mistakes_in_resuming(exported, tmp_path, capsys):

@@ -32,6 +32,11 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     values: dict[str, Any] = {}
     if known.resume:
         values = settings_to_resume(known, ("recipe", "run_dir", "overwrite"))
+        if "transfer_from" in values:
+            raise ValueError(
+                f"resume: expected a run of mclfast train in {known.resume}, got one of "
+                "mclfast transfer"
+            )
     elif known.recipe:
         values = recipe.load(known.recipe)
     values |= _settings(known, rest, values)

@@ -357,7 +357,7 @@ def test_a_written_plan_is_the_same_plan(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "methods: expected names by --methods or in a --plan file, got none"),
+        ([], "methods: expected names by --methods, or a --plan or --recipe, got none"),
         (["--methods", "baseline,lmlc"], "method: .*'lmlc'"),
         (["--methods", "mcl,mcl"], "methods: expected each once, got mcl twice"),
         (["--methods", "../mcl"], "methods: expected a name fit for a folder, got '../mcl'"),

@@ -116,9 +116,9 @@ def test_logit_distillation_reaches_its_students_alone():
 def test_a_run_learns(method, options):
     values = {
         "method": method, "cohort": "resnet8,resnet8", "data": "digits-full", "device": "cpu",
-        "train_per_class": 20, "batch_size": 20, "images_per_class": 2, "epochs": 4, "lr": 0.1,
+        "train_per_class": 20, "batch_size": 20, "images_per_class": 2, "epochs": 3, "lr": 0.1,
         "projection_dim": 16,
     }  # fmt: skip
     result = build(TrainConfig.from_values(values | options)).fit(progress=False)
-    assert result.history[-1]["train_ce"] < 0.6 * result.history[0]["train_ce"]
-    assert min(*result.peers, result.ensemble) > 40
+    assert result.history[-1]["train_ce"] < 0.7 * result.history[0]["train_ce"]
+    assert min(*result.peers, result.ensemble) > 25

@@ -80,7 +80,7 @@ def make_plan(
             raise ValueError(f"methods: expected each once, got {min(twice)} twice")
         chosen = {name: chosen.get(name, {}) for name in names}
     if not chosen:
-        raise ValueError("methods: expected names by --methods or in a --plan file, got none")
+        raise ValueError("methods: expected names by --methods, or a --plan or --recipe, got none")
     for label in chosen:
         # It names a folder.
         if not re.fullmatch(r"\w[\w.+-]*", label):

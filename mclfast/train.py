@@ -39,7 +39,7 @@ from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
 from mclfast.models.staged import StagedNetwork
 from mclfast.moving_average import frozen_copy, update_average
-from mclfast.offload import PeerOffload
+from mclfast.offload import PeerOffload, check_method
 from mclfast.schedule import learning_rate
 from mclfast.topology import topology
 from mclfast.types import Batch, Setup
@@ -181,6 +181,7 @@ class Trainer:
         self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
         self.cohort = cohort
         if config.offload == "peers":
+            check_method(method, config.bilevel_every)
             PeerOffload(cohort, self.device)
         else:
             cohort.to(self.device)

@@ -97,7 +97,7 @@ class SequentialPeers(PeerRunner):
         with self._buffers[peer]:
             for part, run in enumerate(self._runs):
                 grads = [None if g is None else g.chunk(self.parts)[part] for g in found]
-                # Not all versions of torch drop casts made without a graph, which would cut this one.
+                # Not all versions of torch drop casts made without a graph, which cut this one.
                 torch.clear_autocast_cache()
                 with self.autocast():
                     own = self.cohort.peer_forward(peer, run.views[peer], before=run.restore)

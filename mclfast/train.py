@@ -229,7 +229,7 @@ class Trainer:
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.memory = memory_modes.resolve(config, self)
-        self.runner = memory_modes.runner(self)
+        self.runner = memory_modes.runner(self, self._autocast)
 
     @torch.no_grad()
     def _example(self) -> PeerOutputs:
@@ -365,7 +365,7 @@ class Trainer:
     def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
+        with self._autocast():
             outputs = self._outputs(images, batch)
             parts = self.method.loss(outputs, batch)
         self.scaler.scale(parts["loss"]).backward()
@@ -419,7 +419,7 @@ class Trainer:
             return value
 
         meta = self.method.meta_parameters()
-        with nullcontext() if c.amp == "fp16" else self.autocast():
+        with nullcontext() if c.amp == "fp16" else self._autocast():
             result = bilevel_gradient(
                 objective(self.method.inner_loss),
                 objective(self.method.outer_loss),
@@ -436,7 +436,7 @@ class Trainer:
         self.meta_optimizer.step()
         self.meta_optimizer.zero_grad(set_to_none=True)
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[Any]:
         """The context of forward runs: mixed precision where the config asks for it."""
         if self.config.amp == "off":
             return nullcontext()

@@ -94,6 +94,12 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
     """The trainer of a config; the seed fixes every initial weight."""
     data = load_images(config)
     torch.manual_seed(config.seed)
+    cohort, method = make_parts(config, data)
+    return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
+
+
+def make_parts(config: TrainConfig, data: Dataset) -> tuple[Cohort, Method]:
+    """The cohort and the method of a config, for the classes and channels of a data set."""
     cls = method_class(config.method)
     networks = [
         models.create(name, num_classes=data.num_classes, in_channels=data.in_channels)
@@ -112,8 +118,7 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
             rescale_gradients=cls.rescale_gradients,
         ),
     )
-    method = cls(cohort.feature_dims, config.options)
-    return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
+    return cohort, cls(cohort.feature_dims, config.options)
 
 
 class Trainer:

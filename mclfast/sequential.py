@@ -71,9 +71,8 @@ class SequentialPeers(PeerRunner):
         done: dict[SharedRun, Tensor] = {}
         peers = []
         for j, view in enumerate(run.views):
-            if j not in self._again:
-                # Weights cast without a graph would cut it here.
-                torch.clear_autocast_cache()
+            # The casts of one peer's weights at a time; made without a graph, they would cut one.
+            torch.clear_autocast_cache()
             with torch.set_grad_enabled(j not in self._again):
                 peers.append(self.cohort.peer_forward(j, view, done=done, before=run.remember))
         return joined(peers, run.views)

@@ -10,7 +10,15 @@ from torch import nn
 
 from mclfast.methods.banked import BankMethod
 from mclfast.plan.live_bytes import WORKSPACE
-from mclfast.plan.rehearsal import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, Rehearsed, rehearse
+from mclfast.plan.rehearsal import (
+    ACTIVATIONS,
+    GRADIENTS,
+    HOST,
+    LOSS,
+    OPTIMIZER,
+    Rehearsed,
+    rehearse,
+)
 from mclfast.plan.stand_in import DataFacts, scaled_bytes
 
 if TYPE_CHECKING:
@@ -29,12 +37,16 @@ class Choice(NamedTuple):
     """Settings that trade memory for time or precision.
 
     Attributes:
-        memory: name of a memory mode.
-        amp: precision, a value of ``TrainConfig.amp``.
+        memory, offload, amp: values of the settings of these names in ``TrainConfig``.
     """
 
     memory: str
-    amp: str
+    offload: str = "none"
+    amp: str = "off"
+
+    def __str__(self) -> str:
+        words = [self.memory, *(["offload"] if self.offload == "peers" else ())]
+        return " + ".join([*words, *([self.amp] if self.amp != "off" else ())])
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Estimate:
         parts: of an ordinary step, by the names of :data:`PARTS`; they add up to ``step``.
         bilevel: of a bilevel step in all, 0 where there is none.
         evaluation: of an evaluation batch in all.
-        host: pinned host memory beside a GPU.
+        host: in host memory beside a GPU.
         whole_loss: see :class:`mclfast.plan.rehearsal.Rehearsed`.
     """
 
@@ -79,20 +91,22 @@ class Kept(NamedTuple):
         parameters: with buffers; of the cohort, its moving average and the method.
         bank: memory banks, queues of keys and what is drawn from them for a batch.
         data: images and labels.
-        pinned: the part of the bank in host memory.
+        host: in host memory beside a GPU.
     """
 
     parameters: int
     bank: int
     data: int
-    pinned: int = 0
+    host: int = 0
 
     @property
     def on_device(self) -> int:
         return self.parameters + self.bank + self.data
 
 
-def kept(trainer: Trainer, known: DataFacts, batch_size: int, *, pinned: bool = False) -> Kept:
+def kept(
+    trainer: Trainer, known: DataFacts, batch_size: int, *, pinned: bool = False, offload: bool
+) -> Kept:
     """What a trainer keeps.
 
     Args:
@@ -100,17 +114,20 @@ def kept(trainer: Trainer, known: DataFacts, batch_size: int, *, pinned: bool = 
         known: the true set.
         batch_size: images per step.
         pinned: memory banks lie in host memory.
+        offload: so do the parameters of the peers.
     """
-    modules = [trainer.cohort, trainer.method, *([trainer.average] if trainer.average else ())]
-    bank = scaled_bytes(list(trainer.method.buffers()), len(trainer.data.train), known.train)
-    parameters = sum(p.nbytes for m in modules for p in m.parameters())
-    parameters += sum(b.nbytes for m in modules if m is not trainer.method for b in m.buffers())
+    cohort, method = trainer.cohort, trainer.method
+    nets = [cohort, *([trainer.average] if trainer.average else ())]
+    images = len(trainer.data.train)
+    parameters = sum(p.nbytes for m in (*nets, method) for p in m.parameters())
+    parameters += sum(b.nbytes for m in nets for b in m.buffers())
+    away = sum(p.nbytes for p in cohort.parameters()) if offload else 0
+    bank = scaled_bytes(list(method.buffers()), images, known.train)
     banks = 0
-    if pinned and isinstance(trainer.method, BankMethod) and trainer.method.bank is not None:
-        stored = list(trainer.method.bank.buffers())
-        banks = scaled_bytes(stored, len(trainer.data.train), known.train)
-    drawn = _drawn_bytes(trainer.method, batch_size)
-    return Kept(parameters, bank - banks + drawn, known.nbytes, banks)
+    if pinned and isinstance(method, BankMethod) and method.bank is not None:
+        banks = scaled_bytes(list(method.bank.buffers()), images, known.train)
+    drawn = _drawn_bytes(method, batch_size)
+    return Kept(parameters - away, bank - banks + drawn, known.nbytes, away + banks)
 
 
 def _drawn_bytes(method: nn.Module, batch_size: int) -> int:
@@ -135,13 +152,14 @@ def combine(
         heap: add the share of :data:`HEAP_SHARE`.
     """
     held = {PARAMETERS: kept_.parameters, BANK: kept_.bank, DATA: kept_.data}
+    host = came.step.get(HOST, 0)
     share = HEAP_SHARE if heap else 0.0
     lasting = sum(came.step.get(kind, 0) for kind in (OPTIMIZER, GRADIENTS))
 
     def with_gaps(size: int) -> int:
         return size + int(share * max(0, size - lasting))
 
-    step = sum(came.step.values())
+    step = sum(came.step.values()) - host
     parts = came.step | held | {HEAP: with_gaps(step) - step}
     return Estimate(
         choice,
@@ -150,7 +168,7 @@ def combine(
         {name: parts[name] for name in PARTS if parts.get(name)},
         bilevel=kept_.on_device + with_gaps(came.bilevel) if came.bilevel else 0,
         evaluation=kept_.on_device + with_gaps(came.evaluation),
-        host=kept_.pinned,
+        host=kept_.host + host,
         whole_loss=came.whole_loss,
     )
 
@@ -178,12 +196,12 @@ def estimate(
     """
     came = rehearse(
         trainer,
-        memory=choice.memory,
-        amp=choice.amp,
+        **choice._asdict(),
         batch_size=batch_size,
         foreach=device != "cpu",
         bilevel=bilevel,
     )
-    held = kept(trainer, known, batch_size, pinned=pinned)
+    offload = choice.offload == "peers"
+    held = kept(trainer, known, batch_size, pinned=pinned, offload=offload)
     networks = len(trainer.cohort.peers)
     return combine(held, came, choice, networks, batch_size, heap=device == "cpu")

@@ -19,11 +19,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from mclfast import memory_modes
 from mclfast.cohort import PeerOutputs
 from mclfast.evaluate import evaluation_mode
-from mclfast.memory_modes import RUNNERS
 from mclfast.methods.banked import BankMethod
 from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.offload import PeerOffload
 from mclfast.plan.live_bytes import LiveBytes
 from mclfast.types import Batch
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from mclfast.train import Trainer
 
 ACTIVATIONS, GRADIENTS, OPTIMIZER, LOSS = "activations", "gradients", "optimiser", "loss"
+#: Optimiser state that is not on the device.
+HOST = "host"
 
 
 class Rehearsed(NamedTuple):
@@ -38,6 +41,7 @@ class Rehearsed(NamedTuple):
 
     Attributes:
         step: of each kind at the peak of an ordinary step, gradients and optimiser state included.
+            :data:`HOST` stands for what lies in host memory.
         bilevel: in all at the peak of a bilevel step; 0 where there is none.
         evaluation: in all at the peak of an evaluation batch.
         whole_loss: False where the method's loss looks at values, of which there are none here:
@@ -54,6 +58,7 @@ def rehearse(
     trainer: Trainer,
     *,
     memory: str,
+    offload: str,
     amp: str,
     batch_size: int,
     foreach: bool = False,
@@ -63,22 +68,22 @@ def rehearse(
 
     Args:
         trainer: stays as it is.
-        memory: name of a memory mode.
-        amp: precision, a value of ``TrainConfig.amp``.
+        memory, offload, amp: values of the settings of these names in ``TrainConfig``.
         batch_size: images per step.
         foreach: count the optimiser's step in its form for GPUs, all parameters at a time.
         bilevel: rehearse the bilevel step too, where the run has one; it takes as long as some
             twenty ordinary ones.
+
+    Raises:
+        ValueError: settings that do not go together.
     """
-    settings = {"memory": memory, "amp": amp, "bilevel_every": trainer.config.bilevel_every}
-    if not bilevel:
-        settings["bilevel_every"] = 0
+    settings = {"memory": memory, "offload": offload, "amp": amp}
     rng = torch.get_rng_state()
     try:
         try:
-            return _rehearsed(trainer, settings, batch_size, foreach, whole_loss=True)
+            return _rehearsed(trainer, settings, batch_size, foreach, bilevel, whole_loss=True)
         except DataDependentOutputException:
-            return _rehearsed(trainer, settings, batch_size, foreach, whole_loss=False)
+            return _rehearsed(trainer, settings, batch_size, foreach, bilevel, whole_loss=False)
     finally:
         torch.set_rng_state(rng)
 
@@ -88,6 +93,7 @@ def _rehearsed(
     settings: dict[str, Any],
     batch_size: int,
     foreach: bool,
+    bilevel: bool,
     *,
     whole_loss: bool,
 ) -> Rehearsed:
@@ -107,15 +113,14 @@ def _rehearsed(
     _mark(twin, live)
     with mode, live:
         images = _images(twin, batch_size, live)
-        # The first step makes the state of the optimiser.
-        for _ in range(2):
-            live.reset()
-            twin.train_step(images, batch)
-            _name_state(twin, live)
+        _settle(twin, images, batch)
+        _name_state(twin, live)
+        live.reset()
+        twin.train_step(images, batch)
         step = {kind: size for kind, size in live.peak.items() if size}
-        bilevel = _bilevel(twin, images, batch, live)
-        evaluation = _evaluation(twin, live)
-    return Rehearsed(step, bilevel, evaluation, whole_loss)
+        second_order = _bilevel(twin, images, batch, live) if bilevel else 0
+        evaluation = _evaluation(twin, live) - step.get(HOST, 0)
+    return Rehearsed(step, second_order, evaluation, whole_loss)
 
 
 def _fake_copy(
@@ -131,9 +136,11 @@ def _fake_copy(
         # Of the same sizes, and its scaler looks at values.
         twin.config.amp = "bf16"
     twin.scaler = torch.amp.GradScaler(twin.device.type, enabled=False)
-    twin.runner = RUNNERS[twin.config.memory](
-        twin.cohort, twin.method.batch_parts(), twin._autocast
-    )
+    if twin.config.offload == "peers":
+        with mode:
+            PeerOffload(twin.cohort, twin.device)
+    twin.memory = twin.config.memory
+    twin.runner = memory_modes.runner(twin)
     twin.cohort.train()
     twin.method.train()
     return twin
@@ -167,14 +174,33 @@ def _mark(twin: Trainer, live: LiveBytes) -> None:
             parameter.register_post_accumulate_grad_hook(arrived)
 
 
+def _settle(twin: Trainer, images: Tensor | list[Tensor], batch: Batch) -> None:
+    """Gives optimisers the state, and parameters the gradients, that all but a first step find."""
+    if twin.config.offload == "peers":
+        twin.train_step(images, batch)
+        return
+    for optimizer in _optimizers(twin):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    if twin.meta_optimizer is not None:
+        twin.meta_optimizer.zero_grad(set_to_none=True)
+
+
+def _optimizers(twin: Trainer) -> list[torch.optim.Optimizer]:
+    own = twin.method.own_optimizers().values()
+    return [twin.optimizer, *([twin.meta_optimizer] if twin.meta_optimizer else ()), *own]
+
+
 def _name_state(twin: Trainer, live: LiveBytes) -> None:
-    """The state of all optimisers, once there is one."""
-    optimizers = [twin.optimizer, twin.meta_optimizer, *twin.method.own_optimizers().values()]
-    for optimizer in optimizers:
-        for state in optimizer.state.values() if optimizer else ():
+    """The state of all optimisers."""
+    kind = HOST if twin.config.offload == "peers" else OPTIMIZER
+    for optimizer in _optimizers(twin):
+        for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
-                    live.call(value, OPTIMIZER)
+                    live.call(value, kind)
 
 
 def _images(twin: Trainer, batch_size: int, live: LiveBytes) -> Tensor | list[Tensor]:

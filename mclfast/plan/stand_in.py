@@ -145,6 +145,7 @@ def stand_in_trainer(config: TrainConfig, known: DataFacts) -> Trainer:
         config,
         device="cpu",
         memory="ordinary",
+        offload="none",
         # Batches are not drawn, and how does not matter for their size.
         sampler="shuffle",
         options=_for_cpu(config.options),

@@ -62,7 +62,8 @@ def run_settings(
 
     parser = OneLineParser(
         prog=f"mclfast {known.command}", add_help=False, parents=[known.parser],
-        conflict_handler="resolve", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=known.parser.description, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     add_settings(parser, "settings", TrainConfig, values)

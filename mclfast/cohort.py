@@ -213,7 +213,7 @@ def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs
         tuple(p.features[0] for p in peers),
         tuple(p.logits[0] for p in peers),
         tuple(stages for p in peers for stages in p.embeddings),
-        tuple(p.maps[0] for p in peers),
+        tuple(m for p in peers for m in p.maps),
         peers[0].shared if same else None,
     )
 

@@ -43,7 +43,7 @@ def resolve(config: TrainConfig, trainer: Trainer) -> str:
 
 def runner(trainer: Trainer) -> PeerRunner:
     """Runs the peers of a trainer in its mode."""
-    settings = trainer.cohort, trainer.method.batch_parts(), trainer.autocast
+    settings = trainer.cohort, trainer.method, trainer.autocast
     if trainer.config.offload == "peers":
         return OffloadedPeers(*settings, trainer.optimizer)
     return RUNNERS[trainer.memory](*settings)

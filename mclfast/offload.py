@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.methods import Method
 from mclfast.sequential import SequentialPeers
 
 
@@ -79,14 +80,14 @@ class PeerOffload:
         trained = [p for p in self._parameters[peer] if p.grad is not None]
         homes: dict[tuple[nn.Parameter, str], Tensor] = {}
         for p in trained:
-            for name, value in optimizer.state[p].items():
+            for name, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     homes[p, name] = value
                     optimizer.state[p][name] = self.fetch(value)
         optimizer.step()
         for p in trained:
             self._homes[p].copy_(p.data, non_blocking=True)
-            for name, value in optimizer.state[p].items():
+            for name, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     optimizer.state[p][name] = self._home(value, homes.get((p, name)))
             p.grad = None
@@ -108,7 +109,7 @@ class OffloadedPeers(SequentialPeers):
 
     Args:
         cohort: with a :class:`PeerOffload`.
-        parts: see :class:`mclfast.peer_runner.PeerRunner`.
+        method: see :class:`mclfast.peer_runner.PeerRunner`.
         autocast: the same.
         optimizer: of all parameters.
     """
@@ -118,11 +119,11 @@ class OffloadedPeers(SequentialPeers):
     def __init__(
         self,
         cohort: Cohort,
-        parts: int,
+        method: Method,
         autocast: Callable[[], AbstractContextManager[Any]],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        super().__init__(cohort, parts, autocast)
+        super().__init__(cohort, method, autocast)
         assert cohort.offload is not None
         self._offload = cohort.offload
         self._optimizer = optimizer

@@ -59,7 +59,9 @@ class SequentialPeers(PeerRunner):
         # Shared modules have run without a graph when the last peer comes to them.
         independent = topology is None or not topology.shares
         self._again = range(count - 1 if self.keeps_last and independent else count)
-        self._buffers = [BufferSnapshot(self.cohort.peer_modules(j)) for j in self._again]
+        self._buffers = [
+            BufferSnapshot(self.cohort.peer_modules(j), skip_statistics=True) for j in self._again
+        ]
         self._runs: list[_PartRun] = []
         outputs = forward_in_parts(self._run_part, images, self.parts)
         leaves: PeerOutputs = merged([outputs], _leaf)
@@ -74,7 +76,8 @@ class SequentialPeers(PeerRunner):
             # The casts of one peer's weights at a time; made without a graph, they would cut one.
             torch.clear_autocast_cache()
             with torch.set_grad_enabled(j not in self._again):
-                peers.append(self.cohort.peer_forward(j, view, done=done, before=run.remember))
+                own = self.cohort.peer_forward(j, view, done=done, before=run.remember)
+            peers.append(own if self.method.uses_maps else own._replace(maps=(), shared=None))
         return joined(peers, run.views)
 
     def backward(self, outputs: PeerOutputs) -> None:
@@ -109,7 +112,7 @@ def _leaf(one: Sequence[Tensor]) -> Tensor:
 
 
 def _tensors_of(outputs: PeerOutputs, peer: int, *, shared: bool) -> list[Tensor]:
-    """The outputs of one peer; the map that all peers share, if any, comes last."""
+    """The outputs of one peer; those that may have been dropped come last."""
     tensors = [*outputs.features[peer], *outputs.logits[peer]]
     tensors += [t for stages in outputs.embeddings[peer : peer + 1] for t in stages]
     tensors += outputs.maps[peer : peer + 1]

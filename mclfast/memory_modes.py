@@ -26,19 +26,22 @@ RUNNERS: dict[str, type[PeerRunner]] = {
 }
 
 
-def resolve(config: TrainConfig, trainer: Trainer) -> str:
-    """The mode that a run takes: a name of :data:`RUNNERS`.
+def resolve(config: TrainConfig, trainer: Trainer) -> tuple[str, str]:
+    """The mode that a run takes, a name of :data:`RUNNERS`, and why in one line.
 
     Args:
         config: says the mode, or ``auto``.
         trainer: what ``auto`` is to choose for; built but for the runner of its peers.
 
     Raises:
-        ValueError: ``auto``, which nothing can choose for yet.
+        ValueError: ``auto`` for networks or a method that cannot be rehearsed.
     """
-    if config.memory == "auto":
-        raise ValueError(f"memory: expected one of {', '.join(RUNNERS)}; got auto")
-    return config.memory
+    if config.memory != "auto":
+        return config.memory, f"{config.memory}: as set"
+    # It rehearses with the modes of this module, and takes long to import.
+    from mclfast.plan.choose import choose
+
+    return choose(trainer)
 
 
 def runner(trainer: Trainer) -> PeerRunner:

@@ -229,7 +229,7 @@ class Trainer:
         self.meta_optimizer = self._sgd(meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.memory = memory_modes.resolve(config, self)
+        self.memory, self.memory_reason = memory_modes.resolve(config, self)
         self.runner = memory_modes.runner(self)
 
     @torch.no_grad()
@@ -550,7 +550,8 @@ class Trainer:
             self.load_state(checkpoint.load(run_dir / CHECKPOINT))
             return
         write_text(run_dir / CONFIG, yaml.safe_dump(self._settings(), sort_keys=False))
-        write_json(run_dir / ENVIRONMENT, env.report_dict())
+        memory = {"mode": self.memory, "reason": self.memory_reason}
+        write_json(run_dir / ENVIRONMENT, env.report_dict() | {"memory": memory})
 
     def _finish_run_dir(self, run_dir: Path, result: RunResult) -> None:
         write_json(

@@ -51,6 +51,9 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
         asked["memory"] = list(MODES)
     config = TrainConfig.from_values(values)
     device, limit = _device(config.device, known.device_memory)
+    if device == "cpu":
+        # Few CPUs are fast in it.
+        asked.setdefault("amp", ["off"])
     plan = make_plan(config, device, limit, choices(**asked))
     if known.json:
         print(json.dumps(report.as_values(plan), indent=2))

@@ -96,6 +96,8 @@ def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bo
         f"{d.name}: {len(d.train)} training and {len(d.test)} test images, {d.num_classes} "
         f"classes, {d.in_channels} x {d.image_size} x {d.image_size}; device {trainer.device}"
     )
+    if config.memory == "auto":
+        print(f"memory {trainer.memory_reason}")
     try:
         result = trainer.fit(progress=progress)
     except KeyboardInterrupt:

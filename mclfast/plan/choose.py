@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from mclfast._checks import shortened
 from mclfast.plan.estimate import Choice, Estimate, combine, kept
 from mclfast.plan.free_memory import free_memory
 from mclfast.plan.rehearsal import rehearse
@@ -41,12 +42,21 @@ def choose(trainer: Trainer, free: int | None = None) -> Chosen:
 
     Raises:
         OSError: a system that does not say how much memory is free.
+        ValueError: networks or a method that cannot be rehearsed.
     """
     room = free_memory(trainer.device) if free is None else free
     limit = int(SHARE * room)
     needs: dict[str, int] = {}
     for mode in MODES:
-        needs[mode] = still_needed(trainer, mode)
+        try:
+            needs[mode] = still_needed(trainer, mode)
+        except Exception as error:
+            # Networks of one's own may do what tensors without values cannot.
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"memory: expected one of {', '.join(MODES)} for a run that cannot be rehearsed, "
+                f"got auto ({shortened(reason, 200)})"
+            ) from error
         if needs[mode] <= limit:
             break
     fits = needs[mode] <= limit

@@ -23,7 +23,7 @@ from mclfast.plan.planner import make_plan
 from mclfast.plan.rehearsal import OPTIMIZER, rehearse
 from mclfast.plan.stand_in import facts, stand_in_trainer
 from mclfast.train import ENVIRONMENT, build
-from small_cohort import CASES, batches, small_trainer
+from small_cohort import batches, small_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,11 +125,11 @@ def test_offloaded_peers_lie_in_host_memory():
     assert here.step - away.step > 1.5 * 4 * count
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("memory", ["ordinary", "sequential"])
-def test_every_method_can_be_rehearsed(case, memory):
+# The others are rehearsed above.
+@pytest.mark.parametrize("case", ["afd", "cl-ilr", "ffl", "kdcl", "kdcl-general", "mcl-okd", "pcl"])
+def test_every_method_can_be_rehearsed(case):
     trainer = small_trainer(case)
-    came = rehearse(trainer, memory=memory, offload="none", amp="off", batch_size=8)
+    came = rehearse(trainer, memory="sequential", offload="none", amp="off", batch_size=8)
     assert came.step["activations"] > 8 * trainer.data.train.image_shape[1] ** 2
     # Only its Newton steps look at values.
     assert came.whole_loss == (case != "kdcl")
@@ -139,8 +139,8 @@ def test_every_method_can_be_rehearsed(case, memory):
 
 
 def test_the_largest_that_fits_fits_and_one_more_does_not():
-    c = config(method="mcl", cohort="resnet8,resnet8", batch_size=16, eval_batch_size=16)
-    limit = 24 << 20
+    c = config(method="mcl", cohort="resnet8", batch_size=16, eval_batch_size=16)
+    limit = 12 << 20
     (row,) = make_plan(c, "cuda", limit, [Choice("ordinary")]).rows
     assert row.fits and row.estimate.total <= limit
 

@@ -113,6 +113,12 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
     """The trainer of a config; the seed fixes every initial weight."""
     data = load_images(config)
     torch.manual_seed(config.seed)
+    cohort, method = make_parts(config, data)
+    return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
+
+
+def make_parts(config: TrainConfig, data: Dataset) -> tuple[Cohort, Method]:
+    """The cohort and the method of a config, for the classes and channels of a data set."""
     cls = method_class(config.method)
     networks = [
         models.create(name, num_classes=data.num_classes, in_channels=data.in_channels)
@@ -131,8 +137,7 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
             rescale_gradients=cls.rescale_gradients,
         ),
     )
-    method = cls(cohort.feature_dims, config.options)
-    return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
+    return cohort, cls(cohort.feature_dims, config.options)
 
 
 class Trainer:
@@ -228,8 +233,8 @@ class Trainer:
         self.meta_optimizer = self._sgd(meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.memory = memory_modes.resolve(config, self)
-        self.runner = memory_modes.runner(self, self._autocast)
+        self.memory, self.memory_reason = memory_modes.resolve(config, self)
+        self.runner = memory_modes.runner(self)
 
     @torch.no_grad()
     def _example(self) -> PeerOutputs:
@@ -365,7 +370,7 @@ class Trainer:
     def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self.autocast():
             outputs = self._outputs(images, batch)
             parts = self.method.loss(outputs, batch)
         self.scaler.scale(parts["loss"]).backward()
@@ -419,7 +424,7 @@ class Trainer:
             return value
 
         meta = self.method.meta_parameters()
-        with nullcontext() if c.amp == "fp16" else self._autocast():
+        with nullcontext() if c.amp == "fp16" else self.autocast():
             result = bilevel_gradient(
                 objective(self.method.inner_loss),
                 objective(self.method.outer_loss),
@@ -436,7 +441,8 @@ class Trainer:
         self.meta_optimizer.step()
         self.meta_optimizer.zero_grad(set_to_none=True)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of mixed precision that forward runs and losses are computed in."""
         """The context of forward runs: mixed precision where the config asks for it."""
         if self.config.amp == "off":
             return nullcontext()
@@ -550,7 +556,8 @@ class Trainer:
             self.load_state(checkpoint.load(run_dir / CHECKPOINT))
             return
         write_text(run_dir / CONFIG, yaml.safe_dump(self._settings(), sort_keys=False))
-        write_json(run_dir / ENVIRONMENT, env.report_dict())
+        memory = {"mode": self.memory, "reason": self.memory_reason}
+        write_json(run_dir / ENVIRONMENT, env.report_dict() | {"memory": memory})
 
     def _finish_run_dir(self, run_dir: Path, result: RunResult) -> None:
         write_json(

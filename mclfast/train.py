@@ -92,7 +92,11 @@ def load_images(config: TrainConfig) -> Dataset:
 
 def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
     """The trainer of a config; the seed fixes every initial weight."""
-    data = load_images(config)
+    return assemble(load_images(config), config, run_dir)
+
+
+def assemble(data: Dataset, config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
+    """The trainer of a config on data that is there; ``config.data`` is not read."""
     torch.manual_seed(config.seed)
     cls = method_class(config.method)
     networks = [

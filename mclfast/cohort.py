@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from mclfast._checks import check_integer, describe
 from mclfast.heads import ProjectionHead
 from mclfast.models.auxiliary import PeerNetwork
 from mclfast.models.staged import StagedNetwork
-from mclfast.topology import Topology, forward_maps, share
+from mclfast.topology import SharedRun, Topology, path_maps, share
 
 
 class PeerOutputs(NamedTuple):
@@ -122,29 +122,71 @@ class Cohort(nn.Module):
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:
         """Runs the peers on the same images [B, C, H, W], or each on its own view of them."""
+        views = self.views(images)
+        done: dict[SharedRun, Tensor] = {}
+        return joined(
+            [self.peer_forward(j, view, done=done) for j, view in enumerate(views)], views
+        )
+
+    def views(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """What each peer sees: the same images, or its own view of them.
+
+        Raises:
+            ValueError: a number of views other than that of the peers.
+        """
         views = [images] * len(self.peers) if isinstance(images, Tensor) else list(images)
         if len(views) != len(self.peers):
             raise ValueError(f"images: expected {len(self.peers)} views, got {len(views)}")
-        shared = None
+        return views
+
+    def peer_forward(
+        self,
+        peer: int,
+        view: Tensor,
+        *,
+        done: dict[SharedRun, Tensor] | None = None,
+        before: Callable[[Hashable], None] | None = None,
+    ) -> PeerOutputs:
+        """Runs one peer alone, with its projection heads; modules that it shares run for it again.
+
+        Args:
+            peer: its number.
+            view: its images [B, C, H, W].
+            done: maps of shared modules that need not run again, see
+                :func:`mclfast.topology.path_maps`. None to run them all.
+            before: called before each part of the peer that is run, with a key that is the same
+                whenever the part runs on that view again, for whichever peer.
+
+        Returns:
+            Outputs of a cohort of that peer: tuples of one element. ``shared`` is the last map on
+            the peer's path that all networks have in common.
+        """
+        network, shared = self.peers[peer], None
         if self.topology is None or not self.topology.shares:
-            outputs = [network(view) for network, view in zip(self.networks, views, strict=True)]
+            if before is not None:
+                before(peer)
+            out = network(view)
         else:
-            backbones = [peer.backbone for peer in self.peers]
-            maps, shared = forward_maps(backbones, self.topology, views)
-            outputs = [
-                peer.head_outputs(peer.backbone.finish(own))
-                for peer, own in zip(self.peers, maps, strict=True)
-            ]
-        features = tuple(tuple(out.features) for out in outputs)
-        embeddings = tuple(
-            tuple(head(f) for head, f in zip(heads.children(), stages, strict=True))
-            # Without projection heads this is empty.
-            for heads, stages in zip(self.projections, features, strict=False)
-        )
-        return PeerOutputs(
-            features,
-            tuple(tuple(out.logits) for out in outputs),
-            embeddings,
-            tuple(out.final_map for out in outputs),
-            shared,
-        )
+            backbones = [p.backbone for p in self.peers]
+            done = {} if done is None else done
+            maps, shared = path_maps(backbones, self.topology, peer, view, done, before)
+            if before is not None:
+                before(peer)
+            out = network.head_outputs(network.backbone.finish(maps))
+        embeddings: tuple[tuple[Tensor, ...], ...] = ()
+        if len(self.projections):
+            heads = self.projections[peer].children()
+            embeddings = (tuple(head(f) for head, f in zip(heads, out.features, strict=True)),)
+        return PeerOutputs((out.features,), (out.logits,), embeddings, (out.final_map,), shared)
+
+
+def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs:
+    """The outputs of a cohort from those of each peer alone; ``shared`` needs a common view."""
+    same = all(view is views[0] for view in views)
+    return PeerOutputs(
+        tuple(p.features[0] for p in peers),
+        tuple(p.logits[0] for p in peers),
+        tuple(stages for p in peers for stages in p.embeddings),
+        tuple(p.maps[0] for p in peers),
+        peers[0].shared if same else None,
+    )

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mclfast._checks import check_integer, describe
 from mclfast.heads import ProjectionHead
-from mclfast.models.auxiliary import PeerNetwork
+from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 from mclfast.models.staged import StagedNetwork
+from mclfast.peers_parallel import RunPeers
 from mclfast.topology import SharedRun, Topology, path_maps, share
 
 
@@ -102,6 +103,10 @@ class Cohort(nn.Module):
         if topology is not None:
             share([peer.backbone for peer in peers], topology)
         self.networks = nn.ModuleList(peers)
+        #: How independent peers run in training: a peer by itself, and all of them in one call.
+        #: None for plain calls; set by :mod:`mclfast.throughput`.
+        self.run_alone: Callable[[PeerNetwork, Tensor], StageOutputs] | None = None
+        self.run_together: RunPeers | None = None
         self.projection_dim = projection_dim
         self.projections = nn.ModuleList()
         if projection_dim is not None:
@@ -123,6 +128,9 @@ class Cohort(nn.Module):
     def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:
         """Runs the peers on the same images [B, C, H, W], or each on its own view of them."""
         views = self.views(images)
+        if self.training and self.run_together is not None:
+            outputs = self.run_together(self.peers, views)
+            return joined([self._with_heads(j, out, None) for j, out in enumerate(outputs)], views)
         done: dict[SharedRun, Tensor] = {}
         return joined(
             [self.peer_forward(j, view, done=done) for j, view in enumerate(views)], views
@@ -165,7 +173,8 @@ class Cohort(nn.Module):
         if self.topology is None or not self.topology.shares:
             if before is not None:
                 before(peer)
-            out = network(view)
+            call = self.run_alone if self.training else None
+            out = network(view) if call is None else call(network, view)
         else:
             backbones = [p.backbone for p in self.peers]
             done = {} if done is None else done
@@ -173,6 +182,10 @@ class Cohort(nn.Module):
             if before is not None:
                 before(peer)
             out = network.head_outputs(network.backbone.finish(maps))
+        return self._with_heads(peer, out, shared)
+
+    def _with_heads(self, peer: int, out: StageOutputs, shared: Tensor | None) -> PeerOutputs:
+        """Outputs of a cohort of one peer from those of its network."""
         embeddings: tuple[tuple[Tensor, ...], ...] = ()
         if len(self.projections):
             heads = self.projections[peer].children()

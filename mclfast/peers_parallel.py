@@ -21,7 +21,7 @@ from torch.func import functional_call
 from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 
 #: Takes the networks and the images [B, C, H, W] of each.
-Runner = Callable[[Sequence[PeerNetwork], Sequence[Tensor]], list[StageOutputs]]
+RunPeers = Callable[[Sequence[PeerNetwork], Sequence[Tensor]], list[StageOutputs]]
 
 Way = Literal["off", "auto", "stack", "streams"]
 
@@ -36,7 +36,7 @@ def separate(peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> list[Stag
 
 def runner(
     way: Way, peers: Sequence[PeerNetwork], device: torch.device, *, report: Callable[[str], None]
-) -> Runner:
+) -> RunPeers | None:
     """A way to run peers, by name.
 
     Args:
@@ -50,7 +50,8 @@ def runner(
     Raises:
         ValueError: "stack" without two equal networks, "streams" without a CUDA device.
     """
-    equal = any(len(group) > 1 for group in _groups(peers))
+    groups = equal_groups(peers)
+    equal = any(len(group) > 1 for group in groups)
     on_gpu = device.type == "cuda"
     if way == "stack" and not equal:
         raise ValueError(
@@ -59,27 +60,39 @@ def runner(
         )
     if way == "streams" and not on_gpu:
         raise ValueError(f"peers_parallel: expected a CUDA device for streams, got {device.type}")
-    ways: dict[str, Runner] = {"off": separate, "stack": stacked, "streams": on_streams}
+    stack = functools.partial(stacked, groups=groups)
+    ways: dict[str, RunPeers] = {"off": separate, "stack": stack, "streams": on_streams}
+    if way == "off":
+        return None
     if way != "auto":
         return ways[way]
     works = {"off": True, "stack": equal, "streams": on_gpu}
     return _Fastest({name: run for name, run in ways.items() if works[name]}, report)
 
 
-def stacked(peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> list[StageOutputs]:
+def stacked(
+    peers: Sequence[PeerNetwork],
+    views: Sequence[Tensor],
+    groups: Sequence[Sequence[int]] | None = None,
+) -> list[StageOutputs]:
     """Equal networks as one of stacked parameters; the others by themselves.
 
     Dropout draws other numbers than in separate networks, from the same distribution.
+
+    Args:
+        peers: the networks.
+        views: images [B, C, H, W] of each.
+        groups: numbers of the networks that are equal; None to find out.
     """
     outputs: dict[int, StageOutputs] = {}
-    for group in _groups(peers):
+    for group in groups or equal_groups(peers):
         own, images = [peers[i] for i in group], [views[i] for i in group]
         results = _run_stack(own, images) if len(own) > 1 else separate(own, images)
         outputs |= zip(group, results, strict=True)
     return [outputs[i] for i in range(len(peers))]
 
 
-def _groups(peers: Sequence[PeerNetwork]) -> list[list[int]]:
+def equal_groups(peers: Sequence[PeerNetwork]) -> list[list[int]]:
     """Numbers of the networks that are equal but for the values in them."""
     groups: dict[object, list[int]] = {}
     for i, peer in enumerate(peers):
@@ -114,7 +127,9 @@ def _run_stack(peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> list[St
     buffers = _stack(peers, nn.Module.named_buffers)
     alike = all(view is views[0] for view in views)
 
-    def one(own_params: object, own_buffers: object, images: Tensor) -> StageOutputs:
+    def one(
+        own_params: dict[str, Tensor], own_buffers: dict[str, Tensor], images: Tensor
+    ) -> StageOutputs:
         result: StageOutputs = functional_call(first, (own_params, own_buffers), (images,))
         return result
 
@@ -123,7 +138,7 @@ def _run_stack(peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> list[St
     )(params, buffers, views[0] if alike else torch.stack(list(views)))
     # Batch norm has updated the stacked statistics in place.
     with torch.no_grad():
-        for (name, stack) in buffers.items():
+        for name, stack in buffers.items():
             for peer, value in zip(peers, stack.unbind(0), strict=True):
                 peer.get_buffer(name).copy_(value)
     return [
@@ -171,7 +186,7 @@ def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
 class _Fastest:
     """The fastest of several ways, timed on the first batch that asks for gradients."""
 
-    def __init__(self, ways: dict[str, Runner], report: Callable[[str], None]) -> None:
+    def __init__(self, ways: dict[str, RunPeers], report: Callable[[str], None]) -> None:
         self.ways, self.report = ways, report
         self.chosen: str | None = None
 
@@ -199,7 +214,7 @@ class _Fastest:
         return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _timed(way: Runner, peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> float:
+def _timed(way: RunPeers, peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> float:
     device = views[0].device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     wait(device)

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mclfast import checkpoint, env, metrics, models, plots
+from mclfast import checkpoint, env, metrics, models, plots, throughput
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast.batch_parts import forward_in_parts, shuffled_order
 from mclfast.class_means import class_mean_images, set_class_means
 from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.config import TrainConfig
+from mclfast.cuda_graphs import CudaRecorder, GraphedStep, check_graphs
 from mclfast.data import load as load_data
 from mclfast.data.dataset import Dataset, class_ranks, select
 from mclfast.data.feed import TrainingFeed
@@ -46,7 +47,12 @@ from mclfast.types import Batch, Setup
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
 RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
 #: Where a run computes, and where its data lie, may change; what it computes may not.
-FREE_SETTINGS = frozenset({"device", "eval_batch_size", "data_root", "workers"})
+FREE_SETTINGS = frozenset(
+    {
+        "device", "eval_batch_size", "data_root", "workers",
+        "channels_last", "compile_peers", "cuda_graphs", "peers_parallel",
+    }
+)  # fmt: skip
 
 # Values of a part of _finite_sum.
 _SUM_AT_A_TIME = 2**22
@@ -165,6 +171,7 @@ class Trainer:
         self.device = select_device(config.device)
         self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
         self.cohort = cohort.to(self.device)
+        throughput.arrange(self.cohort, config, self.device)
         self.method = method
         self.method.check_device(self.device)
         self.method.prepare(
@@ -201,6 +208,15 @@ class Trainer:
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = self._sgd(groups)
         self.meta_optimizer = self._sgd(meta) if meta else None
+        self.graphed: GraphedStep | None = None
+        if config.cuda_graphs:
+            check_graphs(config, self.method, self.device)
+            self.graphed = GraphedStep(
+                self._losses,
+                self.parameters,
+                [self.cohort, self.method],
+                CudaRecorder(self.device),
+            )
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
 
@@ -317,11 +333,12 @@ class Trainer:
 
     def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
-        with self._autocast():
-            outputs = self._outputs(images, batch)
-            parts = self.method.loss(outputs, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(parts["loss"]).backward()
+        if self.graphed is not None:
+            outputs, parts = self.graphed(images, batch)
+        else:
+            outputs, parts = self._losses(images, batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(parts["loss"]).backward()
         if self.config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
@@ -331,6 +348,13 @@ class Trainer:
             update_average(self.average, self.cohort, self.method.teacher_decay(batch.step))
         self.method.after_step(outputs, batch)
         return parts
+
+    def _losses(
+        self, images: Tensor | list[Tensor], batch: Batch
+    ) -> tuple[PeerOutputs, dict[str, Tensor]]:
+        with self._autocast():
+            outputs = self._outputs(images, batch)
+            return outputs, self.method.loss(outputs, batch)
 
     def _outputs(self, images: Tensor | list[Tensor], batch: Batch) -> PeerOutputs:
         """Those of the peers, and those of their moving average where there is one."""
@@ -371,7 +395,8 @@ class Trainer:
             return value
 
         meta = self.method.meta_parameters()
-        with nullcontext() if c.amp == "fp16" else self._autocast():
+        autocast = nullcontext() if c.amp == "fp16" else self._autocast()
+        with throughput.plain_calls(self.cohort), autocast:
             result = bilevel_gradient(
                 objective(self.method.inner_loss),
                 objective(self.method.outer_loss),

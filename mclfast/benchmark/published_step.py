@@ -51,9 +51,12 @@ class PublishedStep:
         ]
         heads = [z for stages in logits for z in stages]
         aggregates = self.method.aggregator(features, logits)
-        ce = sum(F.cross_entropy(z, labels) for z in heads)
-        aggregate_ce = sum(F.cross_entropy(z, labels) for z in aggregates)
-        distill = sum(self._distill(own[-1], other) for own in logits for other in aggregates)
+        zero = images.new_zeros(())
+        ce = sum((F.cross_entropy(z, labels) for z in heads), start=zero)
+        aggregate_ce = sum((F.cross_entropy(z, labels) for z in aggregates), start=zero)
+        distill = sum(
+            (self._distill(own[-1], other) for own in logits for other in aggregates), start=zero
+        )
         terms = self._contrastive(features, embeddings, labels)
         loss = ce + aggregate_ce + distill + terms.weighted_sum(*self.method.coefficients())
         self.optimizer.zero_grad()

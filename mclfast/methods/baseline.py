@@ -14,6 +14,10 @@ from mclfast.types import Batch
 class Baseline(Method):
     """Sum over networks of the cross entropy of their logits; the peers do not interact."""
 
+    @property
+    def repeatable(self) -> bool:
+        return True
+
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         total = sum_cross_entropy(outputs, batch.labels)
         return {"loss": total, "ce": total}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,10 @@ class Cohort(nn.Module):
         """Width of the pooled feature of every stage, networks of stages."""
         return [[peer.feature_dim] * peer.num_stages for peer in self.peers]
 
+    def peer_modules(self, peer: int) -> list[nn.Module]:
+        """The modules that one peer runs through: its network and its projection heads."""
+        return [self.networks[peer], *self.projections[peer : peer + 1]]
+
     def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:
         """Runs the peers on the same images [B, C, H, W], or each on its own view of them."""
         views = self.views(images)
@@ -203,3 +207,25 @@ def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs
         tuple(p.maps[0] for p in peers),
         peers[0].shared if same else None,
     )
+
+
+def merged(values: Sequence[Any], merge: Callable[[list[Tensor]], Tensor]) -> Any:
+    """One value of several of the same structure, their tensors merged.
+
+    Args:
+        values: outputs, nested tuples of tensors, tensors or None.
+        merge: from the tensors at one place of all values to the one of the result.
+    """
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return merge(list(values))
+    fields = [merged(parts, merge) for parts in zip(*values, strict=True)]
+    return PeerOutputs(*fields) if isinstance(first, PeerOutputs) else tuple(fields)
+
+
+def detached(outputs: PeerOutputs) -> PeerOutputs:
+    """The same values, without gradient."""
+    constant: PeerOutputs = merged([outputs], lambda one: one[0].detach())
+    return constant

@@ -75,6 +75,11 @@ class TrainConfig:
         "networks one after another; stack: equal ones as one; streams: on CUDA streams; auto: "
         "the fastest of these, timed on the first batch",
     )
+    memory: Literal["ordinary", "checkpoint", "sequential", "auto"] = _field(
+        "ordinary",
+        "activations kept in a step: of all peers; of no block but its input (checkpoint); of one "
+        "peer, whatever their number (sequential); auto chooses",
+    )
     projection_dim: int = _field(128, "width of the embeddings")
     bilevel_every: int = _field(
         10, "steps between bilevel steps, counted over the whole run; 0 for never"

@@ -20,8 +20,8 @@ from mclfast.config import TrainConfig
 from mclfast.methods import Method
 from mclfast.types import Batch
 
-#: Outputs and loss parts of a batch, with a graph; under autocast where the run is.
-Losses = Callable[[Tensor | list[Tensor], Batch], tuple[PeerOutputs, dict[str, Tensor]]]
+#: Outputs and loss parts of a batch; leaves new gradients in ``.grad``.
+Gradients = Callable[[Tensor | list[Tensor], Batch], tuple[PeerOutputs, dict[str, Tensor]]]
 #: Records the kernels of a call without running them; gives the call that runs them.
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -29,10 +29,14 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 _WARM_UP = 3
 
 
-def check_graphs(config: TrainConfig, method: Method, device: torch.device) -> None:
+def check_graphs(
+    config: TrainConfig, method: Method, memory: str, device: torch.device
+) -> None:
     """Raises ValueError where the ordinary step cannot be recorded."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs: expected a CUDA device, got {device.type}")
+    if memory != "ordinary":
+        raise ValueError(f"memory: expected ordinary with cuda_graphs, got {memory}")
     if not method.repeatable:
         raise ValueError(
             "cuda_graphs: expected a method whose loss is the same in every step, got "
@@ -45,21 +49,24 @@ class GraphedStep:
     """Forward, loss and backward of the ordinary step as one graph.
 
     Args:
-        losses: the forward run and the loss.
+        gradients: the step without the optimiser; begins with gradients of None.
         parameters: what is differentiated.
         modules: those with buffers that a forward run changes.
-        record: how kernels are recorded; on a CUDA device, :class:`CudaRecorder`.
+        device: a CUDA device.
+        record: how kernels are recorded.
     """
 
     def __init__(
         self,
-        losses: Losses,
+        gradients: Gradients,
         parameters: Sequence[nn.Parameter],
         modules: Sequence[nn.Module],
-        record: Record,
+        device: torch.device,
+        record: Record | None = None,
     ) -> None:
-        self._losses, self._parameters, self._modules = losses, list(parameters), list(modules)
-        self._record = record
+        self._gradients, self._modules = gradients, list(modules)
+        self._parameters = list(parameters)
+        self._record = CudaRecorder(device) if record is None else record
         self._replay: Callable[[], None] | None = None
 
     def __call__(
@@ -91,18 +98,11 @@ class GraphedStep:
         fixed = Batch(labels, index, batch.step, batch.epoch)
 
         def run() -> None:
-            self._outputs, parts = self._losses(views[0] if single else views, fixed)
-            parts["loss"].backward()
+            self._outputs, parts = self._gradients(views[0] if single else views, fixed)
             self._parts = {name: value.detach() for name, value in parts.items()}
 
-        def fresh_run() -> None:
-            # A backward pass adds to gradients that are there.
-            for parameter in self._parameters:
-                parameter.grad = None
-            run()
-
         with _buffers_kept(self._modules):
-            self._replay = self._record(fresh_run)
+            self._replay = self._record(run)
         self._grads = [parameter.grad for parameter in self._parameters]
 
 

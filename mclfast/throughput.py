@@ -48,6 +48,16 @@ def arrange(cohort: Cohort, config: TrainConfig, device: torch.device) -> None:
     cohort.run_together = runner(config.peers_parallel, cohort.peers, device, report=_tell)
 
 
+def check_memory(config: TrainConfig, memory: str) -> None:
+    """Raises ValueError where a memory mode does not run the networks as a config says."""
+    if config.peers_parallel != "off" and memory != "ordinary":
+        raise ValueError(f"memory: expected ordinary with peers_parallel, got {memory}")
+    if config.compile_peers and memory == "checkpoint":
+        raise ValueError(
+            "memory: expected ordinary or sequential with compile_peers, got checkpoint"
+        )
+
+
 @contextmanager
 def plain_calls(cohort: Cohort) -> Iterator[None]:
     """Within it, networks run by plain calls: what is differentiated twice cannot be compiled."""

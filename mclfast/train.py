@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mclfast import checkpoint, env, metrics, models, plots, throughput
+from mclfast import checkpoint, env, memory_modes, metrics, models, plots, throughput
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast.batch_parts import forward_in_parts, shuffled_order
 from mclfast.class_means import class_mean_images, set_class_means
-from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.cohort import Cohort, PeerOutputs, detached
 from mclfast.config import TrainConfig
-from mclfast.cuda_graphs import CudaRecorder, GraphedStep, check_graphs
+from mclfast.cuda_graphs import Gradients, GraphedStep, check_graphs
 from mclfast.data import load as load_data
 from mclfast.data.dataset import Dataset, class_ranks, select
 from mclfast.data.feed import TrainingFeed
@@ -49,7 +49,7 @@ RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
 #: Where a run computes, and where its data lie, may change; what it computes may not.
 FREE_SETTINGS = frozenset(
     {
-        "device", "eval_batch_size", "data_root", "workers",
+        "device", "memory", "eval_batch_size", "data_root", "workers",
         "channels_last", "compile_peers", "cuda_graphs", "peers_parallel",
     }
 )  # fmt: skip
@@ -208,17 +208,17 @@ class Trainer:
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = self._sgd(groups)
         self.meta_optimizer = self._sgd(meta) if meta else None
-        self.graphed: GraphedStep | None = None
-        if config.cuda_graphs:
-            check_graphs(config, self.method, self.device)
-            self.graphed = GraphedStep(
-                self._losses,
-                self.parameters,
-                [self.cohort, self.method],
-                CudaRecorder(self.device),
-            )
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.memory = memory_modes.resolve(config, self)
+        runner = memory_modes.RUNNERS[self.memory]
+        self.runner = runner(self.cohort, method.batch_parts(), self._autocast)
+        throughput.check_memory(config, self.memory)
+        self.compute: Gradients = self._gradients
+        if config.cuda_graphs:
+            check_graphs(config, self.method, self.memory, self.device)
+            modules = [self.cohort, self.method]
+            self.compute = GraphedStep(self._gradients, self.parameters, modules, self.device)
 
     @torch.no_grad()
     def _example(self) -> PeerOutputs:
@@ -333,12 +333,7 @@ class Trainer:
 
     def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
-        if self.graphed is not None:
-            outputs, parts = self.graphed(images, batch)
-        else:
-            outputs, parts = self._losses(images, batch)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(parts["loss"]).backward()
+        outputs, parts = self.compute(images, batch)
         if self.config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
@@ -349,18 +344,23 @@ class Trainer:
         self.method.after_step(outputs, batch)
         return parts
 
-    def _losses(
+    def _gradients(
         self, images: Tensor | list[Tensor], batch: Batch
     ) -> tuple[PeerOutputs, dict[str, Tensor]]:
+        """Outputs and loss parts; the gradients are in ``.grad`` afterwards."""
+        self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             outputs = self._outputs(images, batch)
-            return outputs, self.method.loss(outputs, batch)
+            parts = self.method.loss(outputs, batch)
+        self.scaler.scale(parts["loss"]).backward()
+        self.runner.backward(outputs)
+        return detached(outputs), parts
 
     def _outputs(self, images: Tensor | list[Tensor], batch: Batch) -> PeerOutputs:
         """Those of the peers, and those of their moving average where there is one."""
-        method, parts = self.method, self.method.batch_parts()
+        method = self.method
         own, others = images if method.views == "query_key" else (images, images)
-        outputs = forward_in_parts(self.cohort, own, parts)
+        outputs = self.runner.forward(own)
         if self.average is None:
             return outputs
         order = None
@@ -371,7 +371,7 @@ class Trainer:
                 len(batch.index), seed=self.config.seed, step=batch.step, device=self.device
             )
         with torch.no_grad():
-            teacher = forward_in_parts(self.average, others, parts, order)
+            teacher = forward_in_parts(self.average, others, method.batch_parts(), order)
         return outputs._replace(teacher=teacher)
 
     def bilevel_step(self, images: Tensor | list[Tensor], batch: Batch, lr: float) -> None:

@@ -13,7 +13,10 @@ _STEM = {"topology": "shared_stem", "split_stage": 2}
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in ("afd", "baseline", "dml", "ffl", "lmcl", "mcl")},
     **{f"{name} bank": {"method": name, "loss": "bank"} for name in ("mcl", "lmcl")},
-    "mcl shared negatives": {"method": "mcl", "loss": "bank", "shared_negatives": "true"},
+    # A batch that could hold every class would be asked whether it does.
+    "mcl shared negatives": {
+        "method": "mcl", "loss": "bank", "shared_negatives": "true", "batch_size": 8,
+    },
     "mcl-okd": {"method": "mcl-okd"} | _STEM,
     "cl-ilr": {"method": "cl-ilr"} | _STEM,
     "one": {"method": "one"} | _STEM,

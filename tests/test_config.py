@@ -38,6 +38,7 @@ CHANGED: dict[str, Any] = {
     "lr_decay": 0.2,
     "clip_grad_norm": 2.5,
     "amp": "bf16",
+    "memory": "sequential",
     "projection_dim": 32,
     "bilevel_every": 5,
     "inner_steps": 3,

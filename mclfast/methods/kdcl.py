@@ -90,6 +90,7 @@ class KDCL(Method):
 
     @property
     def repeatable(self) -> bool:
+        # The solver behind the best mixture need not allow to be recorded.
         return bool(self.options.teacher != "linear")
 
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colour-blind safe (Okabe and Ito), with a marker each: lines stay apart in grey too.
+EAGER, FUSED, SPARE = ("#555555", "o"), ("#009E73", "D"), ("#0072B2", "v")
 _STYLES = {
-    "eager": ("#555555", "o"),
+    "eager": EAGER,
     "compiled": ("#E69F00", "s"),
     "reference": ("#56B4E9", "^"),
-    "cpu-rows": ("#0072B2", "v"),
-    "cpu-fused": ("#009E73", "D"),
-    "cpu": ("#009E73", "D"),
+    "cpu-rows": SPARE,
+    "cpu-fused": FUSED,
+    "cpu": FUSED,
     "triton-rows": ("#CC79A7", "<"),
     "triton-fused": ("#D55E00", "P"),
     "triton": ("#D55E00", "P"),

@@ -23,7 +23,7 @@ from mclfast._memory import status
 from mclfast.benchmark.cases import PROVIDERS, make_inputs
 from mclfast.benchmark.measure import release
 from mclfast.benchmark.problem import Case, step
-from mclfast.benchmark.train_step import StepCase, lazy_step, tiny
+from mclfast.benchmark.train_step import StepCase, Steps, tiny
 
 
 def measure(call: Callable[[], object]) -> int:
@@ -60,8 +60,8 @@ def _case_call(task: dict[str, object]) -> Callable[[], object]:
 
 def _train_step_peak(values: dict[str, object]) -> int:
     case = StepCase(**values)  # type: ignore[arg-type]
-    lazy_step(tiny(case))()
-    call = lazy_step(case)
+    Steps(tiny(case)).whole()
+    call = Steps(case).whole
     # Two calls: the optimiser's state is there from the second on.
     if case.device != "cuda":
         return measure(call)

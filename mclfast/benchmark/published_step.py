@@ -1,4 +1,4 @@
-"""The baseline of a training step: the plain loop of L-MCL, written as published.
+"""The baseline of training: the plain loop of L-MCL, written as published.
 
 Every network runs on its own, every pair of stages of two networks computes its own weight and its
 own similarity matrices, every head its own cross entropy, and the loop reads each number that it
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mclfast.benchmark.published import pair_terms
+from mclfast.benchmark.published_bilevel import PublishedBilevel
 from mclfast.cohort import Cohort
 from mclfast.config import TrainConfig
 from mclfast.methods.lmcl import LayerwiseMCL
@@ -24,12 +25,13 @@ from mclfast.types import MCLTerms
 
 
 class PublishedStep:
-    """One ordinary step of the plain loop.
+    """The steps of the plain loop.
 
     Args:
         cohort: independent peers with auxiliary heads and projection heads; trained in place.
         method: its matcher weights the pairs, its aggregator is trained.
-        config: settings of SGD; the method's options say temperatures and weights.
+        config: settings of SGD and of the bilevel step. Temperatures and weights are among the
+            method's options.
     """
 
     def __init__(self, cohort: Cohort, method: LayerwiseMCL, config: TrainConfig) -> None:
@@ -41,9 +43,28 @@ class PublishedStep:
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
+        self.meta_optimizer = torch.optim.SGD(
+            method.meta_parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+        self._bilevel_gradient = PublishedBilevel(
+            cohort,
+            method,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            inner_steps=config.inner_steps,
+        )
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Trains on images [B, C, H, W] with labels [B]; gives the losses and accuracies (%)."""
+        """An ordinary step on images [B, C, H, W] with labels [B].
+
+        Returns:
+            The losses, and the accuracy in percent of every head and aggregate.
+        """
         features, logits = self._forward(images)
         embeddings = [
             [head(f) for head, f in zip(heads.children(), stages, strict=True)]
@@ -68,6 +89,13 @@ class PublishedStep:
         for i, z in enumerate([*heads, *aggregates]):
             shown[f"accuracy{i}"] = 100 * (z.argmax(1) == labels).float().mean().item()
         return shown
+
+    def bilevel(self, images: Tensor, labels: Tensor) -> None:
+        """One SGD step of the matcher, on the batch of the ordinary step before."""
+        grads = self._bilevel_gradient(images, labels)
+        for parameter, grad in zip(self.method.meta_parameters(), grads, strict=True):
+            parameter.grad = grad
+        self.meta_optimizer.step()
 
     def _forward(self, images: Tensor) -> tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]]:
         """Features and logits, networks of stages of [B, D] and [B, classes]."""

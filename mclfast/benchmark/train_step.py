@@ -7,6 +7,7 @@ both, unless a loop does it on the host.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from mclfast.train import Trainer, assemble
 from mclfast.types import Batch
 
 Row = dict[str, Any]
+Call = Callable[[], object]
 
 PUBLISHED = "published"
 #: Ours by name, each with the settings that it adds.
@@ -50,7 +52,7 @@ class StepCase:
         side: of the images, in pixels.
         classes: number of logits.
         device: "cpu" or "cuda".
-        bilevel: every step with its bilevel step.
+        bilevel: the bilevel step in place of the ordinary one.
     """
 
     variant: str
@@ -65,7 +67,7 @@ class StepCase:
     @property
     def name(self) -> str:
         """In words, for a table."""
-        step = "step with bilevel step" if self.bilevel else "step"
+        step = "bilevel step" if self.bilevel else "step"
         return f"{self.variant}, {step}, M = {self.peers} {self.network}, B = {self.batch}"
 
 
@@ -104,35 +106,35 @@ def make_batch(case: StepCase) -> tuple[Tensor, Batch]:
     return images.to(d), Batch(labels.to(d), index.to(d), step=0, epoch=0)
 
 
-def make_step(case: StepCase) -> Callable[[], object]:
-    """Builds networks and optimisers; each call of the result is one step on the same batch."""
-    images, batch = make_batch(case)
-    trainer = make_trainer(case)
-    trainer.cohort.train()
-    trainer.method.train()
-    if case.variant == PUBLISHED:
+class Steps:
+    """Networks and optimisers of a case, and its steps on one batch; all are built at first use."""
+
+    def __init__(self, case: StepCase) -> None:
+        self.case = case
+
+    @functools.cached_property
+    def _steps(self) -> tuple[Call, Call]:
+        images, batch = make_batch(self.case)
+        trainer = make_trainer(self.case)
+        trainer.cohort.train()
+        trainer.method.train()
+        if self.case.variant != PUBLISHED:
+            return (
+                lambda: trainer.train_step(images, batch),
+                lambda: trainer.bilevel_step(images, batch, trainer.config.lr),
+            )
         assert isinstance(trainer.method, LayerwiseMCL)
         plain = PublishedStep(trainer.cohort, trainer.method, trainer.config)
-        ordinary: Callable[[], object] = lambda: plain(images, batch.labels)  # noqa: E731
-        bilevel: Callable[[], object] = lambda: plain.bilevel(images, batch.labels)  # noqa: E731
-    else:
-        ordinary = lambda: trainer.train_step(images, batch)  # noqa: E731
-        bilevel = lambda: trainer.bilevel_step(images, batch, trainer.config.lr)  # noqa: E731
-    if not case.bilevel:
-        return ordinary
-    return lambda: (ordinary(), bilevel())
+        return lambda: plain(images, batch.labels), lambda: plain.bilevel(images, batch.labels)
 
+    def __call__(self) -> object:
+        """The step that the case is about."""
+        return self._steps[self.case.bilevel]()
 
-def lazy_step(case: StepCase) -> Callable[[], object]:
-    """A step that is built at its first call, so that its peak memory counts the networks too."""
-    steps: list[Callable[[], object]] = []
-
-    def call() -> object:
-        if not steps:
-            steps.append(make_step(case))
-        return steps[0]()
-
-    return call
+    def whole(self) -> None:
+        """What training does: an ordinary step, and the bilevel step where there is one."""
+        for step in self._steps[: self.case.bilevel + 1]:
+            step()
 
 
 def tiny(case: StepCase) -> StepCase:
@@ -153,10 +155,10 @@ def peak(case: StepCase, timeout: float = 900) -> int:
 def run_cases(
     cases: Sequence[StepCase], *, budget: float, rounds: tuple[int, int], memory: bool = True
 ) -> list[Row]:
-    """Times cases that differ in nothing but the variant and the bilevel step, in turn.
+    """Times cases in turn.
 
     Args:
-        cases: of one network, M, B and device.
+        cases: that differ in the variant alone.
         budget: seconds of timing, after the least rounds.
         rounds: least and most rounds.
         memory: measure peak memory as well, first.
@@ -170,7 +172,9 @@ def run_cases(
             peaks[case.name] = peak(case) / measure.MIB
         except Unavailable as reason:
             peaks[case.name] = str(reason)
-    calls = {case.name: make_step(case) for case in cases}
+    calls: dict[str, Call] = {case.name: Steps(case) for case in cases}
+    for call in calls.values():
+        call()
     timings = measure.interleaved(
         calls, device=cases[0].device, budget=budget, min_rounds=rounds[0], max_rounds=rounds[1]
     )
@@ -179,7 +183,9 @@ def run_cases(
         timing = timings[case.name]
         row: Row = dataclasses.asdict(case)
         row |= {key: timing.quantile(q) for key, q in (("p20", 0.2), ("p50", 0.5), ("p80", 0.8))}
-        row |= {"samples": len(timing.samples), "images_per_s": 1e3 * case.batch / row["p50"]}
+        row["samples"] = len(timing.samples)
+        if not case.bilevel:
+            row["images_per_s"] = 1e3 * case.batch / row["p50"]
         found = peaks.get(case.name)
         row["peak_mib" if isinstance(found, float) else "peak_error"] = found
         plain = dataclasses.replace(case, variant=PUBLISHED).name
@@ -205,13 +211,12 @@ def with_bilevel(rows: Sequence[Row], every: int = BILEVEL_EVERY) -> list[Row]:
     for row in rows:
         key = _group(row)
         if row["bilevel"] and (key, False) in times:
-            plain, whole = times[key, False], times[key, True]
-            total = (every - 1) * plain + whole
+            plain, extra = times[key, False], times[key, True]
+            total = every * plain + extra
             found[key] = {
                 **{name: row[name] for name in _GROUP}, "every": every, "seconds": total / 1e3,
                 "images_per_s": 1e3 * every * row["batch"] / total,
-                "added_percent": 100 * (total / (every * plain) - 1),
-                "ordinary_steps": (whole - plain) / plain,
+                "added_percent": 100 * extra / (every * plain), "ordinary_steps": extra / plain,
             }  # fmt: skip
     for key, row in found.items():
         theirs = found.get((PUBLISHED, *key[1:]))
@@ -225,3 +230,41 @@ _GROUP = ("variant", "network", "peers", "batch", "side", "device")
 
 def _group(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in _GROUP)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Times, images/s, peaks and ratios, aligned."""
+    lines = [("step", "M", "B", "ms", "20-80 %", "images/s", "peak MiB", "x published")]
+    for row in rows:
+        lines.append(
+            (
+                row["variant"] + (" bilevel" if row["bilevel"] else ""),
+                str(row["peers"]), str(row["batch"]), f"{row['p50']:.0f}",
+                f"{row['p20']:.0f}-{row['p80']:.0f}",
+                f"{row['images_per_s']:.1f}" if "images_per_s" in row else "-",
+                f"{row['peak_mib']:.0f}" if row.get("peak_mib") else "-",
+                f"{row['ratio_published']:.2f}" if "ratio_published" in row else "-",
+            )
+        )  # fmt: skip
+    return _aligned(lines)
+
+
+def bilevel_table(rows: Sequence[Row]) -> str:
+    """Rows of :func:`with_bilevel`, aligned."""
+    lines = [("with a bilevel step at every 50th", "M", "images/s", "added %", "x published")]
+    for row in rows:
+        ratio = f"{row['ratio_published']:.2f}" if "ratio_published" in row else "-"
+        found = f"{row['images_per_s']:.1f}", f"{row['added_percent']:.1f}", ratio
+        lines.append((row["variant"], str(row["peers"]), *found))
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +15,10 @@ from mclfast._checks import (
     check_positive,
     describe,
 )
-
-Params = dict[str, Tensor]
-Objective = Callable[[Params], Tensor]
+from mclfast._rng import rng_restored
+from mclfast.bilevel_steps import Params, Step
+from mclfast.dual_ops import ConvolutionTape
+from mclfast.split_step import Networks, Part, SplitStep
 
 
 class BilevelResult(NamedTuple):
@@ -36,11 +36,12 @@ class BilevelResult(NamedTuple):
 
 
 def bilevel_gradient(
-    inner: Objective,
-    outer: Objective,
+    inner: Callable[[Any], Tensor],
+    outer: Callable[[Any], Tensor],
     params: Mapping[str, Tensor],
     hyperparams: Iterable[Tensor],
     *,
+    network: Part | Sequence[Part] | None = None,
     inner_steps: int = 2,
     outer_steps: int = 1,
     lr: float,
@@ -90,44 +91,47 @@ def bilevel_gradient(
     check_not_negative("weight_decay", weight_decay)
     _check_params(params)
     hyperparams = _checked_hyperparams(hyperparams)
+    networks = _checked_networks(network)
     objectives = [("inner", inner)] * inner_steps + [("outer", outer)] * outer_steps
     devices = {p.device for p in params.values()}
 
-    with _rng_restored(devices), torch.enable_grad():
-        names = list(params)
-        theta = [params[name].detach() for name in names]
-        velocity = [torch.zeros_like(t) for t in theta]
-        visited: list[list[Tensor]] = []
-        rng_states: list[_RngState] = []
+    def step_at(number: int, theta: Params) -> Step:
+        argument, loss = objectives[number] if number < len(objectives) else ("outer", outer)
+        if networks is None:
+            return Step(argument, loss, theta)
+        tape = ConvolutionTape() if number in (0, len(objectives) - 1) else None
+        return SplitStep(argument, loss, networks, theta, tape)
+
+    with rng_restored(devices), torch.enable_grad():
+        theta = {name: p.detach() for name, p in params.items()}
+        velocity = [torch.zeros_like(t) for t in theta.values()]
+        steps: list[Step] = []
         losses: list[Tensor] = []
-        for name, objective in objectives:
-            visited.append(theta)
-            rng_states.append(_rng_state(devices))
-            loss, grads = _gradient(name, objective, names, theta)
+        for number in range(len(objectives)):
+            steps.append(step_at(number, theta))
+            loss, grads = steps[-1].gradient()
             losses.append(loss)
             velocity = [
                 momentum * v + g + weight_decay * t
-                for v, g, t in zip(velocity, grads, theta, strict=True)
+                for v, g, t in zip(velocity, grads, theta.values(), strict=True)
             ]
-            theta = [t - lr * v for t, v in zip(theta, velocity, strict=True)]
-        outer_loss, adjoint = _gradient("outer", outer, names, theta)
+            theta = {
+                name: t - lr * v for (name, t), v in zip(theta.items(), velocity, strict=True)
+            }
+        outer_loss, adjoint = step_at(len(objectives), theta).gradient()
 
         hyper_grads = [torch.zeros_like(h) for h in hyperparams]
-        momentum_adjoint = [torch.zeros_like(t) for t in theta]
-        for step in reversed(range(len(objectives))):
+        momentum_adjoint = [torch.zeros_like(a) for a in adjoint]
+        while steps:
             u = [v - lr * a for v, a in zip(momentum_adjoint, adjoint, strict=True)]
-            _set_rng_state(rng_states[step])
             # The parameters before the first step are given: nothing asks for their adjoint.
-            along, for_hyper = _gradient_along(
-                objectives[step][1], names, visited[step], u, hyperparams, with_params=step > 0
-            )
+            first = len(steps) == 1
+            along, for_hyper = steps.pop().product(u, hyperparams, with_params=not first)
             hyper_grads = [a + b for a, b in zip(hyper_grads, for_hyper, strict=True)]
-            if step > 0:
-                adjoint = [
-                    a + weight_decay * du + h
-                    for a, du, h in zip(adjoint, u, along, strict=True)
-                ]
-                momentum_adjoint = [momentum * du for du in u]
+            adjoint = [
+                a + weight_decay * du + h for a, du, h in zip(adjoint, u, along, strict=True)
+            ]
+            momentum_adjoint = [momentum * du for du in u]
 
     return BilevelResult(tuple(hyper_grads), tuple(losses[:inner_steps]), outer_loss)
 
@@ -159,79 +163,15 @@ def _checked_hyperparams(hyperparams: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
-def _leaves(names: Sequence[str], values: Sequence[Tensor]) -> Params:
-    return {n: v.detach().requires_grad_() for n, v in zip(names, values, strict=True)}
-
-
-def _gradient(
-    argument: str, objective: Objective, names: Sequence[str], values: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Value and gradient of an objective; a parameter it does not use has gradient zero."""
-    leaves = _leaves(names, values)
-    loss = objective(leaves)
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise ValueError(f"{argument}: expected a 0-dim loss, got {describe(loss)}")
-    grads: Sequence[Tensor | None] = [None]
-    if loss.requires_grad:
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    # An objective that reads its module's own parameters would give zeros without a word.
-    if all(g is None for g in grads):
-        raise ValueError(
-            f"{argument}: expected a loss that depends on the params it is passed, "
-            "got one that does not"
+def _checked_networks(network: Part | Sequence[Part] | None) -> Networks | None:
+    if network is None:
+        return None
+    parts = (network,) if callable(network) else network
+    if not isinstance(parts, Sequence) or not all(callable(part) for part in parts):
+        raise TypeError(
+            f"network: expected a function of the parameters or a list of them, got "
+            f"{describe(network)}"
         )
-    return loss.detach(), [
-        torch.zeros_like(v) if g is None else g for g, v in zip(grads, values, strict=True)
-    ]
-
-
-def _gradient_along(
-    objective: Objective,
-    names: Sequence[str],
-    values: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    hyperparams: Sequence[Tensor],
-    *,
-    with_params: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradient of <g, direction> for parameters and hyperparameters; g: objective's gradient."""
-    leaves = _leaves(names, values)
-    grads = torch.autograd.grad(
-        objective(leaves), list(leaves.values()), create_graph=True, allow_unused=True
-    )
-    product = sum(
-        (g * d).sum() for g, d in zip(grads, direction, strict=True) if g is not None
-    )
-    wanted = [*(leaves.values() if with_params else ()), *hyperparams]
-    if not isinstance(product, Tensor) or not product.requires_grad:
-        found: Sequence[Tensor | None] = [None] * len(wanted)
-    else:
-        found = torch.autograd.grad(product, wanted, allow_unused=True)
-    filled = [
-        torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)
-    ]
-    split = len(wanted) - len(hyperparams)
-    return filled[:split], filled[split:]
-
-
-_RngState = tuple[Tensor, dict[torch.device, Tensor]]
-
-
-def _rng_state(devices: set[torch.device]) -> _RngState:
-    cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
-    return torch.get_rng_state(), cuda
-
-
-def _set_rng_state(state: _RngState) -> None:
-    torch.set_rng_state(state[0])
-    for device, value in state[1].items():
-        torch.cuda.set_rng_state(value, device)
-
-
-@contextmanager
-def _rng_restored(devices: set[torch.device]) -> Iterator[None]:
-    state = _rng_state(devices)
-    try:
-        yield
-    finally:
-        _set_rng_state(state)
+    if not parts:
+        raise ValueError("network: expected at least one function, got none")
+    return Networks(tuple(parts), callable(network))

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from mclfast import checkpoint, env, memory_modes, metrics, models, plots, throughput
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast.batch_parts import forward_in_parts, shuffled_order
 from mclfast.class_means import class_mean_images, set_class_means
-from mclfast.cohort import Cohort, PeerOutputs, detached
+from mclfast.cohort import Cohort, PeerOutputs, detached, joined
+from mclfast.cohort_functions import cohort_function, peer_functions
 from mclfast.config import TrainConfig
 from mclfast.cuda_graphs import Gradients, GraphedStep, check_graphs
 from mclfast.data import load as load_data
@@ -382,26 +382,23 @@ class Trainer:
         """
         assert self.meta_optimizer is not None
         c = self.config
-        buffers = dict(self.cohort.named_buffers())
-
-        def objective(
-            loss: Callable[[PeerOutputs, Batch], Tensor],
-        ) -> Callable[[dict[str, Tensor]], Tensor]:
-            def value(params: dict[str, Tensor]) -> Tensor:
-                # BatchNorm updates its statistics in place: on copies here.
-                copies = {name: b.clone() for name, b in buffers.items()}
-                return loss(functional_call(self.cohort, {**params, **copies}, images), batch)
-
-            return value
-
+        inner, outer = self.method.inner_loss, self.method.outer_loss
         meta = self.method.meta_parameters()
+        network: Any = cohort_function(self.cohort, images)
+        memory = getattr(self, "memory", getattr(c, "memory", "ordinary"))
+        views = self.cohort.views(images)
+        whole: Callable[[Any], PeerOutputs] = lambda outputs: outputs  # noqa: E731
+        if memory in ("sequential", "checkpoint"):
+            network = peer_functions(self.cohort, images)
+            whole = lambda peers: joined(peers, views)  # noqa: E731
         autocast = nullcontext() if c.amp == "fp16" else self._autocast()
         with throughput.plain_calls(self.cohort), autocast:
             result = bilevel_gradient(
-                objective(self.method.inner_loss),
-                objective(self.method.outer_loss),
+                lambda outputs: inner(whole(outputs), batch),
+                lambda outputs: outer(whole(outputs), batch),
                 dict(self.cohort.named_parameters()),
                 meta,
+                network=network,
                 inner_steps=c.inner_steps,
                 outer_steps=c.outer_steps,
                 lr=lr,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 from mclfast.models.staged import StagedNetwork
 from mclfast.peers_parallel import RunPeers
 from mclfast.topology import SharedRun, Topology, path_maps, share
+
+if TYPE_CHECKING:
+    from mclfast.offload import PeerOffload
 
 
 class PeerOutputs(NamedTuple):
@@ -66,6 +70,9 @@ class Cohort(nn.Module):
         topology: what the networks share, see :func:`mclfast.topology.topology`; they are changed
             to use the modules of the first of them. None for independent peers.
 
+    Attributes:
+        offload: where the peers wait in host memory for their turn, None where they do not.
+
     Raises:
         TypeError: ``networks`` is not a sequence.
         ValueError: no networks, one network twice, networks that differ in their number of
@@ -100,6 +107,7 @@ class Cohort(nn.Module):
             raise ValueError(f"networks: expected one number of classes for all, got {classes}")
         self.num_classes = classes[0]
         self.topology = topology
+        self.offload: PeerOffload | None = None
         if topology is not None:
             share([peer.backbone for peer in peers], topology)
         self.networks = nn.ModuleList(peers)
@@ -119,6 +127,11 @@ class Cohort(nn.Module):
     def peers(self) -> list[PeerNetwork]:
         """The networks."""
         return [n for n in self.networks if isinstance(n, PeerNetwork)]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the peers run on."""
+        return next(self.parameters()).device if self.offload is None else self.offload.device
 
     @property
     def feature_dims(self) -> list[list[int]]:
@@ -173,20 +186,9 @@ class Cohort(nn.Module):
             Outputs of a cohort of that peer: tuples of one element. ``shared`` is the last map on
             the peer's path that all networks have in common.
         """
-        network, shared = self.peers[peer], None
-        if self.topology is None or not self.topology.shares:
-            if before is not None:
-                before(peer)
-            call = self.run_alone if self.training else None
-            out = network(view) if call is None else call(network, view)
-        else:
-            backbones = [p.backbone for p in self.peers]
-            done = {} if done is None else done
-            maps, shared = path_maps(backbones, self.topology, peer, view, done, before)
-            if before is not None:
-                before(peer)
-            out = network.head_outputs(network.backbone.finish(maps))
-        return self._with_heads(peer, out, shared)
+        with nullcontext() if self.offload is None else self.offload.present(peer):
+            out, shared = self._stage_outputs(peer, view, {} if done is None else done, before)
+            return self._with_heads(peer, out, shared)
 
     def _with_heads(self, peer: int, out: StageOutputs, shared: Tensor | None) -> PeerOutputs:
         """Outputs of a cohort of one peer from those of its network."""
@@ -196,6 +198,26 @@ class Cohort(nn.Module):
             embeddings = (tuple(head(f) for head, f in zip(heads, out.features, strict=True)),)
         return PeerOutputs((out.features,), (out.logits,), embeddings, (out.final_map,), shared)
 
+    def _stage_outputs(
+        self,
+        peer: int,
+        view: Tensor,
+        done: dict[SharedRun, Tensor],
+        before: Callable[[Hashable], None] | None,
+    ) -> tuple[StageOutputs, Tensor | None]:
+        """Those of one peer's network, and the map that all share."""
+        network = self.peers[peer]
+        if self.topology is None or not self.topology.shares:
+            if before is not None:
+                before(peer)
+            call = self.run_alone if self.training else None
+            return network(view) if call is None else call(network, view), None
+        backbones = [p.backbone for p in self.peers]
+        maps, shared = path_maps(backbones, self.topology, peer, view, done, before)
+        if before is not None:
+            before(peer)
+        return network.head_outputs(network.backbone.finish(maps)), shared
+
 
 def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs:
     """The outputs of a cohort from those of each peer alone; ``shared`` needs a common view."""
@@ -204,7 +226,7 @@ def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs
         tuple(p.features[0] for p in peers),
         tuple(p.logits[0] for p in peers),
         tuple(stages for p in peers for stages in p.embeddings),
-        tuple(p.maps[0] for p in peers),
+        tuple(m for p in peers for m in p.maps),
         peers[0].shared if same else None,
     )
 

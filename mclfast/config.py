@@ -80,6 +80,14 @@ class TrainConfig:
         "activations kept in a step: of all peers; of no block but its input (checkpoint); of one "
         "peer, whatever their number (sequential); auto chooses",
     )
+    offload: Literal["none", "peers"] = _field(
+        "none",
+        "peers: with memory sequential, parameters, gradients and momentum of peers wait in host "
+        "memory for their turn",
+    )
+    checkpoint_every: int = _field(
+        0, "steps between checkpoints within an epoch; 0 for one at the end of each epoch alone"
+    )
     projection_dim: int = _field(128, "width of the embeddings")
     bilevel_every: int = _field(
         10, "steps between bilevel steps, counted over the whole run; 0 for never"
@@ -134,7 +142,7 @@ class TrainConfig:
             "eval_batch_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
-        for name in ("bilevel_every", "outer_steps", "seed"):
+        for name in ("bilevel_every", "checkpoint_every", "outer_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
         if self.workers is not None:
             _at_least("workers", self.workers, 0)
@@ -152,6 +160,8 @@ class TrainConfig:
         for name in ("image_size", "train_per_class"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        if self.offload == "peers":
+            self._check_offload()
         if self.sampler == "balanced" and self.batch_size % self.images_per_class:
             raise ValueError(
                 f"images_per_class: expected a divisor of batch_size {self.batch_size}, "
@@ -169,6 +179,8 @@ class TrainConfig:
             raise ValueError(
                 f"peers_parallel: expected off with compile_peers, got {self.peers_parallel}"
             )
+        if self.offload != "none" and self.compile_peers:
+            raise ValueError(f"offload: expected none with compile_peers, got {self.offload}")
         if self.cuda_graphs and self.compile_peers:
             raise ValueError("cuda_graphs: expected false with compile_peers, got true")
         if self.cuda_graphs and self.amp == "fp16":
@@ -176,6 +188,25 @@ class TrainConfig:
                 "cuda_graphs: expected false with amp fp16, whose scaler decides on the host, "
                 "got true"
             )
+
+    def _check_offload(self) -> None:
+        """A peer is stepped in its turn, when the gradients of the others are not there."""
+        method = methods.method_class(self.method)
+        learns_meta = method.meta_parameters is not methods.Method.meta_parameters
+        for name, wanted, fits in (
+            ("memory", "sequential", self.memory == "sequential"),
+            ("topology", "independent", self.topology == "independent"),
+            ("clip_grad_norm", "none, as that is a norm over all peers,",
+             self.clip_grad_norm is None),
+            ("amp", "off or bf16, as fp16 skips a step by the gradients of all peers,",
+             self.amp != "fp16"),
+            ("method", "one without a moving average of the cohort", not method.teacher),
+            ("bilevel_every", "0", not (learns_meta and self.bilevel_every)),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(
+                    f"{name}: expected {wanted} with offload peers, got {getattr(self, name)}"
+                )
 
 
 def unknown_setting(

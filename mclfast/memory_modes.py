@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mclfast.activation_checkpoint import CheckpointedPeers
 from mclfast.config import TrainConfig
+from mclfast.offload import OffloadedPeers
 from mclfast.peer_runner import PeerRunner
 from mclfast.sequential import SequentialPeers
 
@@ -38,3 +39,11 @@ def resolve(config: TrainConfig, trainer: Trainer) -> str:
     if config.memory == "auto":
         raise ValueError(f"memory: expected one of {', '.join(RUNNERS)}; got auto")
     return config.memory
+
+
+def runner(trainer: Trainer) -> PeerRunner:
+    """Runs the peers of a trainer in its mode."""
+    settings = trainer.cohort, trainer.method, trainer.autocast
+    if trainer.config.offload == "peers":
+        return OffloadedPeers(*settings, trainer.optimizer)
+    return RUNNERS[trainer.memory](*settings)

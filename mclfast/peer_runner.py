@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mclfast.batch_parts import forward_in_parts
 from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.methods import Method
 
 
 class PeerRunner:
@@ -17,16 +18,17 @@ class PeerRunner:
 
     Args:
         cohort: the peers.
-        parts: equal parts that they run a batch in, see :mod:`mclfast.batch_parts`.
+        method: says in how many parts they run a batch, see :mod:`mclfast.batch_parts`.
         autocast: gives the context of a forward run. Open around :meth:`forward`, and closed before
             :meth:`backward`.
     """
 
     def __init__(
-        self, cohort: Cohort, parts: int, autocast: Callable[[], AbstractContextManager[Any]]
+        self, cohort: Cohort, method: Method, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         self.cohort = cohort
-        self.parts = parts
+        self.method = method
+        self.parts = method.batch_parts()
         self.autocast = autocast
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:

@@ -71,11 +71,11 @@ class SequentialPeers(PeerRunner):
         done: dict[SharedRun, Tensor] = {}
         peers = []
         for j, view in enumerate(run.views):
-            if j not in self._again:
-                # Weights cast without a graph would cut it here.
-                torch.clear_autocast_cache()
+            # The casts of one peer's weights at a time; made without a graph, they would cut one.
+            torch.clear_autocast_cache()
             with torch.set_grad_enabled(j not in self._again):
-                peers.append(self.cohort.peer_forward(j, view, done=done, before=run.remember))
+                own = self.cohort.peer_forward(j, view, done=done, before=run.remember)
+            peers.append(own if self.method.uses_maps else own._replace(maps=(), shared=None))
         return joined(peers, run.views)
 
     def backward(self, outputs: PeerOutputs) -> None:
@@ -110,7 +110,7 @@ def _leaf(one: Sequence[Tensor]) -> Tensor:
 
 
 def _tensors_of(outputs: PeerOutputs, peer: int, *, shared: bool) -> list[Tensor]:
-    """The outputs of one peer; the map that all peers share, if any, comes last."""
+    """The outputs of one peer; those that may have been dropped come last."""
     tensors = [*outputs.features[peer], *outputs.logits[peer]]
     tensors += [t for stages in outputs.embeddings[peer : peer + 1] for t in stages]
     tensors += outputs.maps[peer : peer + 1]

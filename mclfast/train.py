@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
 from mclfast.models.staged import StagedNetwork
 from mclfast.moving_average import frozen_copy, update_average
+from mclfast.offload import PeerOffload
 from mclfast.schedule import learning_rate
 from mclfast.topology import topology
 from mclfast.types import Batch, Setup
@@ -49,10 +50,10 @@ RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
 #: Where a run computes, and where its data lie, may change; what it computes may not.
 FREE_SETTINGS = frozenset(
     {
-        "device", "memory", "eval_batch_size", "data_root", "workers",
-        "channels_last", "compile_peers", "cuda_graphs", "peers_parallel",
-    }
-)  # fmt: skip
+        "device", "memory", "offload", "checkpoint_every", "eval_batch_size", "data_root",
+        "workers", "channels_last", "compile_peers", "cuda_graphs", "peers_parallel",
+    }  # fmt: skip
+)
 
 # Values of a part of _finite_sum.
 _SUM_AT_A_TIME = 2**22
@@ -76,6 +77,19 @@ class RunResult:
     published_protocol: float
     seconds: float
     history: list[dict[str, float]]
+
+
+@dataclass
+class EpochSoFar:
+    """What a checkpoint within an epoch keeps of it; empty between epochs.
+
+    Attributes:
+        totals: sums of the loss and its parts over the steps done, each 0-dim.
+        seconds: time taken.
+    """
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def train(
@@ -170,7 +184,11 @@ class Trainer:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = select_device(config.device)
         self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
-        self.cohort = cohort.to(self.device)
+        self.cohort = cohort
+        if config.offload == "peers":
+            PeerOffload(cohort, self.device)
+        else:
+            cohort.to(self.device)
         throughput.arrange(self.cohort, config, self.device)
         self.method = method
         self.method.check_device(self.device)
@@ -202,6 +220,8 @@ class Trainer:
         )
         self.history: list[dict[str, float]] = []
         self.step = 0
+        self._so_far = EpochSoFar()
+        self._started = 0.0
 
         meta = self.method.meta_parameters()
         groups = [{"params": list(self.cohort.parameters())}, *self.method.parameter_groups()]
@@ -211,8 +231,7 @@ class Trainer:
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.memory = memory_modes.resolve(config, self)
-        runner = memory_modes.RUNNERS[self.memory]
-        self.runner = runner(self.cohort, method.batch_parts(), self._autocast)
+        self.runner = memory_modes.runner(self)
         throughput.check_memory(config, self.memory)
         self.compute: Gradients = self._gradients
         if config.cuda_graphs:
@@ -270,12 +289,13 @@ class Trainer:
         bar = self._progress_bar(progress)
         try:
             for epoch in range(first, min(last, self.config.epochs)):
-                started = time.perf_counter()
+                self._started = time.perf_counter() - self._so_far.seconds
                 record = self._train_epoch(epoch, bar)
                 record |= self._evaluate()
                 before = self.history[-1]["seconds"] if self.history else 0.0
-                record["seconds"] = before + time.perf_counter() - started
+                record["seconds"] = before + time.perf_counter() - self._started
                 self.history.append(record)
+                self._so_far = EpochSoFar()
                 bar.set_postfix_str(
                     f"loss {record['train_loss']:.3g}, test {record['acc_mean']:.1f} %"
                 )
@@ -297,10 +317,12 @@ class Trainer:
                 group["lr"] = lr
         self.cohort.train()
         self.method.train()
-        self._tell_held_out()
-        totals: dict[str, Tensor] = {}
+        totals = self._so_far.totals
+        done = self.step - epoch * len(self.sampler)
+        if done == 0:
+            self._tell_held_out()
         rows = self.sampler.epoch(epoch)
-        for images, labels, index in self.feed.batches(rows, first_step=self.step):
+        for images, labels, index in self.feed.batches(rows[done:], first_step=self.step):
             batch = Batch(labels, index, self.step, epoch)
             parts = self.train_step(images, batch)
             for name, value in parts.items():
@@ -308,20 +330,37 @@ class Trainer:
             if self.meta_optimizer and c.bilevel_every and self.step % c.bilevel_every == 0:
                 self.bilevel_step(images, batch, lr)
             self.step += 1
+            done += 1
             bar.update()
-        # Nothing before this in an epoch waits for the device.
-        means = {f"train_{k}": float(v) / len(self.sampler) for k, v in totals.items()}
-        # The last step of an epoch shows in no loss of it, but would in the checkpoint.
-        tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
-        sums = torch.stack([_finite_sum(t).to(self.device) for t in tensors])
-        if not (math.isfinite(means["train_loss"]) and bool(sums.isfinite().all())):
-            raise FloatingPointError(
-                f"lr: expected a finite loss and weights, got loss {means['train_loss']} in epoch "
-                f"{epoch + 1}; try a smaller learning rate or clip_grad_norm (lr was {lr:.3g})"
-            )
+            if c.checkpoint_every and self.step % c.checkpoint_every == 0 and done < len(rows):
+                self._save_within_epoch(done)
+        # Nothing before this in an epoch waits for the device, but for checkpoints within it.
+        means = {f"train_{k}": float(v) / len(rows) for k, v in totals.items()}
+        self._check_finite(means["train_loss"])
         return {
             "epoch": epoch + 1, "step": self.step, "lr": lr, **means, **self.feed.throughput()
         }  # fmt: skip
+
+    def _save_within_epoch(self, done: int) -> None:
+        if self.run_dir is None:
+            return
+        self._check_finite(float(self._so_far.totals["loss"]) / done)
+        self._so_far.seconds = time.perf_counter() - self._started
+        checkpoint.save(self.run_dir / CHECKPOINT, self.state())
+
+    def _check_finite(self, loss: float) -> None:
+        """Raises before weights that are not finite get into a checkpoint."""
+        self._wait()
+        # The last step shows in no loss yet.
+        tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
+        sums = torch.stack([_finite_sum(t).to(self.device) for t in tensors])
+        if not (math.isfinite(loss) and bool(sums.isfinite().all())):
+            epoch = len(self.history)
+            raise FloatingPointError(
+                f"lr: expected a finite loss and weights, got loss {loss} in epoch {epoch + 1}; "
+                "try a smaller learning rate or clip_grad_norm "
+                f"(lr was {learning_rate(self.config, epoch):.3g})"
+            )
 
     def _tell_held_out(self) -> None:
         if self.held_out is None:
@@ -349,7 +388,7 @@ class Trainer:
     ) -> tuple[PeerOutputs, dict[str, Tensor]]:
         """Outputs and loss parts; the gradients are in ``.grad`` afterwards."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self.autocast():
             outputs = self._outputs(images, batch)
             parts = self.method.loss(outputs, batch)
         self.scaler.scale(parts["loss"]).backward()
@@ -391,7 +430,7 @@ class Trainer:
         if memory in ("sequential", "checkpoint"):
             network = peer_functions(self.cohort, images)
             whole = lambda peers: joined(peers, views)  # noqa: E731
-        autocast = nullcontext() if c.amp == "fp16" else self._autocast()
+        autocast = nullcontext() if c.amp == "fp16" else self.autocast()
         with throughput.plain_calls(self.cohort), autocast:
             result = bilevel_gradient(
                 lambda outputs: inner(whole(outputs), batch),
@@ -410,7 +449,8 @@ class Trainer:
         self.meta_optimizer.step()
         self.meta_optimizer.zero_grad(set_to_none=True)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of forward runs: mixed precision where the config asks for it."""
         if self.config.amp == "off":
             return nullcontext()
         dtype = torch.bfloat16 if self.config.amp == "bf16" else torch.float16
@@ -437,6 +477,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes, as tensors and plain values."""
+        self._wait()
         return {
             "settings": self._settings(),
             "data": self._data_facts(),
@@ -449,8 +490,14 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "rng": checkpoint.rng_state(),
             "step": self.step,
+            "epoch_so_far": asdict(self._so_far),
             "history": self.history,
         }
+
+    def _wait(self) -> None:
+        """Until the device has written what it writes to host memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _settings(self) -> dict[str, Any]:
         """The settings by name, with the true names of the networks and of the data."""
@@ -497,6 +544,10 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             checkpoint.set_rng_state(state["rng"])
             self.step, self.history = state["step"], state["history"]
+            # Older checkpoints were written between epochs only.
+            so_far = EpochSoFar(**state.get("epoch_so_far", {}))
+            totals = {name: total.to(self.device) for name, total in so_far.totals.items()}
+            self._so_far = replace(so_far, totals=totals)
         except (KeyError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(

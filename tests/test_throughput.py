@@ -144,6 +144,8 @@ def test_auto_really_times():
          "compile_peers: expected independent networks"),
         ({"peers_parallel": "auto", "compile_peers": True}, "peers_parallel: expected off with"),
         ({"peers_parallel": "stack", "memory": "sequential"}, "memory: expected ordinary with"),
+        ({"compile_peers": True, "memory": "sequential", "offload": "peers"},
+         "offload: expected none with compile_peers, got peers"),
         ({"cuda_graphs": True}, "cuda_graphs: expected a CUDA device, got cpu"),
         ({"cuda_graphs": True, "amp": "fp16"}, "cuda_graphs: expected false with amp fp16"),
         ({"cuda_graphs": True, "compile_peers": True}, "cuda_graphs: expected false with compile"),

@@ -55,6 +55,9 @@ class Method(nn.Module):
     supervised: ClassVar[bool] = True
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
+    #: Whether it reads the peers' maps (``PeerOutputs.maps`` and ``shared``), which would otherwise
+    #: take memory with every peer where peers run one after the other.
+    uses_maps: ClassVar[bool] = True
     #: Kind of those heads, see :class:`mclfast.heads.ProjectionHead`.
     projection: ClassVar[Literal["mlp", "linear"]] = "mlp"
 

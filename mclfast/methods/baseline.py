@@ -14,6 +14,8 @@ from mclfast.types import Batch
 class Baseline(Method):
     """Sum over networks of the cross entropy of their logits; the peers do not interact."""
 
+    uses_maps = False
+
     @property
     def repeatable(self) -> bool:
         return True

@@ -56,6 +56,7 @@ def main() -> None:
     if options.quick:
         case = dataclasses.replace(case, network="resnet8", batch=8, side=16, classes=10)
         options.peers, options.bilevel_peers, rounds = [2], [2], {False: 1, True: 1}
+        options.variants = options.variants[:2]
     rows: list[Row] = []
     for bilevel, peers in itertools.product((False, True), options.peers):
         if bilevel and peers not in options.bilevel_peers:

@@ -63,7 +63,7 @@ def test_stacked_peers_equal_separate_ones(names: tuple[str, ...], own_views: bo
 
 
 def test_a_stacked_step_trains_the_peers_themselves():
-    plain, fast = (doubled(trainer_of("lmcl", peers_parallel=way)) for way in ("off", "stack"))
+    plain, fast = (doubled(trainer_of("mcl", peers_parallel=way)) for way in ("off", "stack"))
     for step in range(2):
         for trainer in (plain, fast):
             images, batch = first_batch(trainer, step)
@@ -161,7 +161,7 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], message: str):
 
 
 def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
-    plain, fast = (doubled(trainer_of("lmcl", channels_last=on)) for on in (False, True))
+    plain, fast = (doubled(trainer_of("mcl", channels_last=on)) for on in (False, True))
     for trainer in (plain, fast):
         images, batch = first_batch(trainer)
         outputs, _ = trainer._gradients(images.double(), batch)
@@ -176,7 +176,7 @@ def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
     weight = fast.cohort.peers[0].backbone.layer2[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     # A checkpoint of one layout fits the other.
-    fast.load_state(trainer_of("lmcl").state())
+    fast.load_state(trainer_of("mcl").state())
     assert weight.is_contiguous(memory_format=torch.channels_last)
     exported = load_backbone(fast.export(0, tmp_path)).network
     assert torch.equal(exported.layer2[0].conv1.weight, weight)
@@ -251,7 +251,7 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mclfast.train.check_graphs", lambda *_: None)
 
 
-@pytest.mark.parametrize("name", ["lmcl", "dml", "kdcl minlogit"])
+@pytest.mark.parametrize("name", ["mcl", "kdcl minlogit"])
 def test_recorded_steps_equal_plain_ones(name: str, monkeypatch: pytest.MonkeyPatch):
     """What is around the graph: inputs copied in, buffers kept in the warm-up, gradients found."""
     on_any_device(monkeypatch)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mclfast._files import replacing
-from mclfast.benchmark.draw import EAGER, FUSED, SPARE
+from mclfast.benchmark.draw import EAGER, FUSED, SPARE, machine
 from mclfast.benchmark.train_step import PUBLISHED, Row
 
 # Name in the legend, colour and marker; those of the losses' pictures for the same things.
@@ -34,11 +34,10 @@ def draw(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     first = rows[0]
-    where = about["gpu"] if first["device"] == "cuda" else about["cpu"]
-    threads = "" if first["device"] == "cuda" else f", {about['threads']} thread(s)"
+    where = about["gpu"] if first["device"] == "cuda" else machine(about)
     figure.suptitle(
-        f"One training step of L-MCL: M {first['network']} with auxiliary heads, "
-        f"B = {first['batch']}, {where}{threads}",
+        f"One training step of L-MCL, M x {first['network']} with auxiliary heads, "
+        f"B = {first['batch']}, {where}",
         fontsize=10,
     )
     sizes = sorted({row["peers"] for row in rows})

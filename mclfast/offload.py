@@ -80,14 +80,14 @@ class PeerOffload:
         trained = [p for p in self._parameters[peer] if p.grad is not None]
         homes: dict[tuple[nn.Parameter, str], Tensor] = {}
         for p in trained:
-            for name, value in optimizer.state[p].items():
+            for name, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     homes[p, name] = value
                     optimizer.state[p][name] = self.fetch(value)
         optimizer.step()
         for p in trained:
             self._homes[p].copy_(p.data, non_blocking=True)
-            for name, value in optimizer.state[p].items():
+            for name, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     optimizer.state[p][name] = self._home(value, homes.get((p, name)))
             p.grad = None

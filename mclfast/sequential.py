@@ -59,7 +59,9 @@ class SequentialPeers(PeerRunner):
         # Shared modules have run without a graph when the last peer comes to them.
         independent = topology is None or not topology.shares
         self._again = range(count - 1 if self.keeps_last and independent else count)
-        self._buffers = [BufferSnapshot(self.cohort.peer_modules(j)) for j in self._again]
+        self._buffers = [
+            BufferSnapshot(self.cohort.peer_modules(j), skip_statistics=True) for j in self._again
+        ]
         self._runs: list[_PartRun] = []
         outputs = forward_in_parts(self._run_part, images, self.parts)
         leaves: PeerOutputs = merged([outputs], _leaf)

@@ -39,8 +39,10 @@ def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def assert_same(found: Any, wanted: Any, tolerance: float) -> None:
-    """Floating-point values to a tolerance, relative to the largest of their tensor; all else
-    exactly."""
+    """Floating-point values to a share of the largest in their tensor, all else exactly.
+
+    Values below 1e-3 count as 1e-3: the gradient of a bias before batch norm is rounding alone.
+    """
     mine, theirs = dict(tensors(found)), dict(tensors(wanted))
     assert mine.keys() == theirs.keys()
     for path, want in theirs.items():
@@ -50,4 +52,4 @@ def assert_same(found: Any, wanted: Any, tolerance: float) -> None:
             assert same or any(f"/settings/{free}" in path for free in FREE_SETTINGS), path
         elif want.numel():
             error = (got.double() - want.double()).abs().max()
-            assert error <= tolerance * max(1.0, float(want.double().abs().max())), path
+            assert error <= tolerance * max(1e-3, float(want.double().abs().max())), path

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mclfast import data as data_sets
 from mclfast.cohort import Cohort
 from mclfast.config import TrainConfig
+from mclfast.data import Augmentation, Dataset, ImageSet
 from mclfast.methods import method_class
 from mclfast.models import StagedNetwork
 from mclfast.topology import topology
@@ -80,10 +79,20 @@ class SmallNet(StagedNetwork):
 
 
 @functools.cache
-def digits(train_per_class: int) -> data_sets.Dataset:
-    """The digits, with few to test on."""
-    data = data_sets.load("digits-full", train_per_class=train_per_class)
-    return replace(data, test=data.test.subset(torch.arange(20)))
+def pictures(train_per_class: int) -> Dataset:
+    """Ten classes of noise, each of another brightness."""
+    generator = torch.Generator().manual_seed(3)
+
+    def images(per_class: int) -> ImageSet:
+        labels = torch.arange(10 * per_class) % 10
+        noise = torch.randint(0, 120, (len(labels), 1, 10, 10), generator=generator)
+        return ImageSet((noise + 13 * labels[:, None, None, None]).to(torch.uint8), labels)
+
+    return Dataset(
+        name="noise", train=images(train_per_class), test=images(2), num_classes=10,
+        class_names=tuple("abcdefghij"), mean=(0.5,), std=(0.25,),
+        augmentation=Augmentation(pad=1, flip=True),
+    )  # fmt: skip
 
 
 def small_trainer(
@@ -98,7 +107,7 @@ def small_trainer(
         values: fields of the config, options of the method, and ``networks``, their number.
     """
     own = {
-        "method": case, "data": "digits-full", "train_per_class": 8, "batch_size": 8,
+        "method": case, "train_per_class": 8, "batch_size": 8,
         "images_per_class": 2, "epochs": 2, "projection_dim": 4, "device": "cpu",
         **CASES[case], **values,
     }  # fmt: skip
@@ -117,7 +126,7 @@ def small_trainer(
         topology=shape,
     )
     method = cls(cohort.feature_dims, config.options)
-    return Trainer(cohort, method, digits(config.train_per_class), config, run_dir)
+    return Trainer(cohort, method, pictures(config.train_per_class), config, run_dir)
 
 
 def in_float64(trainer: Trainer) -> Trainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ["checkpoint", "sequential"]
 
 
+@functools.cache
+def ordinary(case: str, count: int, *, exact: bool = True) -> dict[str, Any]:
+    """What ordinary steps of a case leave behind, in float64 or in float32."""
+    trainer = small_trainer(case, clip_grad_norm=0.5)
+    return steps_of(in_float64(trainer) if exact else trainer, count)
+
+
 def test_every_method_has_a_case():
     named = {values.get("method", name) for name, values in CASES.items()}
     assert named == set(methods.available())
@@ -34,17 +42,14 @@ def test_every_method_has_a_case():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_equals_the_ordinary_one(case: str, mode: str):
-    ordinary = in_float64(small_trainer(case))
-    other = in_float64(small_trainer(case, memory=mode))
-    want, got = steps_of(ordinary, 1), steps_of(other, 1)
+    trainer = in_float64(small_trainer(case, clip_grad_norm=0.5, memory=mode))
+    want, got = ordinary(case, 1), steps_of(trainer, 1)
     assert_same(got, want, 1e-12)
     # Statistics are updated once, from the same values in the same order.
-    for (name, a), (_, b) in zip(
-        ordinary.cohort.named_buffers(), other.cohort.named_buffers(), strict=True
-    ):
-        assert torch.equal(a, b), name
+    for name, buffer in trainer.cohort.named_buffers():
+        assert torch.equal(buffer, want["state"]["cohort"][name]), name
         if name.endswith("num_batches_tracked"):
-            assert int(a) > 0
+            assert int(buffer) > 0
     assert any(g is not None and g.any() for g in want["grads"].values())
     assert torch.equal(want["state"]["rng"]["cpu"], got["state"]["rng"]["cpu"])
 
@@ -52,9 +57,8 @@ def test_a_step_equals_the_ordinary_one(case: str, mode: str):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_steps_equal_the_ordinary_ones(case: str, mode: str):
-    want = steps_of(in_float64(small_trainer(case, clip_grad_norm=0.5)), 4)
-    got = steps_of(in_float64(small_trainer(case, clip_grad_norm=0.5, memory=mode)), 4)
-    assert_same(got, want, 1e-9)
+    got = steps_of(in_float64(small_trainer(case, clip_grad_norm=0.5, memory=mode)), 3)
+    assert_same(got, ordinary(case, 3), 1e-9)
 
 
 def gradient_error(found: dict[str, Any], wanted: dict[str, Any]) -> float:
@@ -70,24 +74,23 @@ def gradient_error(found: dict[str, Any], wanted: dict[str, Any]) -> float:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_float32_gradients_are_as_exact_as_the_ordinary_ones(case: str, mode: str):
-    exact = steps_of(in_float64(small_trainer(case)), 1)
-    ordinary = gradient_error(steps_of(small_trainer(case), 1), exact)
-    other = gradient_error(steps_of(small_trainer(case, memory=mode), 1), exact)
-    assert 0 < ordinary < 1e-3
-    assert other <= 1.5 * ordinary
+    trainer = small_trainer(case, clip_grad_norm=0.5, memory=mode)
+    own = gradient_error(ordinary(case, 1, exact=False), ordinary(case, 1))
+    assert 0 < own < 1e-3
+    assert gradient_error(steps_of(trainer, 1), ordinary(case, 1)) <= 1.5 * own
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", ["lmcl", "one", "moco-mcl"])
 def test_mixed_precision(case: str, mode: str):
-    exact = steps_of(small_trainer(case), 1)
-    ordinary = steps_of(small_trainer(case, amp="bf16"), 1)
-    other = steps_of(small_trainer(case, amp="bf16", memory=mode), 1)
-    own_error = gradient_error(ordinary, exact)
-    assert own_error > 1e-3
+    settings: dict[str, Any] = {"amp": "bf16", "clip_grad_norm": 0.5}
+    eager = steps_of(small_trainer(case, **settings), 1)
+    other = steps_of(small_trainer(case, **settings, memory=mode), 1)
+    own = gradient_error(eager, ordinary(case, 1))
+    assert own > 1e-3
     # Not the same roundings, but as many, and no cast weight without its gradient.
-    assert gradient_error(other, ordinary) <= own_error
-    assert gradient_error(other, exact) <= 1.5 * own_error
+    assert gradient_error(other, eager) <= own
+    assert gradient_error(other, ordinary(case, 1)) <= 1.5 * own
 
 
 def test_loss_scaling():
@@ -156,11 +159,11 @@ def test_networks_with_buffers_of_other_kinds(mode: str, own_statistics: bool):
 
 
 def peaks(mode: str, case: str = "dml") -> list[int]:
-    """Bytes that a step of 2, 4 and 6 peers adds at its peak, without gradients it leaves."""
+    """Bytes that a step of 2 and of 5 peers adds at its peak."""
     found = []
-    for networks in (2, 4, 6):
+    for networks in (2, 5):
         trainer = small_trainer(
-            case, networks=networks, memory=mode, blocks=4, batch_size=40, images_per_class=4
+            case, networks=networks, memory=mode, blocks=4, batch_size=20, images_per_class=2
         )
         first, second = batches(trainer, 2)
         trainer.train_step(*first)
@@ -169,15 +172,13 @@ def peaks(mode: str, case: str = "dml") -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("case", ["dml", "mcl", "one"])
+@pytest.mark.parametrize("case", ["mcl", "mcl-okd"])
 def test_memory_of_the_modes(case: str):
-    ordinary, saved = peaks("ordinary", case), peaks("checkpoint", case)
-    sequential = peaks("sequential", case)
-    one_peer = (ordinary[2] - ordinary[0]) / 4
+    eager, saved, sequential = (peaks(m, case) for m in ("ordinary", *MODES))
     # What a peer adds: nothing but its outputs and gradients.
-    assert (sequential[2] - sequential[0]) / 4 < 0.05 * one_peer
-    assert sequential[2] < ordinary[0]
-    assert all(s < 0.5 * o for s, o in zip(saved, ordinary, strict=True))
+    assert sequential[1] - sequential[0] < 0.05 * (eager[1] - eager[0])
+    assert sequential[1] < eager[0]
+    assert all(s < 0.5 * e for s, e in zip(saved, eager, strict=True))
 
 
 def test_maps_are_kept_for_the_methods_that_read_them():
@@ -244,7 +245,7 @@ def interrupted(trainer: Trainer, step: int) -> None:
         trainer.fit(progress=False)
 
 
-@pytest.mark.parametrize("case", ["lmcl", "kdcl-general", "moco-mcl", "pcl"])
+@pytest.mark.parametrize("case", ["mcl-bank", "kdcl-general", "moco-mcl"])
 def test_resuming_within_an_epoch_equals_the_uninterrupted_run(case: str, tmp_path: Path):
     settings: dict[str, Any] = {"memory": "sequential", "epochs": 2, "checkpoint_every": 3}
     whole = small_trainer(case, **settings)

@@ -155,7 +155,7 @@ class Method(nn.Module):
         return {}
 
     def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
-        """Called after the optimiser's step, with the outputs that the loss got."""
+        """Called after the optimiser's step, with the outputs that the loss got, as constants."""
 
     def check_device(self, device: torch.device) -> None:
         """Raises, before a run starts, where the method cannot work on a device."""

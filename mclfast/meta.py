@@ -124,29 +124,60 @@ def bilevel_gradient(
             steps.append(step_at(number, theta))
             loss, grads = steps[-1].gradient()
             losses.append(loss)
-            velocity = [
+            velocity = in_one_buffer(
                 momentum * v + g + weight_decay * t
                 for v, g, t in zip(velocity, grads, theta.values(), strict=True)
-            ]
-            theta = {
-                name: t - lr * v for (name, t), v in zip(theta.items(), velocity, strict=True)
-            }
-        outer_loss, adjoint = step_at(len(objectives), theta).gradient()
+            )
+            moved = in_one_buffer(
+                t - lr * v for t, v in zip(theta.values(), velocity, strict=True)
+            )
+            theta = dict(zip(theta, moved, strict=True))
+        outer_loss, last = step_at(len(objectives), theta).gradient()
+        adjoint = in_one_buffer(last)
+        del last, grads, velocity
 
         hyper_grads = [torch.zeros_like(h) for h in hyperparams]
         momentum_adjoint = [torch.zeros_like(a) for a in adjoint]
         while steps:
-            u = [v - lr * a for v, a in zip(momentum_adjoint, adjoint, strict=True)]
+            u = in_one_buffer(
+                v - lr * a for v, a in zip(momentum_adjoint, adjoint, strict=True)
+            )
             # The parameters before the first step are given: nothing asks for their adjoint.
             first = len(steps) == 1
             along, for_hyper = steps.pop().product(u, hyperparams, with_params=not first)
             hyper_grads = [a + b for a, b in zip(hyper_grads, for_hyper, strict=True)]
-            adjoint = [
+            adjoint = in_one_buffer(
                 a + weight_decay * du + h for a, du, h in zip(adjoint, u, along, strict=True)
-            ]
-            momentum_adjoint = [momentum * du for du in u]
+            )
+            momentum_adjoint = in_one_buffer(momentum * du for du in u)
 
     return BilevelResult(tuple(hyper_grads), tuple(losses[:inner_steps]), outer_loss)
+
+
+def in_one_buffer(values: Iterable[Tensor]) -> list[Tensor]:
+    """The same values next to each other.
+
+    Tensors of the size of parameters that live through the whole call would otherwise lie scattered
+    among freed activations, and keep the allocator from using that memory for activations again.
+    """
+    found = list(values)
+    buffers = {
+        kind: torch.empty(
+            sum(v.numel() for v in found if (v.dtype, v.device) == kind),
+            dtype=kind[0],
+            device=kind[1],
+        )
+        for kind in {(v.dtype, v.device) for v in found}
+    }
+    used = dict.fromkeys(buffers, 0)
+    for i, value in enumerate(found):
+        kind = value.dtype, value.device
+        # As dense as possible in the order of its axes, like channels-last weights.
+        strides = torch.empty_like(value, device="meta").stride()
+        place = buffers[kind].as_strided(value.shape, strides, used[kind])
+        used[kind] += value.numel()
+        found[i] = place.copy_(value)
+    return found
 
 
 def _check_params(params: Mapping[str, Tensor]) -> None:

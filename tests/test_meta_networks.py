@@ -294,7 +294,7 @@ def test_memory_of_graphs():
     split = peak_saved(lambda: bilevel(whole, inner, outer))
     one = peak_saved(lambda: bilevel(parts, *sequential))
     assert split <= 2.2 * base
-    assert one <= 1.2 * base
+    assert one <= 1.3 * base
 
 
 def test_autocast_comes_close():

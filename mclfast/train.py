@@ -178,6 +178,9 @@ class Trainer:
         if self.average is not None:
             self.average.train(method.teacher_mode == "train")
         self.mean_images = None if method.supervised else class_mean_images(self.data)
+        #: Where the weights come from, where not from the seed; kept with the settings, so that no
+        #: run of other weights goes on with this one.
+        self.origin: dict[str, str] = {}
         self.own_parts = network_names is None
         self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
         self.sampler = self._sampler()
@@ -425,7 +428,8 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         """The settings by name, with the true names of the networks and of the data."""
-        return self.config.to_values() | {"cohort": list(self.names), "data": self.data.name}
+        names = {"cohort": list(self.names), "data": self.data.name}
+        return self.config.to_values() | names | self.origin
 
     def _data_facts(self) -> dict[str, Any]:
         """What tells one data set from another, wherever its files lie."""

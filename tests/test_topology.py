@@ -152,6 +152,10 @@ def test_sizes_with_own_last_stages(name: str) -> None:
     assert both == THREE_PEERS[name]
 
 
+def test_size_of_the_two_networks_of_ffl() -> None:
+    assert models.parameter_count(on_meta("resnet32", "shared_stem", 2, 2)) == 832_920
+
+
 def test_sharing_is_by_identity() -> None:
     first, second, third, fourth = (peer.backbone for peer in cohort_of().peers)
     for other in (second, third, fourth):

@@ -28,28 +28,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(known: argparse.Namespace, rest: list[str]) -> int:
     from mclfast import recipe
     from mclfast.config import TrainConfig
-    from mclfast.train import CONFIG
 
-    if known.resume:
-        for extra in ("recipe", "run_dir", "overwrite"):
-            if getattr(known, extra):
-                flag = f"--{dashed(extra)}"
-                raise ValueError(f"resume: expected no {flag} beside --resume, got both")
     values: dict[str, Any] = {}
-    if known.recipe:
-        values |= recipe.load(known.recipe)
     if known.resume:
-        if not (known.resume / CONFIG).is_file():
-            raise FileNotFoundError(f"resume: expected a run with {CONFIG} in {known.resume}")
-        values |= recipe.load(str(known.resume / CONFIG))
+        values = settings_to_resume(known, ("recipe", "run_dir", "overwrite"))
+        if "transfer_from" in values:
+            raise ValueError(
+                f"resume: expected a run of mclfast train in {known.resume}, got one of "
+                "mclfast transfer"
+            )
+    elif known.recipe:
+        values = recipe.load(known.recipe)
     values |= _settings(known, rest, values)
     config = TrainConfig.from_values(values)
     run_dir = known.resume or known.run_dir or default_run_dir(config)
     if not known.resume and not known.overwrite:
-        _refuse_old_run(run_dir)
+        refuse_old_run(run_dir)
     return _train_and_report(
         config, run_dir, replace=not known.resume, progress=not known.no_progress
     )
+
+
+def settings_to_resume(known: argparse.Namespace, refused: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of the run that ``--resume`` names.
+
+    Args:
+        known: the arguments of the command.
+        refused: those that cannot be given beside it.
+    """
+    from mclfast import recipe
+    from mclfast.train import CONFIG
+
+    for name in refused:
+        if getattr(known, name):
+            given = name if name == "path" else f"--{dashed(name)}"
+            raise ValueError(f"resume: expected no {given} beside --resume, got both")
+    if not (known.resume / CONFIG).is_file():
+        raise FileNotFoundError(f"resume: expected a run with {CONFIG} in {known.resume}")
+    return recipe.load(str(known.resume / CONFIG))
 
 
 def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +122,8 @@ def default_run_dir(config: Any) -> Path:
     return Path("runs") / f"{config.data}-{config.method}-{cohort}-seed{config.seed}"
 
 
-def _refuse_old_run(run_dir: Path) -> None:
+def refuse_old_run(run_dir: Path) -> None:
+    """Raises where there is a run in a folder that a new one is to be written into."""
     from mclfast.train import CONFIG, RESULT
 
     if (run_dir / CONFIG).exists():

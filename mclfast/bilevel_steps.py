@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from mclfast._checks import describe
 from mclfast._rng import RngState, rng_state, set_rng_state
 
 Params = dict[str, Tensor]
-Objective = Callable[[Params], Tensor]
 
 
 class Step:
@@ -23,17 +23,21 @@ class Step:
         params: values before the step.
     """
 
-    def __init__(self, argument: str, objective: Objective, params: Params) -> None:
+    def __init__(self, argument: str, objective: Callable[[Any], Tensor], params: Params) -> None:
         self.argument = argument
         self.objective = objective
         self.params = params
         self.devices = {p.device for p in params.values()}
         self._before: RngState = rng_state(self.devices)
 
+    def loss(self, params: Params) -> Tensor:
+        """The objective at parameters."""
+        return self.objective(params)
+
     def gradient(self) -> tuple[Tensor, list[Tensor]]:
         """Value and gradient; a parameter that the objective does not use has gradient zero."""
         leaves = self.leaves()
-        loss = self.checked(self.objective(leaves))
+        loss = self.checked(self.loss(leaves))
         return loss.detach(), self.used(grad([loss], leaves.values()))
 
     def product(
@@ -51,7 +55,7 @@ class Step:
         """
         set_rng_state(self._before)
         leaves = self.leaves()
-        grads = grad([self.objective(leaves)], leaves.values(), create_graph=True)
+        grads = grad([self.loss(leaves)], leaves.values(), create_graph=True)
         wanted = [*(leaves.values() if with_params else ()), *hyperparams]
         found = grad([inner_product(grads, direction)], wanted)
         split = len(wanted) - len(hyperparams)

@@ -43,12 +43,26 @@ class _PeerAlone(nn.Module):
 
 def _function(module: nn.Module, prefix: str, *args: Any) -> Outputs:
     buffers = dict(module.named_buffers())
+    names = {id(t): name for name, t in (*module.named_parameters(), *buffers.items())}
+    # Each place of a tensor once: functional_call would not give back what it took from a module
+    # that networks share, which has several names.
+    places = {
+        f"{path}.{attribute}" if path else attribute: names[id(tensor)]
+        for path, part in module.named_modules()
+        for attribute, tensor in (
+            *part.named_parameters(recurse=False, remove_duplicate=False),
+            *part.named_buffers(recurse=False, remove_duplicate=False),
+        )
+    }
 
     def outputs(params: dict[str, Tensor]) -> PeerOutputs:
         # Batch normalisation updates its statistics in place: on copies here.
         values = {name: buffer.clone() for name, buffer in buffers.items()}
         values |= {f"{prefix}{name}": value for name, value in params.items()}
-        found: PeerOutputs = functional_call(module, values, args)
+        found: PeerOutputs = functional_call(
+            module, {place: values[name] for place, name in places.items()}, args,
+            tie_weights=False,
+        )  # fmt: skip
         return found
 
     return outputs

@@ -94,11 +94,15 @@ class DualOps(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _unpacked(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if x is None:
-        return None, None
+def unpacked(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Value and tangent of a dual tensor, both of one dtype; no tangent of another tensor."""
     value, tangent = forward_ad.unpack_dual(x)
-    return value, tangent
+    # Some rules of PyTorch give a wider tangent under autocast.
+    return value, None if tangent is None else tangent.to(value.dtype)
+
+
+def _unpacked(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if x is None else unpacked(x)
 
 
 def _convolution(
@@ -205,7 +209,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    x, x_t = _unpacked(input)
+    x, x_t = unpacked(input)
     if not training or x_t is None:
         return F.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps

@@ -53,21 +53,31 @@ def bilevel_gradient(
     Starting from ``params`` with zero momentum, takes ``inner_steps`` SGD steps (PyTorch's update,
     no Nesterov) on ``inner``, then ``outer_steps`` on ``outer`` with the same momentum buffers, and
     differentiates ``outer`` at the end through all of them. Equals autograd through the unrolled
-    steps, at the memory of one step's graph: each step is recomputed from its stored parameters
-    in the reverse sweep
+    steps, without keeping them: each step is recomputed from its stored parameters in the reverse
+    sweep
 
         u = V - lr A;   X = <g(theta, phi), u>;   A <- A + wd u + dX/dtheta;   V <- momentum u
 
     where A and V are the adjoints of the parameters and of the momentum. (The published code
     leaves the factor wd off the momentum adjoint.)
 
+    Without ``network``, X is differentiated as the product of a gradient. With it, X = <dL/do, J u>
+    for a loss L of outputs o: forward mode gives J u, one backward pass the gradient of the later
+    steps, and the first step needs no backward pass through the networks at all. That takes about
+    10 ordinary steps' time and twice the activations of one, see :mod:`mclfast.split_step`; where
+    an operation has no forward mode, X is differentiated as without ``network``. A list of
+    networks has the activations of one of them at a time, and runs each twice as often.
+
     Args:
-        inner: maps parameters (the keys of ``params``) to a 0-dim loss that depends on
-            ``hyperparams``; it must use the values it is passed, e.g. by
-            ``torch.func.functional_call``, and must be differentiable twice.
+        inner: maps parameters (the keys of ``params``), or the outputs of ``network``, to a 0-dim
+            loss that depends on ``hyperparams``; differentiable twice.
         outer: likewise; the objective that ``hyperparams`` should lower.
         params: the starting point; parameters that a loss does not use count as gradient zero.
         hyperparams: tensors with ``requires_grad`` that ``inner`` reads.
+        network: maps parameters to outputs, any nest of tuples, lists and dictionaries of tensors,
+            and does not read ``hyperparams``; or a list of such functions, then the losses take the
+            list of their outputs. It (or else the losses) must use the values it is passed, e.g. by
+            ``torch.func.functional_call``, and do the same operations whenever it is run.
         inner_steps: >= 1.
         outer_steps: >= 0.
         lr: of the SGD steps differentiated through, > 0.
@@ -76,13 +86,14 @@ def bilevel_gradient(
     Returns:
         BilevelResult(grads, inner_losses, outer_loss). Parameters, ``.grad`` fields and the state
         of the random number generators are left as they were; the objectives draw the same random
-        numbers when recomputed. Objectives that change buffers should work on copies of them
-        (:class:`mclfast.train.Trainer` does).
+        numbers when recomputed. Objectives and networks that change buffers should work on copies
+        of them (:mod:`mclfast.cohort_functions` does).
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
 
-    Source: layer-wise MCL, arXiv 2207.11518, section 3.4.
+    Source: layer-wise MCL, arXiv 2207.11518, section 3.4; forward mode over a backward pass:
+    Pearlmutter, Neural Computation 1994.
     """
     check_integer("inner_steps", inner_steps, 1)
     check_integer("outer_steps", outer_steps, 0)
@@ -99,7 +110,9 @@ def bilevel_gradient(
         argument, loss = objectives[number] if number < len(objectives) else ("outer", outer)
         if networks is None:
             return Step(argument, loss, theta)
-        tape = ConvolutionTape() if number in (0, len(objectives) - 1) else None
+        # What the last step keeps is used up before any step has a graph of its own again; what
+        # an earlier one kept would come on top of the graph of another step.
+        tape = ConvolutionTape() if number == len(objectives) - 1 else None
         return SplitStep(argument, loss, networks, theta, tape)
 
     with rng_restored(devices), torch.enable_grad():
@@ -111,29 +124,60 @@ def bilevel_gradient(
             steps.append(step_at(number, theta))
             loss, grads = steps[-1].gradient()
             losses.append(loss)
-            velocity = [
+            velocity = in_one_buffer(
                 momentum * v + g + weight_decay * t
                 for v, g, t in zip(velocity, grads, theta.values(), strict=True)
-            ]
-            theta = {
-                name: t - lr * v for (name, t), v in zip(theta.items(), velocity, strict=True)
-            }
-        outer_loss, adjoint = step_at(len(objectives), theta).gradient()
+            )
+            moved = in_one_buffer(
+                t - lr * v for t, v in zip(theta.values(), velocity, strict=True)
+            )
+            theta = dict(zip(theta, moved, strict=True))
+        outer_loss, last = step_at(len(objectives), theta).gradient()
+        adjoint = in_one_buffer(last)
+        del last, grads, velocity
 
         hyper_grads = [torch.zeros_like(h) for h in hyperparams]
         momentum_adjoint = [torch.zeros_like(a) for a in adjoint]
         while steps:
-            u = [v - lr * a for v, a in zip(momentum_adjoint, adjoint, strict=True)]
+            u = in_one_buffer(
+                v - lr * a for v, a in zip(momentum_adjoint, adjoint, strict=True)
+            )
             # The parameters before the first step are given: nothing asks for their adjoint.
             first = len(steps) == 1
             along, for_hyper = steps.pop().product(u, hyperparams, with_params=not first)
             hyper_grads = [a + b for a, b in zip(hyper_grads, for_hyper, strict=True)]
-            adjoint = [
+            adjoint = in_one_buffer(
                 a + weight_decay * du + h for a, du, h in zip(adjoint, u, along, strict=True)
-            ]
-            momentum_adjoint = [momentum * du for du in u]
+            )
+            momentum_adjoint = in_one_buffer(momentum * du for du in u)
 
     return BilevelResult(tuple(hyper_grads), tuple(losses[:inner_steps]), outer_loss)
+
+
+def in_one_buffer(values: Iterable[Tensor]) -> list[Tensor]:
+    """The same values next to each other.
+
+    Tensors of the size of parameters that live through the whole call would otherwise lie scattered
+    among freed activations, and keep the allocator from using that memory for activations again.
+    """
+    found = list(values)
+    buffers = {
+        kind: torch.empty(
+            sum(v.numel() for v in found if (v.dtype, v.device) == kind),
+            dtype=kind[0],
+            device=kind[1],
+        )
+        for kind in {(v.dtype, v.device) for v in found}
+    }
+    used = dict.fromkeys(buffers, 0)
+    for i, value in enumerate(found):
+        kind = value.dtype, value.device
+        # As dense as possible in the order of its axes, like channels-last weights.
+        strides = torch.empty_like(value, device="meta").stride()
+        place = buffers[kind].as_strided(value.shape, strides, used[kind])
+        used[kind] += value.numel()
+        found[i] = place.copy_(value)
+    return found
 
 
 def _check_params(params: Mapping[str, Tensor]) -> None:

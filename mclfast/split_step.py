@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from mclfast._rng import RngState, rng_state, set_rng_state
 from mclfast.bilevel_steps import Params, Step, grad, inner_product, zeros_for_none
-from mclfast.dual_ops import ConvolutionTape, DualOps, RecordConvolutions
+from mclfast.dual_ops import ConvolutionTape, DualOps, RecordConvolutions, unpacked
 
 Part = Callable[[Params], Any]
 Element = TypeVar("Element")
@@ -50,7 +50,7 @@ class SplitStep(Step):
 
     Args:
         argument: what error messages call the loss.
-        loss: of the outputs.
+        objective: the loss of the outputs.
         networks: give them.
         params: values before the step.
         tape: keeps outputs of convolutions in :meth:`gradient` for :meth:`product`; for one part.
@@ -59,24 +59,23 @@ class SplitStep(Step):
     def __init__(
         self,
         argument: str,
-        loss: Callable[[Any], Tensor],
+        objective: Callable[[Any], Tensor],
         networks: Networks,
         params: Params,
         tape: ConvolutionTape | None = None,
     ) -> None:
-        super().__init__(argument, self._composed, params)
-        self.loss = loss
+        super().__init__(argument, objective, params)
         self.parts = networks.parts
         self.alone = networks.alone
         self.tape = tape if len(self.parts) == 1 else None
         #: Before each part, and before the loss.
         self.states: list[RngState] = []
 
-    def _composed(self, params: Params) -> Tensor:
+    def loss(self, params: Params) -> Tensor:
         return self._loss([part(params) for part in self.parts])
 
     def _loss(self, outputs: list[Any]) -> Tensor:
-        return self.loss(outputs[0] if self.alone else outputs)
+        return self.objective(outputs[0] if self.alone else outputs)
 
     def gradient(self) -> tuple[Tensor, list[Tensor]]:
         graph = len(self.parts) == 1
@@ -132,9 +131,10 @@ class SplitStep(Step):
         del first, along, loss
         total: list[Tensor | None] = [None] * len(self.params)
         for j in places:
-            run = runs[j] if graph else self._dual_run(j, direction, True)
             cotangents = [*of_values[j], *of_tangents[j]]
-            total = _added(total, run.grad(cotangents))
+            # Without a name, the graph of a part is gone before that of the next is made.
+            grads = (runs[j] if graph else self._dual_run(j, direction, True)).grad(cotangents)
+            total = _added(total, grads)
         return self.filled(total), for_hyperparams
 
     def _recording(self) -> AbstractContextManager[Any]:
@@ -156,8 +156,8 @@ class SplitStep(Step):
             }
             with DualOps(self.tape):
                 nest = _Nest(self.parts[part](duals))
-            pairs = [forward_ad.unpack_dual(t) for t in nest.tensors]
-        return _DualRun(leaves, nest, [p.primal for p in pairs], [p.tangent for p in pairs])
+            pairs = [unpacked(t) for t in nest.tensors]
+        return _DualRun(leaves, nest, [value for value, _ in pairs], [t for _, t in pairs])
 
 
 class _Nest:

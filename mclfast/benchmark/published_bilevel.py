@@ -55,6 +55,9 @@ class PublishedBilevel:
         """For images [B, C, H, W] with labels [B]."""
         params = list(self.cohort.parameters())
         optimizer = torch.optim.SGD(params, **self.settings)  # type: ignore[arg-type]
+        for p in params:
+            # Without a gradient SGD would leave out the classifiers, and their weight decay.
+            p.grad = torch.zeros_like(p)
         states: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for objective in self.objectives:
             states.append(copy.deepcopy((self.cohort.state_dict(), optimizer.state_dict())))
@@ -63,7 +66,7 @@ class PublishedBilevel:
             optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         self._outer(images, labels).backward()  # type: ignore[no-untyped-call]
-        adjoint = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
+        adjoint = [p.grad.clone() for p in params if p.grad is not None]
         found = self._reverse(images, labels, params, adjoint, [state[0] for state in states])
         self.cohort.load_state_dict(states[0][0])
         optimizer.zero_grad(set_to_none=True)

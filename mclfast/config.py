@@ -191,8 +191,6 @@ class TrainConfig:
 
     def _check_offload(self) -> None:
         """A peer is stepped in its turn, when the gradients of the others are not there."""
-        method = methods.method_class(self.method)
-        learns_meta = method.meta_parameters is not methods.Method.meta_parameters
         for name, wanted, fits in (
             ("memory", "sequential", self.memory == "sequential"),
             ("topology", "independent", self.topology == "independent"),
@@ -200,8 +198,6 @@ class TrainConfig:
              self.clip_grad_norm is None),
             ("amp", "off or bf16, as fp16 skips a step by the gradients of all peers,",
              self.amp != "fp16"),
-            ("method", "one without a moving average of the cohort", not method.teacher),
-            ("bilevel_every", "0", not (learns_meta and self.bilevel_every)),
         ):  # fmt: skip
             if not fits:
                 raise ValueError(

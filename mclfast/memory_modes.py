@@ -7,7 +7,9 @@ one twice.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from mclfast.activation_checkpoint import CheckpointedPeers
 from mclfast.config import TrainConfig
@@ -41,9 +43,9 @@ def resolve(config: TrainConfig, trainer: Trainer) -> str:
     return config.memory
 
 
-def runner(trainer: Trainer) -> PeerRunner:
-    """Runs the peers of a trainer in its mode."""
-    settings = trainer.cohort, trainer.method, trainer.autocast
+def runner(trainer: Trainer, autocast: Callable[[], AbstractContextManager[Any]]) -> PeerRunner:
+    """What runs the peers of a trainer in its mode; ``autocast`` gives the context of a run."""
+    settings = trainer.cohort, trainer.method, autocast
     if trainer.config.offload == "peers":
         return OffloadedPeers(*settings, trainer.optimizer)
     return RUNNERS[trainer.memory](*settings)

@@ -104,6 +104,21 @@ class PeerOffload:
         return home.copy_(tensor, non_blocking=True)
 
 
+def check_method(method: Method, bilevel_every: int) -> None:
+    """Raises ValueError where a method needs all peers on the device at a time."""
+    name = type(method).__name__
+    if method.teacher:
+        raise ValueError(
+            "offload: expected none for a method with a moving average of the cohort, got peers "
+            f"with {name}"
+        )
+    if bilevel_every and method.meta_parameters():
+        raise ValueError(
+            f"bilevel_every: expected 0 with offload peers, got {bilevel_every} for {name}, whose "
+            "bilevel step needs all peers on the device"
+        )
+
+
 class OffloadedPeers(SequentialPeers):
     """Peer-sequential training of peers in host memory; it steps each peer in its second turn.
 

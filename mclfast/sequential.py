@@ -73,7 +73,7 @@ class SequentialPeers(PeerRunner):
         done: dict[SharedRun, Tensor] = {}
         peers = []
         for j, view in enumerate(run.views):
-            # The casts of one peer's weights at a time; made without a graph, they would cut one.
+            # The casts of one peer's weights at a time.
             torch.clear_autocast_cache()
             with torch.set_grad_enabled(j not in self._again):
                 own = self.cohort.peer_forward(j, view, done=done, before=run.remember)
@@ -97,6 +97,8 @@ class SequentialPeers(PeerRunner):
         with self._buffers[peer]:
             for part, run in enumerate(self._runs):
                 grads = [None if g is None else g.chunk(self.parts)[part] for g in found]
+                # Not all versions of torch drop casts made without a graph, which cut this one.
+                torch.clear_autocast_cache()
                 with self.autocast():
                     own = self.cohort.peer_forward(peer, run.views[peer], before=run.restore)
                 pairs = zip(_tensors_of(own, 0, shared=peer == 0), grads, strict=False)

@@ -40,7 +40,7 @@ from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
 from mclfast.models.staged import StagedNetwork
 from mclfast.moving_average import frozen_copy, update_average
-from mclfast.offload import PeerOffload
+from mclfast.offload import PeerOffload, check_method
 from mclfast.schedule import learning_rate
 from mclfast.topology import topology
 from mclfast.types import Batch, Setup
@@ -186,6 +186,7 @@ class Trainer:
         self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
         self.cohort = cohort
         if config.offload == "peers":
+            check_method(method, config.bilevel_every)
             PeerOffload(cohort, self.device)
         else:
             cohort.to(self.device)
@@ -234,7 +235,7 @@ class Trainer:
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.memory = memory_modes.resolve(config, self)
-        self.runner = memory_modes.runner(self)
+        self.runner = memory_modes.runner(self, self._autocast)
         throughput.check_memory(config, self.memory)
         self.compute: Gradients = self._gradients
         if config.cuda_graphs:
@@ -391,7 +392,7 @@ class Trainer:
     ) -> tuple[PeerOutputs, dict[str, Tensor]]:
         """Outputs and loss parts; the gradients are in ``.grad`` afterwards."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
+        with self._autocast():
             outputs = self._outputs(images, batch)
             parts = self.method.loss(outputs, batch)
         self.scaler.scale(parts["loss"]).backward()
@@ -433,7 +434,7 @@ class Trainer:
         if memory in ("sequential", "checkpoint"):
             network = peer_functions(self.cohort, images)
             whole = lambda peers: joined(peers, views)  # noqa: E731
-        autocast = nullcontext() if c.amp == "fp16" else self.autocast()
+        autocast = nullcontext() if c.amp == "fp16" else self._autocast()
         with throughput.plain_calls(self.cohort), autocast:
             result = bilevel_gradient(
                 lambda outputs: inner(whole(outputs), batch),
@@ -452,7 +453,7 @@ class Trainer:
         self.meta_optimizer.step()
         self.meta_optimizer.zero_grad(set_to_none=True)
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[Any]:
         """The context of forward runs: mixed precision where the config asks for it."""
         if self.config.amp == "off":
             return nullcontext()

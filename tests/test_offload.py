@@ -120,8 +120,6 @@ def test_a_run_equals_one_that_keeps_its_peers_on_the_device(tmp_path: Path):
         ({"topology": "tree"}, "^topology: expected independent with offload peers, got tree"),
         ({"clip_grad_norm": 1.0}, "^clip_grad_norm: expected none, .* got 1.0"),
         ({"amp": "fp16"}, "^amp: expected off or bf16, .* got fp16"),
-        ({"method": "pcl"}, "^method: expected one without a moving average .* got pcl"),
-        ({"method": "lmcl", "bilevel_every": 5}, "^bilevel_every: expected 0 .* got 5"),
     ],
 )
 def test_what_excludes_peers_in_host_memory(values: dict[str, Any], message: str):
@@ -129,6 +127,19 @@ def test_what_excludes_peers_in_host_memory(values: dict[str, Any], message: str
     TrainConfig.from_values(base)
     with pytest.raises(ValueError, match=message):
         TrainConfig.from_values(base | values)
+
+
+@pytest.mark.parametrize(
+    ("case", "values", "message"),
+    [
+        ("pcl", {"topology": "independent"}, "^offload: expected none .* average .* with PCL"),
+        ("moco-mcl", {}, "^offload: expected none .* got peers with MomentumMCL"),
+        ("lmcl", {"bilevel_every": 5}, "^bilevel_every: expected 0 .* got 5 for LayerwiseMCL"),
+    ],
+)
+def test_methods_that_need_all_peers_at_a_time(case: str, values: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        small_trainer(case, **values, **OFFLOAD)
 
 
 def test_peers_that_share_modules_stay_on_the_device():

@@ -13,6 +13,7 @@ from mclfast._checks import check_integer, describe
 from mclfast.heads import ProjectionHead
 from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 from mclfast.models.staged import StagedNetwork
+from mclfast.peers_parallel import RunPeers
 from mclfast.topology import SharedRun, Topology, path_maps, share
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ class Cohort(nn.Module):
         if topology is not None:
             share([peer.backbone for peer in peers], topology)
         self.networks = nn.ModuleList(peers)
+        #: How independent peers run in training: a peer by itself, and all of them in one call.
+        #: None for plain calls; set by :mod:`mclfast.throughput`.
+        self.run_alone: Callable[[PeerNetwork, Tensor], StageOutputs] | None = None
+        self.run_together: RunPeers | None = None
         self.projection_dim = projection_dim
         self.projections = nn.ModuleList()
         if projection_dim is not None:
@@ -140,6 +145,9 @@ class Cohort(nn.Module):
     def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:
         """Runs the peers on the same images [B, C, H, W], or each on its own view of them."""
         views = self.views(images)
+        if self.training and self.run_together is not None:
+            outputs = self.run_together(self.peers, views)
+            return joined([self._with_heads(j, out, None) for j, out in enumerate(outputs)], views)
         done: dict[SharedRun, Tensor] = {}
         return joined(
             [self.peer_forward(j, view, done=done) for j, view in enumerate(views)], views
@@ -180,10 +188,14 @@ class Cohort(nn.Module):
         """
         with nullcontext() if self.offload is None else self.offload.present(peer):
             out, shared = self._stage_outputs(peer, view, {} if done is None else done, before)
-            embeddings: tuple[tuple[Tensor, ...], ...] = ()
-            if len(self.projections):
-                heads = self.projections[peer].children()
-                embeddings = (tuple(head(f) for head, f in zip(heads, out.features, strict=True)),)
+            return self._with_heads(peer, out, shared)
+
+    def _with_heads(self, peer: int, out: StageOutputs, shared: Tensor | None) -> PeerOutputs:
+        """Outputs of a cohort of one peer from those of its network."""
+        embeddings: tuple[tuple[Tensor, ...], ...] = ()
+        if len(self.projections):
+            heads = self.projections[peer].children()
+            embeddings = (tuple(head(f) for head, f in zip(heads, out.features, strict=True)),)
         return PeerOutputs((out.features,), (out.logits,), embeddings, (out.final_map,), shared)
 
     def _stage_outputs(
@@ -198,7 +210,8 @@ class Cohort(nn.Module):
         if self.topology is None or not self.topology.shares:
             if before is not None:
                 before(peer)
-            return network(view), None
+            call = self.run_alone if self.training else None
+            return network(view) if call is None else call(network, view), None
         backbones = [p.backbone for p in self.peers]
         maps, shared = path_maps(backbones, self.topology, peer, view, done, before)
         if before is not None:

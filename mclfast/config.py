@@ -63,6 +63,18 @@ class TrainConfig:
     lr_decay: float = _field(0.1, "factor of the multistep schedule")
     clip_grad_norm: float | None = _field(None, "largest gradient norm; none for no clipping")
     amp: Literal["off", "bf16", "fp16"] = _field("off", "automatic mixed precision")
+    channels_last: bool = _field(
+        False, "weights and maps with channels last in memory, for convolutions"
+    )
+    compile_peers: bool = _field(False, "torch.compile of each network's forward run in training")
+    cuda_graphs: bool = _field(
+        False, "record the ordinary step as a CUDA graph; for losses that are the same every step"
+    )
+    peers_parallel: Literal["off", "auto", "stack", "streams"] = _field(
+        "off",
+        "networks one after another; stack: equal ones as one; streams: on CUDA streams; auto: "
+        "the fastest of these, timed on the first batch",
+    )
     memory: Literal["ordinary", "checkpoint", "sequential", "auto"] = _field(
         "ordinary",
         "activations kept in a step: of all peers; of no block but its input (checkpoint); of one "
@@ -157,8 +169,25 @@ class TrainConfig:
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("momentum: expected a value > 0 with nesterov, got 0")
+        self._check_throughput()
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("milestones: expected at least one epoch for multistep, got none")
+
+    def _check_throughput(self) -> None:
+        """Settings of :mod:`mclfast.throughput` that exclude one another."""
+        if self.peers_parallel != "off" and self.compile_peers:
+            raise ValueError(
+                f"peers_parallel: expected off with compile_peers, got {self.peers_parallel}"
+            )
+        if self.offload != "none" and self.compile_peers:
+            raise ValueError(f"offload: expected none with compile_peers, got {self.offload}")
+        if self.cuda_graphs and self.compile_peers:
+            raise ValueError("cuda_graphs: expected false with compile_peers, got true")
+        if self.cuda_graphs and self.amp == "fp16":
+            raise ValueError(
+                "cuda_graphs: expected false with amp fp16, whose scaler decides on the host, "
+                "got true"
+            )
 
     def _check_offload(self) -> None:
         """A peer is stepped in its turn, when the gradients of the others are not there."""

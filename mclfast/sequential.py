@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mclfast._buffers import BufferSnapshot
-from mclfast._random import RandomState, random_state, set_random_state
+from mclfast._rng import RngState, rng_state, set_rng_state
 from mclfast.batch_parts import forward_in_parts, merged
 from mclfast.cohort import PeerOutputs, joined
 from mclfast.peer_runner import PeerRunner
@@ -31,15 +31,15 @@ class _PartRun(NamedTuple):
     """
 
     views: list[Tensor]
-    random: dict[Hashable, RandomState]
+    random: dict[Hashable, RngState]
 
     def remember(self, key: Hashable) -> None:
         """Something is run for the first time."""
-        self.random[key] = random_state(self.views[0].device)
+        self.random[key] = rng_state({self.views[0].device})
 
     def restore(self, key: Hashable) -> None:
         """It is run again."""
-        set_random_state(self.random[key], self.views[0].device)
+        set_rng_state(self.random[key])
 
 
 class SequentialPeers(PeerRunner):
@@ -83,10 +83,10 @@ class SequentialPeers(PeerRunner):
     def backward(self, outputs: PeerOutputs) -> None:
         """Pass 2, for the peers that got a gradient."""
         device = outputs.logits[0][0].device
-        after = random_state(device)
+        after = rng_state({device})
         for j in self._again:
             self.run_again(j, outputs)
-        set_random_state(after, device)
+        set_rng_state(after)
         self._runs, self._buffers = [], []
 
     def run_again(self, peer: int, outputs: PeerOutputs) -> None:

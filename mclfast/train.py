@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from mclfast import checkpoint, env, memory_modes, metrics, models, plots
+from mclfast import checkpoint, env, memory_modes, metrics, models, plots, throughput
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast.batch_parts import forward_in_parts, shuffled_order
 from mclfast.class_means import class_mean_images, set_class_means
-from mclfast.cohort import Cohort, PeerOutputs, detached
+from mclfast.cohort import Cohort, PeerOutputs, detached, joined
+from mclfast.cohort_functions import cohort_function, peer_functions
 from mclfast.config import TrainConfig
+from mclfast.cuda_graphs import Gradients, GraphedStep, check_graphs
 from mclfast.data import load as load_data
 from mclfast.data.dataset import Dataset, class_ranks, select
 from mclfast.data.feed import TrainingFeed
@@ -50,7 +51,7 @@ RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
 FREE_SETTINGS = frozenset(
     {
         "device", "memory", "offload", "checkpoint_every", "eval_batch_size", "data_root",
-        "workers",
+        "workers", "channels_last", "compile_peers", "cuda_graphs", "peers_parallel",
     }  # fmt: skip
 )
 
@@ -111,7 +112,11 @@ def load_images(config: TrainConfig) -> Dataset:
 
 def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
     """The trainer of a config; the seed fixes every initial weight."""
-    data = load_images(config)
+    return assemble(load_images(config), config, run_dir)
+
+
+def assemble(data: Dataset, config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
+    """The trainer of a config on data that is there; ``config.data`` is not read."""
     torch.manual_seed(config.seed)
     cohort, method = make_parts(config, data)
     return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
@@ -190,6 +195,7 @@ class Trainer:
             PeerOffload(cohort, self.device)
         else:
             cohort.to(self.device)
+        throughput.arrange(self.cohort, config, self.device)
         self.method = method
         self.method.check_device(self.device)
         self.method.prepare(
@@ -235,6 +241,12 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.memory, self.memory_reason = memory_modes.resolve(config, self)
         self.runner = memory_modes.runner(self)
+        throughput.check_memory(config, self.memory)
+        self.compute: Gradients = self._gradients
+        if config.cuda_graphs:
+            check_graphs(config, self.method, self.memory, self.device)
+            modules = [self.cohort, self.method]
+            self.compute = GraphedStep(self._gradients, self.parameters, modules, self.device)
 
     @torch.no_grad()
     def _example(self) -> PeerOutputs:
@@ -369,12 +381,7 @@ class Trainer:
 
     def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            outputs = self._outputs(images, batch)
-            parts = self.method.loss(outputs, batch)
-        self.scaler.scale(parts["loss"]).backward()
-        self.runner.backward(outputs)
+        outputs, parts = self.compute(images, batch)
         if self.config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
@@ -382,8 +389,20 @@ class Trainer:
         self.scaler.update()
         if self.average is not None and self.method.teacher_mode == "eval":
             update_average(self.average, self.cohort, self.method.teacher_decay(batch.step))
-        self.method.after_step(detached(outputs), batch)
+        self.method.after_step(outputs, batch)
         return parts
+
+    def _gradients(
+        self, images: Tensor | list[Tensor], batch: Batch
+    ) -> tuple[PeerOutputs, dict[str, Tensor]]:
+        """Outputs and loss parts; the gradients are in ``.grad`` afterwards."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            outputs = self._outputs(images, batch)
+            parts = self.method.loss(outputs, batch)
+        self.scaler.scale(parts["loss"]).backward()
+        self.runner.backward(outputs)
+        return detached(outputs), parts
 
     def _outputs(self, images: Tensor | list[Tensor], batch: Batch) -> PeerOutputs:
         """Those of the peers, and those of their moving average where there is one."""
@@ -411,25 +430,22 @@ class Trainer:
         """
         assert self.meta_optimizer is not None
         c = self.config
-        buffers = dict(self.cohort.named_buffers())
-
-        def objective(
-            loss: Callable[[PeerOutputs, Batch], Tensor],
-        ) -> Callable[[dict[str, Tensor]], Tensor]:
-            def value(params: dict[str, Tensor]) -> Tensor:
-                # BatchNorm updates its statistics in place: on copies here.
-                copies = {name: b.clone() for name, b in buffers.items()}
-                return loss(functional_call(self.cohort, {**params, **copies}, images), batch)
-
-            return value
-
+        inner, outer = self.method.inner_loss, self.method.outer_loss
         meta = self.method.meta_parameters()
-        with nullcontext() if c.amp == "fp16" else self.autocast():
+        network: Any = cohort_function(self.cohort, images)
+        whole: Callable[[Any], PeerOutputs] = lambda outputs: outputs  # noqa: E731
+        if self.memory in ("sequential", "checkpoint"):
+            views = self.cohort.views(images)
+            network = peer_functions(self.cohort, images)
+            whole = lambda peers: joined(peers, views)  # noqa: E731
+        autocast = nullcontext() if c.amp == "fp16" else self.autocast()
+        with throughput.plain_calls(self.cohort), autocast:
             result = bilevel_gradient(
-                objective(self.method.inner_loss),
-                objective(self.method.outer_loss),
+                lambda outputs: inner(whole(outputs), batch),
+                lambda outputs: outer(whole(outputs), batch),
                 dict(self.cohort.named_parameters()),
                 meta,
+                network=network,
                 inner_steps=c.inner_steps,
                 outer_steps=c.outer_steps,
                 lr=lr,

@@ -40,6 +40,10 @@ CHANGED: dict[str, Any] = {
     "lr_decay": 0.2,
     "clip_grad_norm": 2.5,
     "amp": "bf16",
+    "channels_last": True,
+    "compile_peers": False,
+    "cuda_graphs": True,
+    "peers_parallel": "stack",
     "memory": "sequential",
     "offload": "none",
     "checkpoint_every": 9,
@@ -80,9 +84,11 @@ def test_changed_values_cover_every_field():
     names = [*field_types(TrainConfig), *field_types(methods.method_class("lmcl").Options)]
     assert sorted(names) == sorted(CHANGED)
     defaults = TrainConfig().to_values()
-    # "lmcl" is the default method, the other one has other options; peers in host memory exclude
-    # several of these settings.
-    assert [n for n in names if CHANGED[n] == defaults[n]] == ["method", "offload"]
+    # "lmcl" is the default method, the other one has other options; peers in host memory and
+    # compiled ones exclude several of these settings.
+    assert [n for n in names if CHANGED[n] == defaults[n]] == [
+        "method", "compile_peers", "offload"
+    ]
 
 
 @pytest.mark.parametrize("values", [{}, CHANGED, {"method": "baseline", "data_root": None}])

@@ -98,6 +98,15 @@ class Method(nn.Module):
         Modules made here are moved to the device and trained with those made before.
         """
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the loss is the same function of outputs and labels in every step.
+
+        It then reads neither step nor epoch of the batch, draws no samples and never waits for the
+        device, so that it can be recorded as a CUDA graph.
+        """
+        return False
+
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         """The loss of one training step.
 

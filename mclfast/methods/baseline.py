@@ -16,6 +16,10 @@ class Baseline(Method):
 
     uses_maps = False
 
+    @property
+    def repeatable(self) -> bool:
+        return True
+
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         total = sum_cross_entropy(outputs, batch.labels)
         return {"loss": total, "ce": total}

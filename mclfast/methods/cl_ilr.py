@@ -50,6 +50,10 @@ class CLILR(Method):
     def prepare(self, setup: Setup) -> None:
         check_peers(setup, "cl-ilr", 2)
 
+    @property
+    def repeatable(self) -> bool:
+        return True
+
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         o = self.options
         logits = torch.stack([wide(z) for z in outputs.final_logits])  # [M, B, C]

@@ -35,6 +35,10 @@ class DML(Method):
     def prepare(self, setup: Setup) -> None:
         check_peers(setup, "dml", 2)
 
+    @property
+    def repeatable(self) -> bool:
+        return True
+
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         logits = outputs.final_logits
         ce = sum_cross_entropy(outputs, batch.labels)

@@ -89,6 +89,11 @@ class KDCL(Method):
         if logits is not None and labels is not None:
             self.weights.copy_(general_weights(logits, labels, self.options.ridge))
 
+    @property
+    def repeatable(self) -> bool:
+        # The solver behind the best mixture need not allow to be recorded.
+        return bool(self.options.teacher != "linear")
+
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         o = self.options
         teacher = self._teacher(outputs, batch.labels)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mclfast._checks import check_integer, describe
 from mclfast.heads import ProjectionHead
-from mclfast.models.auxiliary import PeerNetwork
+from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 from mclfast.models.staged import StagedNetwork
 from mclfast.topology import SharedRun, Topology, path_maps, share
+
+if TYPE_CHECKING:
+    from mclfast.offload import PeerOffload
 
 
 class PeerOutputs(NamedTuple):
@@ -65,6 +69,9 @@ class Cohort(nn.Module):
         topology: what the networks share, see :func:`mclfast.topology.topology`; they are changed
             to use the modules of the first of them. None for independent peers.
 
+    Attributes:
+        offload: where the peers wait in host memory for their turn, None where they do not.
+
     Raises:
         TypeError: ``networks`` is not a sequence.
         ValueError: no networks, one network twice, networks that differ in their number of
@@ -99,6 +106,7 @@ class Cohort(nn.Module):
             raise ValueError(f"networks: expected one number of classes for all, got {classes}")
         self.num_classes = classes[0]
         self.topology = topology
+        self.offload: PeerOffload | None = None
         if topology is not None:
             share([peer.backbone for peer in peers], topology)
         self.networks = nn.ModuleList(peers)
@@ -116,9 +124,18 @@ class Cohort(nn.Module):
         return [n for n in self.networks if isinstance(n, PeerNetwork)]
 
     @property
+    def device(self) -> torch.device:
+        """The device that the peers run on."""
+        return next(self.parameters()).device if self.offload is None else self.offload.device
+
+    @property
     def feature_dims(self) -> list[list[int]]:
         """Width of the pooled feature of every stage, networks of stages."""
         return [[peer.feature_dim] * peer.num_stages for peer in self.peers]
+
+    def peer_modules(self, peer: int) -> list[nn.Module]:
+        """The modules that one peer runs through: its network and its projection heads."""
+        return [self.networks[peer], *self.projections[peer : peer + 1]]
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:
         """Runs the peers on the same images [B, C, H, W], or each on its own view of them."""
@@ -161,23 +178,32 @@ class Cohort(nn.Module):
             Outputs of a cohort of that peer: tuples of one element. ``shared`` is the last map on
             the peer's path that all networks have in common.
         """
-        network, shared = self.peers[peer], None
+        with nullcontext() if self.offload is None else self.offload.present(peer):
+            out, shared = self._stage_outputs(peer, view, {} if done is None else done, before)
+            embeddings: tuple[tuple[Tensor, ...], ...] = ()
+            if len(self.projections):
+                heads = self.projections[peer].children()
+                embeddings = (tuple(head(f) for head, f in zip(heads, out.features, strict=True)),)
+        return PeerOutputs((out.features,), (out.logits,), embeddings, (out.final_map,), shared)
+
+    def _stage_outputs(
+        self,
+        peer: int,
+        view: Tensor,
+        done: dict[SharedRun, Tensor],
+        before: Callable[[Hashable], None] | None,
+    ) -> tuple[StageOutputs, Tensor | None]:
+        """Those of one peer's network, and the map that all share."""
+        network = self.peers[peer]
         if self.topology is None or not self.topology.shares:
             if before is not None:
                 before(peer)
-            out = network(view)
-        else:
-            backbones = [p.backbone for p in self.peers]
-            done = {} if done is None else done
-            maps, shared = path_maps(backbones, self.topology, peer, view, done, before)
-            if before is not None:
-                before(peer)
-            out = network.head_outputs(network.backbone.finish(maps))
-        embeddings: tuple[tuple[Tensor, ...], ...] = ()
-        if len(self.projections):
-            heads = self.projections[peer].children()
-            embeddings = (tuple(head(f) for head, f in zip(heads, out.features, strict=True)),)
-        return PeerOutputs((out.features,), (out.logits,), embeddings, (out.final_map,), shared)
+            return network(view), None
+        backbones = [p.backbone for p in self.peers]
+        maps, shared = path_maps(backbones, self.topology, peer, view, done, before)
+        if before is not None:
+            before(peer)
+        return network.head_outputs(network.backbone.finish(maps)), shared
 
 
 def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs:
@@ -187,6 +213,28 @@ def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs
         tuple(p.features[0] for p in peers),
         tuple(p.logits[0] for p in peers),
         tuple(stages for p in peers for stages in p.embeddings),
-        tuple(p.maps[0] for p in peers),
+        tuple(m for p in peers for m in p.maps),
         peers[0].shared if same else None,
     )
+
+
+def merged(values: Sequence[Any], merge: Callable[[list[Tensor]], Tensor]) -> Any:
+    """One value of several of the same structure, their tensors merged.
+
+    Args:
+        values: outputs, nested tuples of tensors, tensors or None.
+        merge: from the tensors at one place of all values to the one of the result.
+    """
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return merge(list(values))
+    fields = [merged(parts, merge) for parts in zip(*values, strict=True)]
+    return PeerOutputs(*fields) if isinstance(first, PeerOutputs) else tuple(fields)
+
+
+def detached(outputs: PeerOutputs) -> PeerOutputs:
+    """The same values, without gradient."""
+    constant: PeerOutputs = merged([outputs], lambda one: one[0].detach())
+    return constant

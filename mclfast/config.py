@@ -63,6 +63,19 @@ class TrainConfig:
     lr_decay: float = _field(0.1, "factor of the multistep schedule")
     clip_grad_norm: float | None = _field(None, "largest gradient norm; none for no clipping")
     amp: Literal["off", "bf16", "fp16"] = _field("off", "automatic mixed precision")
+    memory: Literal["ordinary", "checkpoint", "sequential", "auto"] = _field(
+        "ordinary",
+        "activations kept in a step: of all peers; of no block but its input (checkpoint); of one "
+        "peer, whatever their number (sequential); auto chooses",
+    )
+    offload: Literal["none", "peers"] = _field(
+        "none",
+        "peers: with memory sequential, parameters, gradients and momentum of peers wait in host "
+        "memory for their turn",
+    )
+    checkpoint_every: int = _field(
+        0, "steps between checkpoints within an epoch; 0 for one at the end of each epoch alone"
+    )
     projection_dim: int = _field(128, "width of the embeddings")
     bilevel_every: int = _field(
         10, "steps between bilevel steps, counted over the whole run; 0 for never"
@@ -117,7 +130,7 @@ class TrainConfig:
             "eval_batch_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
-        for name in ("bilevel_every", "outer_steps", "seed"):
+        for name in ("bilevel_every", "checkpoint_every", "outer_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
         if self.workers is not None:
             _at_least("workers", self.workers, 0)
@@ -135,6 +148,8 @@ class TrainConfig:
         for name in ("image_size", "train_per_class"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        if self.offload == "peers":
+            self._check_offload()
         if self.sampler == "balanced" and self.batch_size % self.images_per_class:
             raise ValueError(
                 f"images_per_class: expected a divisor of batch_size {self.batch_size}, "
@@ -144,6 +159,21 @@ class TrainConfig:
             raise ValueError("momentum: expected a value > 0 with nesterov, got 0")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("milestones: expected at least one epoch for multistep, got none")
+
+    def _check_offload(self) -> None:
+        """A peer is stepped in its turn, when the gradients of the others are not there."""
+        for name, wanted, fits in (
+            ("memory", "sequential", self.memory == "sequential"),
+            ("topology", "independent", self.topology == "independent"),
+            ("clip_grad_norm", "none, as that is a norm over all peers,",
+             self.clip_grad_norm is None),
+            ("amp", "off or bf16, as fp16 skips a step by the gradients of all peers,",
+             self.amp != "fp16"),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(
+                    f"{name}: expected {wanted} with offload peers, got {getattr(self, name)}"
+                )
 
 
 def unknown_setting(

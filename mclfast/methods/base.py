@@ -55,6 +55,9 @@ class Method(nn.Module):
     supervised: ClassVar[bool] = True
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
+    #: Whether it reads the peers' maps (``PeerOutputs.maps`` and ``shared``), which would otherwise
+    #: take memory with every peer where peers run one after the other.
+    uses_maps: ClassVar[bool] = True
     #: Kind of those heads, see :class:`mclfast.heads.ProjectionHead`.
     projection: ClassVar[Literal["mlp", "linear"]] = "mlp"
 
@@ -143,7 +146,7 @@ class Method(nn.Module):
         return {}
 
     def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
-        """Called after the optimiser's step, with the outputs that the loss got."""
+        """Called after the optimiser's step, with the outputs that the loss got, as constants."""
 
     def check_device(self, device: torch.device) -> None:
         """Raises, before a run starts, where the method cannot work on a device."""

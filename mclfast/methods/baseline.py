@@ -14,6 +14,8 @@ from mclfast.types import Batch
 class Baseline(Method):
     """Sum over networks of the cross entropy of their logits; the peers do not interact."""
 
+    uses_maps = False
+
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         total = sum_cross_entropy(outputs, batch.labels)
         return {"loss": total, "ce": total}

@@ -28,6 +28,7 @@ class CLILR(Method):
     """
 
     rescale_gradients = True
+    uses_maps = False
 
     @dataclass
     class Options(DistillOptions):

@@ -24,6 +24,8 @@ class DML(Method):
     Source: arXiv 1706.00384.
     """
 
+    uses_maps = False
+
     @dataclass
     class Options(DistillOptions):
         distill_temperature: float = field(

@@ -41,6 +41,7 @@ class KDCL(Method):
     """
 
     views = "per_peer"
+    uses_maps = False
     weights: Tensor
 
     @dataclass

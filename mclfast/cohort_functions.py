@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.cohort import Cohort, PeerOutputs, joined
 
 Outputs = Callable[[dict[str, Tensor]], PeerOutputs]
 
@@ -28,6 +28,23 @@ def peer_functions(cohort: Cohort, images: Tensor | Sequence[Tensor]) -> list[Ou
     return [
         _function(alone, "cohort.", peer, view) for peer, view in enumerate(cohort.views(images))
     ]
+
+
+def networks_for(
+    cohort: Cohort, images: Tensor | Sequence[Tensor], *, one_at_a_time: bool
+) -> tuple[Outputs | list[Outputs], Callable[[Any], PeerOutputs]]:
+    """What :func:`mclfast.bilevel_gradient` takes as ``network``, and the map from what that gives
+    to the outputs of the cohort.
+
+    Args:
+        cohort: the peers.
+        images: for all of them, or a view for each.
+        one_at_a_time: a function for each peer, in place of one for all.
+    """
+    if not one_at_a_time:
+        return cohort_function(cohort, images), lambda outputs: outputs
+    views = cohort.views(images)
+    return peer_functions(cohort, images), lambda peers: joined(peers, views)
 
 
 class _PeerAlone(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,8 +25,8 @@ from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast.batch_parts import forward_in_parts, shuffled_order
 from mclfast.class_means import class_mean_images, set_class_means
-from mclfast.cohort import Cohort, PeerOutputs, detached, joined
-from mclfast.cohort_functions import cohort_function, peer_functions
+from mclfast.cohort import Cohort, PeerOutputs, detached
+from mclfast.cohort_functions import networks_for
 from mclfast.config import TrainConfig
 from mclfast.cuda_graphs import Gradients, GraphedStep, check_graphs
 from mclfast.data import load as load_data
@@ -426,18 +426,16 @@ class Trainer:
         """One SGD step of the method's meta parameters along the exact bilevel gradient.
 
         Networks, their buffers and the ordinary optimiser stay as they are. In fp16 it runs in
-        fp32: its second-order gradients are not scaled against underflow.
+        fp32: its second-order gradients are not scaled against underflow. Where the memory mode is
+        not the ordinary one, activations of one peer live at a time.
         """
         assert self.meta_optimizer is not None
         c = self.config
         inner, outer = self.method.inner_loss, self.method.outer_loss
         meta = self.method.meta_parameters()
-        network: Any = cohort_function(self.cohort, images)
-        whole: Callable[[Any], PeerOutputs] = lambda outputs: outputs  # noqa: E731
-        if self.memory in ("sequential", "checkpoint"):
-            views = self.cohort.views(images)
-            network = peer_functions(self.cohort, images)
-            whole = lambda peers: joined(peers, views)  # noqa: E731
+        # Checkpointing would not reach into forward mode: one peer at a time saves as much.
+        alone = self.memory in ("sequential", "checkpoint")
+        network, whole = networks_for(self.cohort, images, one_at_a_time=alone)
         autocast = nullcontext() if c.amp == "fp16" else self.autocast()
         with throughput.plain_calls(self.cohort), autocast:
             result = bilevel_gradient(

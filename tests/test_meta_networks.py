@@ -126,8 +126,17 @@ def test_equals_autograd_through_unrolled_steps(kind, inner_steps, outer_steps):
 def test_channels_last_images_in_evaluation_mode():
     problem = Problem()
     problem.images = problem.images.to(memory_format=torch.channels_last)
+    problem.peers.to(memory_format=torch.channels_last)
     check(problem, problem.whole)
     problem.peers.eval()
+    check(problem, problem.parts)
+
+
+def test_parameters_left_out():
+    problem = Problem()
+    for name in ("0.layers.0.weight", "0.layers.7.bias", "1.layers.1.weight", "1.layers.1.bias"):
+        del problem.params[name]
+    check(problem, problem.whole)
     check(problem, problem.parts)
 
 

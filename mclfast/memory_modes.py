@@ -7,9 +7,7 @@ one twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mclfast.activation_checkpoint import CheckpointedPeers
 from mclfast.config import TrainConfig
@@ -28,24 +26,27 @@ RUNNERS: dict[str, type[PeerRunner]] = {
 }
 
 
-def resolve(config: TrainConfig, trainer: Trainer) -> str:
-    """The mode that a run takes: a name of :data:`RUNNERS`.
+def resolve(config: TrainConfig, trainer: Trainer) -> tuple[str, str]:
+    """The mode that a run takes, a name of :data:`RUNNERS`, and why in one line.
 
     Args:
         config: says the mode, or ``auto``.
         trainer: what ``auto`` is to choose for; built but for the runner of its peers.
 
     Raises:
-        ValueError: ``auto``, which nothing can choose for yet.
+        ValueError: ``auto`` for networks or a method that cannot be rehearsed.
     """
-    if config.memory == "auto":
-        raise ValueError(f"memory: expected one of {', '.join(RUNNERS)}; got auto")
-    return config.memory
+    if config.memory != "auto":
+        return config.memory, f"{config.memory}: as set"
+    # It rehearses with the modes of this module, and takes long to import.
+    from mclfast.plan.choose import choose
+
+    return choose(trainer)
 
 
-def runner(trainer: Trainer, autocast: Callable[[], AbstractContextManager[Any]]) -> PeerRunner:
-    """What runs the peers of a trainer in its mode; ``autocast`` gives the context of a run."""
-    settings = trainer.cohort, trainer.method, autocast
+def runner(trainer: Trainer) -> PeerRunner:
+    """What runs the peers of a trainer in its mode."""
+    settings = trainer.cohort, trainer.method, trainer.autocast
     if trainer.config.offload == "peers":
         return OffloadedPeers(*settings, trainer.optimizer)
     return RUNNERS[trainer.memory](*settings)

@@ -118,6 +118,12 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
 def assemble(data: Dataset, config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
     """The trainer of a config on data that is there; ``config.data`` is not read."""
     torch.manual_seed(config.seed)
+    cohort, method = make_parts(config, data)
+    return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
+
+
+def make_parts(config: TrainConfig, data: Dataset) -> tuple[Cohort, Method]:
+    """The cohort and the method of a config, for the classes and channels of a data set."""
     cls = method_class(config.method)
     networks = [
         models.create(name, num_classes=data.num_classes, in_channels=data.in_channels)
@@ -136,8 +142,7 @@ def assemble(data: Dataset, config: TrainConfig, run_dir: Path | str | None = No
             rescale_gradients=cls.rescale_gradients,
         ),
     )
-    method = cls(cohort.feature_dims, config.options)
-    return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
+    return cohort, cls(cohort.feature_dims, config.options)
 
 
 class Trainer:
@@ -234,8 +239,8 @@ class Trainer:
         self.meta_optimizer = self._sgd(meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.memory = memory_modes.resolve(config, self)
-        self.runner = memory_modes.runner(self, self._autocast)
+        self.memory, self.memory_reason = memory_modes.resolve(config, self)
+        self.runner = memory_modes.runner(self)
         throughput.check_memory(config, self.memory)
         self.compute: Gradients = self._gradients
         if config.cuda_graphs:
@@ -392,7 +397,7 @@ class Trainer:
     ) -> tuple[PeerOutputs, dict[str, Tensor]]:
         """Outputs and loss parts; the gradients are in ``.grad`` afterwards."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self.autocast():
             outputs = self._outputs(images, batch)
             parts = self.method.loss(outputs, batch)
         self.scaler.scale(parts["loss"]).backward()
@@ -434,7 +439,7 @@ class Trainer:
         if memory in ("sequential", "checkpoint"):
             network = peer_functions(self.cohort, images)
             whole = lambda peers: joined(peers, views)  # noqa: E731
-        autocast = nullcontext() if c.amp == "fp16" else self._autocast()
+        autocast = nullcontext() if c.amp == "fp16" else self.autocast()
         with throughput.plain_calls(self.cohort), autocast:
             result = bilevel_gradient(
                 lambda outputs: inner(whole(outputs), batch),
@@ -453,7 +458,8 @@ class Trainer:
         self.meta_optimizer.step()
         self.meta_optimizer.zero_grad(set_to_none=True)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of mixed precision that forward runs and losses are computed in."""
         """The context of forward runs: mixed precision where the config asks for it."""
         if self.config.amp == "off":
             return nullcontext()
@@ -567,7 +573,8 @@ class Trainer:
             self.load_state(checkpoint.load(run_dir / CHECKPOINT))
             return
         write_text(run_dir / CONFIG, yaml.safe_dump(self._settings(), sort_keys=False))
-        write_json(run_dir / ENVIRONMENT, env.report_dict())
+        memory = {"mode": self.memory, "reason": self.memory_reason}
+        write_json(run_dir / ENVIRONMENT, env.report_dict() | {"memory": memory})
 
     def _finish_run_dir(self, run_dir: Path, result: RunResult) -> None:
         write_json(

@@ -223,9 +223,9 @@ def test_a_peer_without_gradient_is_not_run_again(ran: list[int]):
     assert all(g is None for j in (0, 2, 3) for g in grads[j])
 
 
-def test_auto_waits_for_a_chooser():
-    with pytest.raises(ValueError, match="^memory: expected one of ordinary, .*; got auto"):
-        small_trainer("baseline", memory="auto")
+def test_auto_resolves_to_a_mode():
+    trainer = small_trainer("baseline", memory="auto")
+    assert trainer.memory == "ordinary" and trainer.memory_reason.startswith("ordinary: ")
 
 
 # ---------------------------------------------------------------- resuming within an epoch

@@ -731,7 +731,7 @@ def test_a_method_must_define_its_losses():
 def test_an_epoch_in_mixed_precision_is_finite(method, amp):
     trainer = tiny_trainer(method=method, amp=amp, epochs=1, bilevel_every=1)
     before = snapshot(trainer.method)
-    assert trainer._autocast().__class__.__name__ == ("nullcontext" if amp == "off" else "autocast")
+    assert trainer.autocast().__class__.__name__ == ("nullcontext" if amp == "off" else "autocast")
     record = trainer.fit(progress=False).history[0]
     assert all(math.isfinite(v) for v in record.values())
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in trainer.parameters)

@@ -239,10 +239,10 @@ class Trainer:
         self.meta_optimizer = self._sgd(meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.compute: Gradients = self._gradients
         self.memory, self.memory_reason = memory_modes.resolve(config, self)
         self.runner = memory_modes.runner(self)
         throughput.check_memory(config, self.memory)
-        self.compute: Gradients = self._gradients
         if config.cuda_graphs:
             check_graphs(config, self.method, self.memory, self.device)
             modules = [self.cohort, self.method]

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from mclfast import memory_modes
+from mclfast import memory_modes, throughput
 from mclfast.cohort import PeerOutputs
 from mclfast.evaluate import evaluation_mode
 from mclfast.methods.banked import BankMethod
@@ -129,8 +129,10 @@ def _fake_copy(
     """A copy with fake parameters, buffers and optimiser state; what it only reads is shared."""
     read = (trainer.data, trainer.held_out, trainer.mean_images, trainer.sampler, trainer.feed)
     memo: dict[int, Any] = {id(part): part for part in (*read, batch)}
-    with FakeCopyMode(mode):
+    # Neither compiled calls nor a graph of kernels are rehearsed.
+    with FakeCopyMode(mode), throughput.plain_calls(trainer.cohort):
         twin = copy.deepcopy(trainer, memo)
+    twin.compute = twin._gradients
     twin.config = dataclasses.replace(trainer.config, **settings)
     if twin.config.amp == "fp16":
         # Of the same sizes, and its scaler looks at values.

@@ -105,6 +105,7 @@ _PROBES: dict[str, Callable[[], BackendStatus]] = {
 # the in-batch losses, the CUDA kernels those of the memory-bank losses.
 _BEST = {"cpu": "cpu", "cuda": "triton"}
 _BEST_FOR_BANKS = {"cuda": "cuda"}
+_WITHOUT_FLOAT64 = ("triton", "cuda")
 
 
 @functools.cache
@@ -169,3 +170,12 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
 # torch.compile takes the answer as a constant instead of tracing the probes. The public decorator
 # does just this, but loads the whole compiler.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def resolve_for(backend: str, *tensors: torch.Tensor, banks: bool = False) -> str:
+    """:func:`resolve` for the device of the first tensor; "auto" takes no backend without float64
+    where one of the tensors has it.
+    """
+    found = resolve(backend, tensors[0].device.type, banks=banks)
+    has_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return "reference" if backend == "auto" and found in _WITHOUT_FLOAT64 and has_float64 else found

@@ -33,14 +33,6 @@ from mclfast.reference import statistics_dtype
 from mclfast.types import BankMCLRows, MCLObjective, MCLTerms
 
 
-def _backend_for(nodes: Tensor, banks: Tensor, backend: str) -> str:
-    found = _backend.resolve(backend, nodes.device.type, banks=True)
-    # The CUDA kernels have no float64.
-    if backend == "auto" and found == "cuda" and torch.float64 in (nodes.dtype, banks.dtype):
-        return "reference"
-    return found
-
-
 def _checked(
     nodes: Tensor,
     networks: tuple[int, ...],
@@ -63,7 +55,7 @@ def _checked(
         check_indices("neg_idx", neg_idx, [batch, "K"], nodes.device)
     check_temperature("temperature", temperature)
     check_temperature("kl_temperature", kl_temperature)
-    found = _backend_for(nodes, banks, backend)
+    found = _backend.resolve_for(backend, nodes, banks, banks=True)
     if found == "reference":
         check_range("pos_idx", pos_idx, banks.shape[1])
         check_range("neg_idx", neg_idx, banks.shape[1])
@@ -327,7 +319,7 @@ def _checked_nce(
     if contrast_idx.shape[1] < 2:
         raise ValueError("contrast_idx: expected at least one negative in each row, got none")
     check_temperature("temperature", temperature)
-    found = _backend_for(nodes, banks, backend)
+    found = _backend.resolve_for(backend, nodes, banks, banks=True)
     if found == "reference":
         check_range("contrast_idx", contrast_idx, banks.shape[1])
     return nodes, _with_plain_rows(contrast_idx), found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.cohort import PeerOutputs, merged
 
 
 def shuffled_order(count: int, *, seed: int, step: int, device: torch.device) -> Tensor:
@@ -25,7 +25,7 @@ def shuffled_order(count: int, *, seed: int, step: int, device: torch.device) ->
 
 
 def forward_in_parts(
-    cohort: Cohort,
+    cohort: Callable[[Any], PeerOutputs],
     images: Tensor | Sequence[Tensor],
     parts: int = 1,
     order: Tensor | None = None,
@@ -51,19 +51,8 @@ def forward_in_parts(
     chunks = zip(*(view.chunk(parts) for view in views), strict=True)
     outputs = [cohort(c[0] if isinstance(images, Tensor) else list(c)) for c in chunks]
     if parts > 1:
-        outputs = [_merged(outputs, torch.cat)]
+        outputs = [merged(outputs, torch.cat)]
     if order is None:
         return outputs[0]
     back = order.argsort()
-    return _merged(outputs, lambda one: one[0][back])
-
-
-def _merged(values: Sequence[Any], merge: Callable[[list[Tensor]], Tensor]) -> Any:
-    """One value of several of the same structure, their tensors merged."""
-    first = values[0]
-    if first is None:
-        return None
-    if isinstance(first, Tensor):
-        return merge(list(values))
-    merged = [_merged(parts, merge) for parts in zip(*values, strict=True)]
-    return PeerOutputs(*merged) if isinstance(first, PeerOutputs) else tuple(merged)
+    return merged(outputs, lambda one: one[0][back])

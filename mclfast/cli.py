@@ -1,4 +1,4 @@
-"""``mclfast train | compare | eval | linear | export | transfer | bench | env``."""
+"""``mclfast train | plan | compare | eval | linear | export | transfer | bench | env``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from types import ModuleType
 
 from mclfast._backend import BackendUnavailableError
 from mclfast._version import __version__
-from mclfast.commands import bench, compare, env, eval, export, linear, train, transfer
+from mclfast.commands import bench, compare, env, eval, export, linear, plan, train, transfer
 from mclfast.commands.parser import OneLineParser
 
 _COMMANDS: dict[str, ModuleType] = {
     "train": train,
+    "plan": plan,
     "compare": compare,
     "eval": eval,
     "linear": linear,
@@ -25,7 +26,7 @@ _COMMANDS: dict[str, ModuleType] = {
 }
 
 # Which options these have depends on the settings there are, so they read the rest themselves.
-_WITH_SETTINGS = ("train", "compare")
+_WITH_SETTINGS = ("train", "plan", "compare")
 
 # What a wrong setting, a missing file or a missing package raises. Anything else is a defect of
 # ours and keeps its traceback.

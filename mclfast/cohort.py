@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mclfast._checks import check_integer, describe
 from mclfast.heads import ProjectionHead
-from mclfast.models.auxiliary import PeerNetwork
+from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 from mclfast.models.staged import StagedNetwork
-from mclfast.topology import Topology, forward_maps, share
+from mclfast.peers_parallel import RunPeers
+from mclfast.topology import SharedRun, Topology, path_maps, share
+
+if TYPE_CHECKING:
+    from mclfast.offload import PeerOffload
 
 
 class PeerOutputs(NamedTuple):
@@ -65,6 +70,9 @@ class Cohort(nn.Module):
         topology: what the networks share, see :func:`mclfast.topology.topology`; they are changed
             to use the modules of the first of them. None for independent peers.
 
+    Attributes:
+        offload: where the peers wait in host memory for their turn, None where they do not.
+
     Raises:
         TypeError: ``networks`` is not a sequence.
         ValueError: no networks, one network twice, networks that differ in their number of
@@ -99,9 +107,14 @@ class Cohort(nn.Module):
             raise ValueError(f"networks: expected one number of classes for all, got {classes}")
         self.num_classes = classes[0]
         self.topology = topology
+        self.offload: PeerOffload | None = None
         if topology is not None:
             share([peer.backbone for peer in peers], topology)
         self.networks = nn.ModuleList(peers)
+        #: How independent peers run in training: a peer by itself, and all of them in one call.
+        #: None for plain calls; set by :mod:`mclfast.throughput`.
+        self.run_alone: Callable[[PeerNetwork, Tensor], StageOutputs] | None = None
+        self.run_together: RunPeers | None = None
         self.projection_dim = projection_dim
         self.projections = nn.ModuleList()
         if projection_dim is not None:
@@ -116,35 +129,125 @@ class Cohort(nn.Module):
         return [n for n in self.networks if isinstance(n, PeerNetwork)]
 
     @property
+    def device(self) -> torch.device:
+        """The device that the peers run on."""
+        return next(self.parameters()).device if self.offload is None else self.offload.device
+
+    @property
     def feature_dims(self) -> list[list[int]]:
         """Width of the pooled feature of every stage, networks of stages."""
         return [[peer.feature_dim] * peer.num_stages for peer in self.peers]
 
+    def peer_modules(self, peer: int) -> list[nn.Module]:
+        """The modules that one peer runs through: its network and its projection heads."""
+        return [self.networks[peer], *self.projections[peer : peer + 1]]
+
     def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:
         """Runs the peers on the same images [B, C, H, W], or each on its own view of them."""
+        views = self.views(images)
+        if self.training and self.run_together is not None:
+            outputs = self.run_together(self.peers, views)
+            return joined([self._with_heads(j, out, None) for j, out in enumerate(outputs)], views)
+        done: dict[SharedRun, Tensor] = {}
+        return joined(
+            [self.peer_forward(j, view, done=done) for j, view in enumerate(views)], views
+        )
+
+    def views(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """What each peer sees: the same images, or its own view of them.
+
+        Raises:
+            ValueError: a number of views other than that of the peers.
+        """
         views = [images] * len(self.peers) if isinstance(images, Tensor) else list(images)
         if len(views) != len(self.peers):
             raise ValueError(f"images: expected {len(self.peers)} views, got {len(views)}")
-        shared = None
+        return views
+
+    def peer_forward(
+        self,
+        peer: int,
+        view: Tensor,
+        *,
+        done: dict[SharedRun, Tensor] | None = None,
+        before: Callable[[Hashable], None] | None = None,
+    ) -> PeerOutputs:
+        """Runs one peer alone, with its projection heads; modules that it shares run for it again.
+
+        Args:
+            peer: its number.
+            view: its images [B, C, H, W].
+            done: maps of shared modules that need not run again, see
+                :func:`mclfast.topology.path_maps`. None to run them all.
+            before: called before each part of the peer that is run, with a key that is the same
+                whenever the part runs on that view again, for whichever peer.
+
+        Returns:
+            Outputs of a cohort of that peer: tuples of one element. ``shared`` is the last map on
+            the peer's path that all networks have in common.
+        """
+        with nullcontext() if self.offload is None else self.offload.present(peer):
+            out, shared = self._stage_outputs(peer, view, {} if done is None else done, before)
+            return self._with_heads(peer, out, shared)
+
+    def _with_heads(self, peer: int, out: StageOutputs, shared: Tensor | None) -> PeerOutputs:
+        """Outputs of a cohort of one peer from those of its network."""
+        embeddings: tuple[tuple[Tensor, ...], ...] = ()
+        if len(self.projections):
+            heads = self.projections[peer].children()
+            embeddings = (tuple(head(f) for head, f in zip(heads, out.features, strict=True)),)
+        return PeerOutputs((out.features,), (out.logits,), embeddings, (out.final_map,), shared)
+
+    def _stage_outputs(
+        self,
+        peer: int,
+        view: Tensor,
+        done: dict[SharedRun, Tensor],
+        before: Callable[[Hashable], None] | None,
+    ) -> tuple[StageOutputs, Tensor | None]:
+        """Those of one peer's network, and the map that all share."""
+        network = self.peers[peer]
         if self.topology is None or not self.topology.shares:
-            outputs = [network(view) for network, view in zip(self.networks, views, strict=True)]
-        else:
-            backbones = [peer.backbone for peer in self.peers]
-            maps, shared = forward_maps(backbones, self.topology, views)
-            outputs = [
-                peer.head_outputs(peer.backbone.finish(own))
-                for peer, own in zip(self.peers, maps, strict=True)
-            ]
-        features = tuple(tuple(out.features) for out in outputs)
-        embeddings = tuple(
-            tuple(head(f) for head, f in zip(heads.children(), stages, strict=True))
-            # Without projection heads this is empty.
-            for heads, stages in zip(self.projections, features, strict=False)
-        )
-        return PeerOutputs(
-            features,
-            tuple(tuple(out.logits) for out in outputs),
-            embeddings,
-            tuple(out.final_map for out in outputs),
-            shared,
-        )
+            if before is not None:
+                before(peer)
+            call = self.run_alone if self.training else None
+            return network(view) if call is None else call(network, view), None
+        backbones = [p.backbone for p in self.peers]
+        maps, shared = path_maps(backbones, self.topology, peer, view, done, before)
+        if before is not None:
+            before(peer)
+        return network.head_outputs(network.backbone.finish(maps)), shared
+
+
+def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs:
+    """The outputs of a cohort from those of each peer alone; ``shared`` needs a common view."""
+    same = all(view is views[0] for view in views)
+    return PeerOutputs(
+        tuple(p.features[0] for p in peers),
+        tuple(p.logits[0] for p in peers),
+        tuple(stages for p in peers for stages in p.embeddings),
+        tuple(m for p in peers for m in p.maps),
+        peers[0].shared if same else None,
+    )
+
+
+def merged(values: Sequence[Any], merge: Callable[[list[Tensor]], Tensor]) -> Any:
+    """One value of several of the same structure, their tensors merged.
+
+    Args:
+        values: outputs, nested tuples of tensors, tensors or None.
+        merge: from the tensors at one place of all values to the one of the result.
+    """
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return merge(list(values))
+    fields = [merged(parts, merge) for parts in zip(*values, strict=True)]
+    return PeerOutputs(*fields) if isinstance(first, PeerOutputs) else tuple(fields)
+
+
+def detached(outputs: PeerOutputs) -> PeerOutputs:
+    """The same values, without gradient."""
+    constant: PeerOutputs = merged([outputs], lambda one: one[0].detach())
+    return constant

@@ -66,6 +66,31 @@ class TrainConfig:
     lr_decay: float = _field(0.1, "factor of the multistep schedule")
     clip_grad_norm: float | None = _field(None, "largest gradient norm; none for no clipping")
     amp: Literal["off", "bf16", "fp16"] = _field("off", "automatic mixed precision")
+    channels_last: bool = _field(
+        False, "weights and maps with channels last in memory, for convolutions"
+    )
+    compile_peers: bool = _field(False, "torch.compile of each network's forward run in training")
+    cuda_graphs: bool = _field(
+        False, "record the ordinary step as a CUDA graph; for losses that are the same every step"
+    )
+    peers_parallel: Literal["off", "auto", "stack", "streams"] = _field(
+        "off",
+        "networks one after another; stack: equal ones as one; streams: on CUDA streams; auto: "
+        "the fastest of these, timed on the first batch",
+    )
+    memory: Literal["ordinary", "checkpoint", "sequential", "auto"] = _field(
+        "ordinary",
+        "activations kept in a step: of all peers; of no block but its input (checkpoint); of one "
+        "peer, whatever their number (sequential); auto chooses",
+    )
+    offload: Literal["none", "peers"] = _field(
+        "none",
+        "peers: with memory sequential, parameters, gradients and momentum of peers wait in host "
+        "memory for their turn",
+    )
+    checkpoint_every: int = _field(
+        0, "steps between checkpoints within an epoch; 0 for one at the end of each epoch alone"
+    )
     projection_dim: int = _field(128, "width of the embeddings")
     bilevel_every: int = _field(
         10, "steps between bilevel steps, counted over the whole run; 0 for never"
@@ -120,7 +145,9 @@ class TrainConfig:
             "eval_batch_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_epochs", "bilevel_every", "outer_steps", "seed"):
+        for name in (
+            "warmup_epochs", "bilevel_every", "checkpoint_every", "outer_steps", "seed",
+        ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         if self.workers is not None:
             _at_least("workers", self.workers, 0)
@@ -138,6 +165,8 @@ class TrainConfig:
         for name in ("image_size", "train_per_class"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        if self.offload == "peers":
+            self._check_offload()
         if self.sampler == "balanced" and self.batch_size % self.images_per_class:
             raise ValueError(
                 f"images_per_class: expected a divisor of batch_size {self.batch_size}, "
@@ -145,8 +174,40 @@ class TrainConfig:
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("momentum: expected a value > 0 with nesterov, got 0")
+        self._check_throughput()
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("milestones: expected at least one epoch for multistep, got none")
+
+    def _check_throughput(self) -> None:
+        """Settings of :mod:`mclfast.throughput` that exclude one another."""
+        if self.peers_parallel != "off" and self.compile_peers:
+            raise ValueError(
+                f"peers_parallel: expected off with compile_peers, got {self.peers_parallel}"
+            )
+        if self.offload != "none" and self.compile_peers:
+            raise ValueError(f"offload: expected none with compile_peers, got {self.offload}")
+        if self.cuda_graphs and self.compile_peers:
+            raise ValueError("cuda_graphs: expected false with compile_peers, got true")
+        if self.cuda_graphs and self.amp == "fp16":
+            raise ValueError(
+                "cuda_graphs: expected false with amp fp16, whose scaler decides on the host, "
+                "got true"
+            )
+
+    def _check_offload(self) -> None:
+        """A peer is stepped in its turn, when the gradients of the others are not there."""
+        for name, wanted, fits in (
+            ("memory", "sequential", self.memory == "sequential"),
+            ("topology", "independent", self.topology == "independent"),
+            ("clip_grad_norm", "none, as that is a norm over all peers,",
+             self.clip_grad_norm is None),
+            ("amp", "off or bf16, as fp16 skips a step by the gradients of all peers,",
+             self.amp != "fp16"),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(
+                    f"{name}: expected {wanted} with offload peers, got {getattr(self, name)}"
+                )
 
 
 def unknown_setting(

@@ -57,7 +57,7 @@ def batches_for(
         mean=data.mean,
         std=data.std,
         batch_size=batch_size,
-        device=next(module.parameters()).device,
+        device=module.device if isinstance(module, Cohort) else next(module.parameters()).device,
     )
 
 

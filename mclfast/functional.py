@@ -40,15 +40,7 @@ def _checked(
     check_labels(labels, nodes.shape[1], nodes.device)
     check_temperature("temperature", temperature)
     check_temperature("kl_temperature", kl_temperature)
-    return _backend_for(nodes, backend)
-
-
-def _backend_for(x: Tensor, backend: str) -> str:
-    found = _backend.resolve(backend, x.device.type)
-    # The Triton kernels have no float64.
-    if backend == "auto" and found == "triton" and x.dtype == torch.float64:
-        return "reference"
-    return found
+    return _backend.resolve_for(backend, nodes)
 
 
 def _rows(
@@ -405,7 +397,7 @@ def info_nce_loss(
     check_embeddings("b", b, list(a.shape))
     check_same("b", b, "a", a)
     check_temperature("temperature", temperature)
-    backend = _backend_for(a, backend)
+    backend = _backend.resolve_for(backend, a)
     with torch.autocast(a.device.type, enabled=False):
         if backend == "reference":
             return reference.info_nce_loss(a, b, temperature=temperature)
@@ -447,7 +439,7 @@ def similarity_kl_loss(
     check_same("teacher", teacher, "student", student)
     check_temperature("temperature", temperature)
     check_temperature("kl_temperature", kl_temperature)
-    backend = _backend_for(student, backend)
+    backend = _backend.resolve_for(backend, student)
     with torch.autocast(student.device.type, enabled=False):
         if backend == "reference":
             return reference.similarity_kl_loss(

@@ -1,92 +1,145 @@
-"""Linear evaluation: a classifier trained on the features of a frozen network."""
+"""Linear evaluation: a classifier trained on what a frozen network gives.
+
+Both commands that do it train here: ``mclfast linear`` says how good the features of a network are
+under published settings, ``mclfast transfer --mode linear`` makes a run of it that is kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from mclfast._checks import check_integer, check_not_negative, check_positive
+from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.config import TrainConfig
 from mclfast.data.dataset import Dataset
 from mclfast.data.source import ImageSource
-from mclfast.evaluate import batches_for, evaluation_mode
+from mclfast.evaluate import batches_for
+from mclfast.methods import method_class
 from mclfast.models.staged import StagedNetwork
+from mclfast.train import Trainer
+
+
+def published_settings(epochs: int = 100) -> dict[str, Any]:
+    """Fields of `TrainConfig` as momentum contrast is evaluated (arXiv 1911.05722, section 4.1).
+
+    The rate falls tenfold after 60 and 80 % of the epochs. Published runs draw crops and flips in
+    every epoch (``augment=True``); without, the network runs once.
+    """
+    return {
+        "epochs": epochs, "batch_size": 256, "sampler": "shuffle", "augment": False, "lr": 30.0,
+        "nesterov": False, "weight_decay": 0.0, "schedule": "multistep", "lr_decay": 0.1,
+        "milestones": [round(0.6 * epochs), round(0.8 * epochs)],
+    }  # fmt: skip
 
 
 def linear_probe(
     network: StagedNetwork,
     data: Dataset,
+    config: TrainConfig,
+    run_dir: Path | str | None = None,
     *,
-    epochs: int = 100,
-    lr: float = 30.0,
-    weight_decay: float = 0.0,
-    milestones: Sequence[int] | None = None,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> float:
-    """Test accuracy in percent of a linear classifier on the pooled features.
+    network_name: str | None = None,
+) -> Trainer:
+    """The trainer of a linear classifier on the pooled features of a frozen network.
 
-    The features are computed once, in evaluation mode and without augmentation (the published
-    protocol of momentum contrast, arXiv 1911.05722, draws crops and flips in every epoch). The
-    classifier starts at weights of standard deviation 0.01 and is trained by SGD of momentum 0.9.
+    The features are taken in evaluation mode, with augmentation in every epoch, without it once.
 
     Args:
-        network: left as it is; its own classifier is not used.
+        network: its classifier is drawn anew, with weights of standard deviation 0.01, and learns;
+            all else stays as it is. Give a copy where the old classifier is still wanted.
         data: its training images are learned from, its test images judged.
-        epochs: passes over the features.
-        lr: learning rate.
-        weight_decay: of the classifier.
-        milestones: epochs from which on the rate is ten times smaller; None for 60 and 80 % of
-            ``epochs``.
-        batch_size: images per step, of the network and of the classifier.
-        seed: of initial weights and batches.
+        config: settings of the loop, of the method baseline.
+        run_dir: as of `Trainer`.
+        network_name: name in ``mclfast.models`` that the network was built from, if any.
 
     Raises:
-        ValueError: naming the argument out of range.
-        FloatingPointError: the weights became infinite or NaN.
+        ValueError: see `Trainer`.
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        check_integer(name, value, 1)
-    check_positive("lr", lr)
-    check_not_negative("weight_decay", weight_decay)
-    if milestones is None:
-        milestones = (round(0.6 * epochs), round(0.8 * epochs))
-    device = next(network.parameters()).device
-    features, test_features = (
-        _features(network, images, data, batch_size) for images in (data.train, data.test)
-    )
-    labels, test_labels = (s.labels.to(device) for s in (data.train, data.test))
-
-    generator = torch.Generator().manual_seed(seed)
-    classifier = nn.Linear(features.shape[1], data.num_classes)
+    generator = torch.Generator().manual_seed(config.seed)
+    classifier = network.classifier
     with torch.no_grad():
-        classifier.weight.normal_(std=0.01, generator=generator)
-        classifier.bias.zero_()
-    classifier.to(device)
-    optimizer = torch.optim.SGD(
-        classifier.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay
-    )
-    for epoch in range(epochs):
-        optimizer.param_groups[0]["lr"] = lr * 0.1 ** sum(epoch >= m for m in milestones)
-        order = torch.randperm(len(labels), generator=generator).to(device)
-        for index in order.split(batch_size):
-            optimizer.zero_grad(set_to_none=True)
-            cross_entropy(classifier(features[index]), labels[index]).backward()
-            optimizer.step()
-    if not all(bool(p.isfinite().all()) for p in classifier.parameters()):
-        raise FloatingPointError(f"lr: expected one that keeps the weights finite, got {lr}")
-    with torch.no_grad():
-        correct = classifier(test_features).argmax(1) == test_labels
-    return 100.0 * float(correct.double().mean())
+        classifier.weight.copy_(torch.randn(classifier.weight.shape, generator=generator) * 0.01)
+        if classifier.bias is not None:
+            classifier.bias.zero_()
+    cohort = _FrozenCohort(network)
+    method = method_class("baseline")(cohort.feature_dims, config.options)
+    kind = Trainer if config.augment else _FeatureTrainer
+    names = None if network_name is None else (network_name,)
+    return kind(cohort, method, data, config, run_dir, network_names=names)
 
 
-@torch.no_grad()
-def _features(
-    network: StagedNetwork, images: ImageSource, data: Dataset, batch_size: int
-) -> Tensor:
-    """Pooled features float32 [N, D] of the evaluation views, on the network's device."""
-    with evaluation_mode(network):
-        batches = batches_for(network, images, data, batch_size)
-        return torch.cat([network.forward_taps(x).feature for x, _ in batches])
+class _FrozenCohort(Cohort):
+    """A network whose classifier alone learns; all else is fixed, batch statistics too.
+
+    Takes images [B, C, H, W], or pooled features [B, D] that were computed before.
+    """
+
+    def __init__(self, network: StagedNetwork) -> None:
+        super().__init__([network], auxiliary_heads=False, projection_dim=None)
+        network.requires_grad_(False)
+        network.classifier.requires_grad_(True)
+        self.eval()
+
+    def train(self, mode: bool = True) -> _FrozenCohort:
+        # A trainer switches to training mode: batch norm would normalise by the batch.
+        super().train(False)
+        return self
+
+    def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:
+        if not isinstance(images, Tensor) or images.dim() == 4:
+            return super().forward(images)
+        return PeerOutputs(((images,),), ((self.peers[0].backbone.classifier(images),),), ())
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Pooled features [N, D] with labels [N], in the place of a feed of images."""
+
+    features: Tensor
+    labels: Tensor
+
+    def batches(self, rows: Tensor, *, first_step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for index in rows.to(self.labels.device):
+            yield self.features[index], self.labels[index], index
+
+    def throughput(self) -> dict[str, float]:
+        return {}
+
+
+class _FeatureTrainer(Trainer):
+    """Trains a `_FrozenCohort` on features that are computed once, before the first epoch."""
+
+    def __init__(self, *arguments: Any, **names: Any) -> None:
+        super().__init__(*arguments, **names)
+        self._compute_features()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        # The backbone is now that of the checkpoint.
+        self._compute_features()
+
+    def _compute_features(self) -> None:
+        self.feed: Any = self._features(self.data.train)
+        self._tested = self._features(self.data.test)
+
+    @torch.no_grad()
+    def _features(self, source: ImageSource) -> _Features:
+        batches = batches_for(self.cohort, source, self.data, self.config.eval_batch_size)
+        parts = [(self.cohort(x).final_features[0].clone(), y) for x, y in batches]
+        features, labels = zip(*parts, strict=True)
+        return _Features(torch.cat(features), torch.cat(labels))
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        (logits,) = self.cohort(self._tested.features).final_logits
+        reached = 100.0 * float((logits.argmax(1) == self._tested.labels).double().mean())
+        best = max([reached, *(row["acc_best_head_so_far"] for row in self.history[-1:])])
+        return {
+            "acc_peer0": reached, "acc_mean": reached, "acc_ensemble": reached,
+            "acc_best_head_so_far": best,
+        }  # fmt: skip

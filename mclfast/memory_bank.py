@@ -133,6 +133,7 @@ class MemoryBank(nn.Module):
                 f"got {embeddings.device}"
             )
         found = _backend.resolve(backend, embeddings.device.type, banks=True)
+        # Unlike in the losses, also where "cuda" is asked for by name.
         if found == "cuda" and torch.float64 in (embeddings.dtype, self.banks.dtype):
             found = "reference"
         if found == "reference":

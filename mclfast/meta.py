@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +15,10 @@ from mclfast._checks import (
     check_positive,
     describe,
 )
-
-Params = dict[str, Tensor]
-Objective = Callable[[Params], Tensor]
+from mclfast._rng import rng_restored
+from mclfast.bilevel_steps import Params, Step
+from mclfast.dual_ops import ConvolutionTape
+from mclfast.split_step import Networks, Part, SplitStep
 
 
 class BilevelResult(NamedTuple):
@@ -36,11 +36,12 @@ class BilevelResult(NamedTuple):
 
 
 def bilevel_gradient(
-    inner: Objective,
-    outer: Objective,
+    inner: Callable[[Any], Tensor],
+    outer: Callable[[Any], Tensor],
     params: Mapping[str, Tensor],
     hyperparams: Iterable[Tensor],
     *,
+    network: Part | Sequence[Part] | None = None,
     inner_steps: int = 2,
     outer_steps: int = 1,
     lr: float,
@@ -52,21 +53,31 @@ def bilevel_gradient(
     Starting from ``params`` with zero momentum, takes ``inner_steps`` SGD steps (PyTorch's update,
     no Nesterov) on ``inner``, then ``outer_steps`` on ``outer`` with the same momentum buffers, and
     differentiates ``outer`` at the end through all of them. Equals autograd through the unrolled
-    steps, at the memory of one step's graph: each step is recomputed from its stored parameters
-    in the reverse sweep
+    steps, without keeping them: each step is recomputed from its stored parameters in the reverse
+    sweep
 
         u = V - lr A;   X = <g(theta, phi), u>;   A <- A + wd u + dX/dtheta;   V <- momentum u
 
     where A and V are the adjoints of the parameters and of the momentum. (The published code
     leaves the factor wd off the momentum adjoint.)
 
+    Without ``network``, X is differentiated as the product of a gradient. With it, X = <dL/do, J u>
+    for a loss L of outputs o: forward mode gives J u, one backward pass the gradient of the later
+    steps, and the first step needs no backward pass through the networks at all. That takes about
+    10 ordinary steps' time and twice the activations of one, see :mod:`mclfast.split_step`; where
+    an operation has no forward mode, X is differentiated as without ``network``. A list of
+    networks has the activations of one of them at a time, and runs each twice as often.
+
     Args:
-        inner: maps parameters (the keys of ``params``) to a 0-dim loss that depends on
-            ``hyperparams``; it must use the values it is passed, e.g. by
-            ``torch.func.functional_call``, and must be differentiable twice.
+        inner: maps parameters (the keys of ``params``), or the outputs of ``network``, to a 0-dim
+            loss that depends on ``hyperparams``; differentiable twice.
         outer: likewise; the objective that ``hyperparams`` should lower.
         params: the starting point; parameters that a loss does not use count as gradient zero.
         hyperparams: tensors with ``requires_grad`` that ``inner`` reads.
+        network: maps parameters to outputs, any nest of tuples, lists and dictionaries of tensors,
+            and does not read ``hyperparams``; or a list of such functions, then the losses take the
+            list of their outputs. It (or else the losses) must use the values it is passed, e.g. by
+            ``torch.func.functional_call``, and do the same operations whenever it is run.
         inner_steps: >= 1.
         outer_steps: >= 0.
         lr: of the SGD steps differentiated through, > 0.
@@ -75,13 +86,14 @@ def bilevel_gradient(
     Returns:
         BilevelResult(grads, inner_losses, outer_loss). Parameters, ``.grad`` fields and the state
         of the random number generators are left as they were; the objectives draw the same random
-        numbers when recomputed. Objectives that change buffers should work on copies of them
-        (:class:`mclfast.train.Trainer` does).
+        numbers when recomputed. Objectives and networks that change buffers should work on copies
+        of them (:mod:`mclfast.cohort_functions` does).
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
 
-    Source: layer-wise MCL, arXiv 2207.11518, section 3.4.
+    Source: layer-wise MCL, arXiv 2207.11518, section 3.4; forward mode over a backward pass:
+    Pearlmutter, Neural Computation 1994.
     """
     check_integer("inner_steps", inner_steps, 1)
     check_integer("outer_steps", outer_steps, 0)
@@ -90,46 +102,82 @@ def bilevel_gradient(
     check_not_negative("weight_decay", weight_decay)
     _check_params(params)
     hyperparams = _checked_hyperparams(hyperparams)
+    networks = _checked_networks(network)
     objectives = [("inner", inner)] * inner_steps + [("outer", outer)] * outer_steps
     devices = {p.device for p in params.values()}
 
-    with _rng_restored(devices), torch.enable_grad():
-        names = list(params)
-        theta = [params[name].detach() for name in names]
-        velocity = [torch.zeros_like(t) for t in theta]
-        visited: list[list[Tensor]] = []
-        rng_states: list[_RngState] = []
+    def step_at(number: int, theta: Params) -> Step:
+        argument, loss = objectives[number] if number < len(objectives) else ("outer", outer)
+        if networks is None:
+            return Step(argument, loss, theta)
+        # What the last step keeps is used up before any step has a graph of its own again; what
+        # an earlier one kept would come on top of the graph of another step.
+        tape = ConvolutionTape() if number == len(objectives) - 1 else None
+        return SplitStep(argument, loss, networks, theta, tape)
+
+    with rng_restored(devices), torch.enable_grad():
+        theta = {name: p.detach() for name, p in params.items()}
+        velocity = [torch.zeros_like(t) for t in theta.values()]
+        steps: list[Step] = []
         losses: list[Tensor] = []
-        for name, objective in objectives:
-            visited.append(theta)
-            rng_states.append(_rng_state(devices))
-            loss, grads = _gradient(name, objective, names, theta)
+        for number in range(len(objectives)):
+            steps.append(step_at(number, theta))
+            loss, grads = steps[-1].gradient()
             losses.append(loss)
-            velocity = [
+            velocity = in_one_buffer(
                 momentum * v + g + weight_decay * t
-                for v, g, t in zip(velocity, grads, theta, strict=True)
-            ]
-            theta = [t - lr * v for t, v in zip(theta, velocity, strict=True)]
-        outer_loss, adjoint = _gradient("outer", outer, names, theta)
+                for v, g, t in zip(velocity, grads, theta.values(), strict=True)
+            )
+            moved = in_one_buffer(
+                t - lr * v for t, v in zip(theta.values(), velocity, strict=True)
+            )
+            theta = dict(zip(theta, moved, strict=True))
+        outer_loss, last = step_at(len(objectives), theta).gradient()
+        adjoint = in_one_buffer(last)
+        del last, grads, velocity
 
         hyper_grads = [torch.zeros_like(h) for h in hyperparams]
-        momentum_adjoint = [torch.zeros_like(t) for t in theta]
-        for step in reversed(range(len(objectives))):
-            u = [v - lr * a for v, a in zip(momentum_adjoint, adjoint, strict=True)]
-            _set_rng_state(rng_states[step])
-            # The parameters before the first step are given: nothing asks for their adjoint.
-            along, for_hyper = _gradient_along(
-                objectives[step][1], names, visited[step], u, hyperparams, with_params=step > 0
+        momentum_adjoint = [torch.zeros_like(a) for a in adjoint]
+        while steps:
+            u = in_one_buffer(
+                v - lr * a for v, a in zip(momentum_adjoint, adjoint, strict=True)
             )
+            # The parameters before the first step are given: nothing asks for their adjoint.
+            first = len(steps) == 1
+            along, for_hyper = steps.pop().product(u, hyperparams, with_params=not first)
             hyper_grads = [a + b for a, b in zip(hyper_grads, for_hyper, strict=True)]
-            if step > 0:
-                adjoint = [
-                    a + weight_decay * du + h
-                    for a, du, h in zip(adjoint, u, along, strict=True)
-                ]
-                momentum_adjoint = [momentum * du for du in u]
+            adjoint = in_one_buffer(
+                a + weight_decay * du + h for a, du, h in zip(adjoint, u, along, strict=True)
+            )
+            momentum_adjoint = in_one_buffer(momentum * du for du in u)
 
     return BilevelResult(tuple(hyper_grads), tuple(losses[:inner_steps]), outer_loss)
+
+
+def in_one_buffer(values: Iterable[Tensor]) -> list[Tensor]:
+    """The same values next to each other.
+
+    Tensors of the size of parameters that live through the whole call would otherwise lie scattered
+    among freed activations, and keep the allocator from using that memory for activations again.
+    """
+    found = list(values)
+    buffers = {
+        kind: torch.empty(
+            sum(v.numel() for v in found if (v.dtype, v.device) == kind),
+            dtype=kind[0],
+            device=kind[1],
+        )
+        for kind in {(v.dtype, v.device) for v in found}
+    }
+    used = dict.fromkeys(buffers, 0)
+    for i, value in enumerate(found):
+        kind = value.dtype, value.device
+        # As dense as possible in the order of its axes, like channels-last weights.
+        strides = torch.empty_like(value, device="meta").stride()
+        place = buffers[kind].as_strided(value.shape, strides, used[kind])
+        used[kind] += value.numel()
+        found[i] = place.copy_(value)
+    return found
 
 
 def _check_params(params: Mapping[str, Tensor]) -> None:
@@ -159,79 +207,15 @@ def _checked_hyperparams(hyperparams: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
-def _leaves(names: Sequence[str], values: Sequence[Tensor]) -> Params:
-    return {n: v.detach().requires_grad_() for n, v in zip(names, values, strict=True)}
-
-
-def _gradient(
-    argument: str, objective: Objective, names: Sequence[str], values: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Value and gradient of an objective; a parameter it does not use has gradient zero."""
-    leaves = _leaves(names, values)
-    loss = objective(leaves)
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise ValueError(f"{argument}: expected a 0-dim loss, got {describe(loss)}")
-    grads: Sequence[Tensor | None] = [None]
-    if loss.requires_grad:
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    # An objective that reads its module's own parameters would give zeros without a word.
-    if all(g is None for g in grads):
-        raise ValueError(
-            f"{argument}: expected a loss that depends on the params it is passed, "
-            "got one that does not"
+def _checked_networks(network: Part | Sequence[Part] | None) -> Networks | None:
+    if network is None:
+        return None
+    parts = (network,) if callable(network) else network
+    if not isinstance(parts, Sequence) or not all(callable(part) for part in parts):
+        raise TypeError(
+            f"network: expected a function of the parameters or a list of them, got "
+            f"{describe(network)}"
         )
-    return loss.detach(), [
-        torch.zeros_like(v) if g is None else g for g, v in zip(grads, values, strict=True)
-    ]
-
-
-def _gradient_along(
-    objective: Objective,
-    names: Sequence[str],
-    values: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    hyperparams: Sequence[Tensor],
-    *,
-    with_params: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradient of <g, direction> for parameters and hyperparameters; g: objective's gradient."""
-    leaves = _leaves(names, values)
-    grads = torch.autograd.grad(
-        objective(leaves), list(leaves.values()), create_graph=True, allow_unused=True
-    )
-    product = sum(
-        (g * d).sum() for g, d in zip(grads, direction, strict=True) if g is not None
-    )
-    wanted = [*(leaves.values() if with_params else ()), *hyperparams]
-    if not isinstance(product, Tensor) or not product.requires_grad:
-        found: Sequence[Tensor | None] = [None] * len(wanted)
-    else:
-        found = torch.autograd.grad(product, wanted, allow_unused=True)
-    filled = [
-        torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)
-    ]
-    split = len(wanted) - len(hyperparams)
-    return filled[:split], filled[split:]
-
-
-_RngState = tuple[Tensor, dict[torch.device, Tensor]]
-
-
-def _rng_state(devices: set[torch.device]) -> _RngState:
-    cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
-    return torch.get_rng_state(), cuda
-
-
-def _set_rng_state(state: _RngState) -> None:
-    torch.set_rng_state(state[0])
-    for device, value in state[1].items():
-        torch.cuda.set_rng_state(value, device)
-
-
-@contextmanager
-def _rng_restored(devices: set[torch.device]) -> Iterator[None]:
-    state = _rng_state(devices)
-    try:
-        yield
-    finally:
-        _set_rng_state(state)
+    if not parts:
+        raise ValueError("network: expected at least one function, got none")
+    return Networks(tuple(parts), callable(network))

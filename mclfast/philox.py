@@ -37,7 +37,13 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Te
     """
     device = next((x.device for x in counter if isinstance(x, Tensor)), None)
     words = torch.broadcast_tensors(
-        *(torch.as_tensor(x, dtype=torch.int64, device=device) for x in counter)
+        *(
+            x.to(torch.int64)
+            if isinstance(x, Tensor)
+            # Filled in on the device: a copy of a number would wait for it.
+            else torch.full((), x, dtype=torch.int64, device=device)
+            for x in counter
+        )
     )
     c0, c1, c2, c3 = words
     k0, k1 = key

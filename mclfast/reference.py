@@ -124,9 +124,20 @@ def mcl_terms(rows: MCLRows) -> MCLTerms:
     return MCLTerms(*(term.mean(-1).sum() for term in rows[:4]))
 
 
+def node_networks(networks: Sequence[int], device: torch.device) -> Tensor:
+    """The network of each node, int64 [N], filled in on the device: a copy would wait for it."""
+    runs: list[list[int]] = []
+    for network in networks:
+        if runs and runs[-1][0] == network:
+            runs[-1][1] += 1
+        else:
+            runs.append([network, 1])
+    return torch.cat([torch.full((count,), number, device=device) for number, count in runs])
+
+
 def between_networks(networks: Sequence[int], like: Tensor) -> Tensor:
     """[N, N] bool, whether the two nodes belong to different networks."""
-    index = torch.tensor(networks, device=like.device)
+    index = node_networks(networks, like.device)
     return index[:, None] != index[None, :]
 
 

@@ -27,7 +27,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mclfast.normalize import unit_norm
-from mclfast.reference import both_directions, distribution_kl_rows, statistics_dtype, wide
+from mclfast.reference import (
+    both_directions,
+    distribution_kl_rows,
+    node_networks,
+    statistics_dtype,
+    wide,
+)
 from mclfast.types import BankMCLRows, MCLTerms
 
 
@@ -119,7 +125,7 @@ def bank_row_weights(
         For vcl [N, B], for the soft terms [N, N, B], for icl [M, N, B].
     """
     both = both_directions(pair_weights, networks, like)
-    index = torch.tensor(list(networks), device=both.device)
+    index = node_networks(networks, both.device)
     per_bank = both.new_zeros(num_banks, *both.shape[1:]).index_add(0, index, both)
     return both.sum(1), both, per_bank
 
@@ -199,8 +205,9 @@ def bank_update_(banks: Tensor, index: Tensor, embeddings: Tensor, momentum: flo
         index: [B], i of each sample r.
         embeddings: [M, B, D].
     """
-    last = {i: r for r, i in enumerate(index.tolist())}
-    where = torch.tensor(list(last), dtype=torch.int64, device=banks.device)
-    rows = torch.tensor(list(last.values()), dtype=torch.int64, device=embeddings.device)
-    old, new = wide(banks[:, where]), wide(embeddings[:, rows]).to(banks.device)
+    same = index[:, None] == index[None, :]
+    # All rows of a sample write what its last one has: a set of them would wait for the device.
+    last = torch.where(same, torch.arange(len(index), device=index.device), -1).amax(1)
+    where = index.to(banks.device)
+    old, new = wide(banks[:, where]), wide(embeddings[:, last]).to(banks.device)
     banks[:, where] = unit_norm(momentum * old + (1 - momentum) * new).to(banks.dtype)

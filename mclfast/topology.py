@@ -7,12 +7,12 @@ deployed alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mclfast._checks import check_integer, unknown_name
 from mclfast.models.staged import StagedNetwork
@@ -161,38 +161,51 @@ class _DivideGradient(torch.autograd.Function):
         return grad / ctx.parts, None
 
 
-def forward_maps(
-    networks: Sequence[StagedNetwork], topology: Topology, views: Sequence[Tensor]
-) -> tuple[list[list[Tensor]], Tensor | None]:
-    """The maps after every stage of every network; what networks share is computed once.
+#: A module that several networks share, run on one view: level, group, identity of the view.
+SharedRun = tuple[int, int, int]
+
+
+def path_maps(
+    networks: Sequence[StagedNetwork],
+    topology: Topology,
+    peer: int,
+    view: Tensor,
+    done: dict[SharedRun, Tensor],
+    before: Callable[[SharedRun], None] | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The maps after every stage of one network, through the modules that it shares.
 
     Args:
         networks: those that :func:`share` was given.
         topology: the same.
-        views: images [B, C, H, W] for each network; shared parts run once for each different one.
+        peer: number of the network.
+        view: its images [B, C, H, W].
+        done: maps that networks before it have computed, taken from here; gets what networks after
+            it may need.
+        before: called before each module that is run, with the key that its map has.
 
     Returns:
-        Networks of stages of [B, c, h, w], and the last map that all networks share [B, c, h, w],
-        None where there is none or views differ.
+        Stages of [B, c, h, w], and the last map that all networks share [B, c, h, w], None where
+        they share none.
     """
-    done: dict[tuple[int, int, int], Tensor] = {}
-    maps: list[list[Tensor]] = []
-    for j, (network, view) in enumerate(zip(networks, views, strict=True)):
-        x, own = view, []
-        for level, groups in enumerate(topology.groups):
-            key = (level, groups[j], id(view))
-            if key not in done:
-                module: nn.Module | None = network.stages[level - 1] if level else None
-                x = network.stem_forward(x) if module is None else module(x)
-                parts = topology.branches(level, groups[j])
-                if topology.rescale_gradients and parts > 1:
-                    x = _DivideGradient.apply(x, parts)
-                done[key] = x
+    network = networks[peer]
+    last_common = topology.common_levels - 1
+    shared, own, x = None, [], view
+    for level, groups in enumerate(topology.groups):
+        key = (level, groups[peer], id(view))
+        if key in done:
             x = done[key]
-            if level:
-                own.append(x)
-        maps.append(own)
-    level = topology.common_levels - 1
-    if level < 0 or any(view is not views[0] for view in views):
-        return maps, None
-    return maps, done[level, topology.groups[level][0], id(views[0])]
+        else:
+            if before is not None:
+                before(key)
+            x = network.stages[level - 1](x) if level else network.stem_forward(x)
+            parts = topology.branches(level, groups[peer])
+            if topology.rescale_gradients and parts > 1:
+                x = _DivideGradient.apply(x, parts)
+            if groups.count(groups[peer]) > 1:
+                done[key] = x
+        if level:
+            own.append(x)
+        if level == last_common:
+            shared = x
+    return own, shared

@@ -11,23 +11,24 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from mclfast import checkpoint, env, metrics, models, plots
+from mclfast import checkpoint, env, memory_modes, metrics, models, plots, throughput
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast.batch_parts import forward_in_parts, shuffled_order
 from mclfast.class_means import class_mean_images, set_class_means
-from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.cohort import Cohort, PeerOutputs, detached
+from mclfast.cohort_functions import networks_for
 from mclfast.config import TrainConfig
+from mclfast.cuda_graphs import Gradients, GraphedStep, check_graphs
 from mclfast.data import load as load_data
 from mclfast.data.dataset import Dataset, class_ranks, select
 from mclfast.data.feed import TrainingFeed
@@ -39,6 +40,7 @@ from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
 from mclfast.models.staged import StagedNetwork
 from mclfast.moving_average import frozen_copy, update_average
+from mclfast.offload import PeerOffload, check_method
 from mclfast.schedule import learning_rate
 from mclfast.topology import topology
 from mclfast.types import Batch, Setup
@@ -46,7 +48,12 @@ from mclfast.types import Batch, Setup
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
 RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
 #: Where a run computes, and where its data lie, may change; what it computes may not.
-FREE_SETTINGS = frozenset({"device", "eval_batch_size", "data_root", "workers"})
+FREE_SETTINGS = frozenset(
+    {
+        "device", "memory", "offload", "checkpoint_every", "eval_batch_size", "data_root",
+        "workers", "channels_last", "compile_peers", "cuda_graphs", "peers_parallel",
+    }  # fmt: skip
+)
 
 # Values of a part of _finite_sum.
 _SUM_AT_A_TIME = 2**22
@@ -72,6 +79,19 @@ class RunResult:
     history: list[dict[str, float]]
 
 
+@dataclass
+class EpochSoFar:
+    """What a checkpoint within an epoch keeps of it; empty between epochs.
+
+    Attributes:
+        totals: sums of the loss and its parts over the steps done, each 0-dim.
+        seconds: time taken.
+    """
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
 def train(
     config: TrainConfig, run_dir: Path | str | None = None, *, progress: bool = True
 ) -> RunResult:
@@ -92,8 +112,18 @@ def load_images(config: TrainConfig) -> Dataset:
 
 def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
     """The trainer of a config; the seed fixes every initial weight."""
-    data = load_images(config)
+    return assemble(load_images(config), config, run_dir)
+
+
+def assemble(data: Dataset, config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
+    """The trainer of a config on data that is there; ``config.data`` is not read."""
     torch.manual_seed(config.seed)
+    cohort, method = make_parts(config, data)
+    return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
+
+
+def make_parts(config: TrainConfig, data: Dataset) -> tuple[Cohort, Method]:
+    """The cohort and the method of a config, for the classes and channels of a data set."""
     cls = method_class(config.method)
     networks = [
         models.create(name, num_classes=data.num_classes, in_channels=data.in_channels)
@@ -112,8 +142,7 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
             rescale_gradients=cls.rescale_gradients,
         ),
     )
-    method = cls(cohort.feature_dims, config.options)
-    return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
+    return cohort, cls(cohort.feature_dims, config.options)
 
 
 class Trainer:
@@ -160,7 +189,13 @@ class Trainer:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = select_device(config.device)
         self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
-        self.cohort = cohort.to(self.device)
+        self.cohort = cohort
+        if config.offload == "peers":
+            check_method(method, config.bilevel_every)
+            PeerOffload(cohort, self.device)
+        else:
+            cohort.to(self.device)
+        throughput.arrange(self.cohort, config, self.device)
         self.method = method
         self.method.check_device(self.device)
         self.method.prepare(
@@ -178,6 +213,9 @@ class Trainer:
         if self.average is not None:
             self.average.train(method.teacher_mode == "train")
         self.mean_images = None if method.supervised else class_mean_images(self.data)
+        #: Where the weights come from, where not from the seed; kept with the settings, so that no
+        #: run of other weights goes on with this one.
+        self.origin: dict[str, str] = {}
         self.own_parts = network_names is None
         self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
         self.sampler = self._sampler()
@@ -191,6 +229,8 @@ class Trainer:
         )
         self.history: list[dict[str, float]] = []
         self.step = 0
+        self._so_far = EpochSoFar()
+        self._started = 0.0
 
         meta = self.method.meta_parameters()
         groups = [{"params": list(self.cohort.parameters())}, *self.method.parameter_groups()]
@@ -199,6 +239,14 @@ class Trainer:
         self.meta_optimizer = self._sgd(meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.memory, self.memory_reason = memory_modes.resolve(config, self)
+        self.runner = memory_modes.runner(self)
+        throughput.check_memory(config, self.memory)
+        self.compute: Gradients = self._gradients
+        if config.cuda_graphs:
+            check_graphs(config, self.method, self.memory, self.device)
+            modules = [self.cohort, self.method]
+            self.compute = GraphedStep(self._gradients, self.parameters, modules, self.device)
 
     @torch.no_grad()
     def _example(self) -> PeerOutputs:
@@ -250,12 +298,13 @@ class Trainer:
         bar = self._progress_bar(progress)
         try:
             for epoch in range(first, min(last, self.config.epochs)):
-                started = time.perf_counter()
+                self._started = time.perf_counter() - self._so_far.seconds
                 record = self._train_epoch(epoch, bar)
                 record |= self._evaluate()
                 before = self.history[-1]["seconds"] if self.history else 0.0
-                record["seconds"] = before + time.perf_counter() - started
+                record["seconds"] = before + time.perf_counter() - self._started
                 self.history.append(record)
+                self._so_far = EpochSoFar()
                 bar.set_postfix_str(
                     f"loss {record['train_loss']:.3g}, test {record['acc_mean']:.1f} %"
                 )
@@ -277,10 +326,12 @@ class Trainer:
                 group["lr"] = lr
         self.cohort.train()
         self.method.train()
-        self._tell_held_out()
-        totals: dict[str, Tensor] = {}
+        totals = self._so_far.totals
+        done = self.step - epoch * len(self.sampler)
+        if done == 0:
+            self._tell_held_out()
         rows = self.sampler.epoch(epoch)
-        for images, labels, index in self.feed.batches(rows, first_step=self.step):
+        for images, labels, index in self.feed.batches(rows[done:], first_step=self.step):
             batch = Batch(labels, index, self.step, epoch)
             parts = self.train_step(images, batch)
             for name, value in parts.items():
@@ -288,20 +339,37 @@ class Trainer:
             if self.meta_optimizer and c.bilevel_every and self.step % c.bilevel_every == 0:
                 self.bilevel_step(images, batch, lr)
             self.step += 1
+            done += 1
             bar.update()
-        # Nothing before this in an epoch waits for the device.
-        means = {f"train_{k}": float(v) / len(self.sampler) for k, v in totals.items()}
-        # The last step of an epoch shows in no loss of it, but would in the checkpoint.
-        tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
-        sums = torch.stack([_finite_sum(t).to(self.device) for t in tensors])
-        if not (math.isfinite(means["train_loss"]) and bool(sums.isfinite().all())):
-            raise FloatingPointError(
-                f"lr: expected a finite loss and weights, got loss {means['train_loss']} in epoch "
-                f"{epoch + 1}; try a smaller learning rate or clip_grad_norm (lr was {lr:.3g})"
-            )
+            if c.checkpoint_every and self.step % c.checkpoint_every == 0 and done < len(rows):
+                self._save_within_epoch(done)
+        # Nothing before this in an epoch waits for the device, but for checkpoints within it.
+        means = {f"train_{k}": float(v) / len(rows) for k, v in totals.items()}
+        self._check_finite(means["train_loss"])
         return {
             "epoch": epoch + 1, "step": self.step, "lr": lr, **means, **self.feed.throughput()
         }  # fmt: skip
+
+    def _save_within_epoch(self, done: int) -> None:
+        if self.run_dir is None:
+            return
+        self._check_finite(float(self._so_far.totals["loss"]) / done)
+        self._so_far.seconds = time.perf_counter() - self._started
+        checkpoint.save(self.run_dir / CHECKPOINT, self.state())
+
+    def _check_finite(self, loss: float) -> None:
+        """Raises before weights that are not finite get into a checkpoint."""
+        self._wait()
+        # The last step shows in no loss yet.
+        tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
+        sums = torch.stack([_finite_sum(t).to(self.device) for t in tensors])
+        if not (math.isfinite(loss) and bool(sums.isfinite().all())):
+            epoch = len(self.history)
+            raise FloatingPointError(
+                f"lr: expected a finite loss and weights, got loss {loss} in epoch {epoch + 1}; "
+                "try a smaller learning rate or clip_grad_norm "
+                f"(lr was {learning_rate(self.config, epoch):.3g})"
+            )
 
     def _tell_held_out(self) -> None:
         if self.held_out is None:
@@ -313,11 +381,7 @@ class Trainer:
 
     def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
-        with self._autocast():
-            outputs = self._outputs(images, batch)
-            parts = self.method.loss(outputs, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(parts["loss"]).backward()
+        outputs, parts = self.compute(images, batch)
         if self.config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
@@ -328,11 +392,23 @@ class Trainer:
         self.method.after_step(outputs, batch)
         return parts
 
+    def _gradients(
+        self, images: Tensor | list[Tensor], batch: Batch
+    ) -> tuple[PeerOutputs, dict[str, Tensor]]:
+        """Outputs and loss parts; the gradients are in ``.grad`` afterwards."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            outputs = self._outputs(images, batch)
+            parts = self.method.loss(outputs, batch)
+        self.scaler.scale(parts["loss"]).backward()
+        self.runner.backward(outputs)
+        return detached(outputs), parts
+
     def _outputs(self, images: Tensor | list[Tensor], batch: Batch) -> PeerOutputs:
         """Those of the peers, and those of their moving average where there is one."""
-        method, parts = self.method, self.method.batch_parts()
+        method = self.method
         own, others = images if method.views == "query_key" else (images, images)
-        outputs = forward_in_parts(self.cohort, own, parts)
+        outputs = self.runner.forward(own)
         if self.average is None:
             return outputs
         order = None
@@ -343,36 +419,31 @@ class Trainer:
                 len(batch.index), seed=self.config.seed, step=batch.step, device=self.device
             )
         with torch.no_grad():
-            teacher = forward_in_parts(self.average, others, parts, order)
+            teacher = forward_in_parts(self.average, others, method.batch_parts(), order)
         return outputs._replace(teacher=teacher)
 
     def bilevel_step(self, images: Tensor | list[Tensor], batch: Batch, lr: float) -> None:
         """One SGD step of the method's meta parameters along the exact bilevel gradient.
 
         Networks, their buffers and the ordinary optimiser stay as they are. In fp16 it runs in
-        fp32: its second-order gradients are not scaled against underflow.
+        fp32: its second-order gradients are not scaled against underflow. Where the memory mode is
+        not the ordinary one, activations of one peer live at a time.
         """
         assert self.meta_optimizer is not None
         c = self.config
-        buffers = dict(self.cohort.named_buffers())
-
-        def objective(
-            loss: Callable[[PeerOutputs, Batch], Tensor],
-        ) -> Callable[[dict[str, Tensor]], Tensor]:
-            def value(params: dict[str, Tensor]) -> Tensor:
-                # BatchNorm updates its statistics in place: on copies here.
-                copies = {name: b.clone() for name, b in buffers.items()}
-                return loss(functional_call(self.cohort, {**params, **copies}, images), batch)
-
-            return value
-
+        inner, outer = self.method.inner_loss, self.method.outer_loss
         meta = self.method.meta_parameters()
-        with nullcontext() if c.amp == "fp16" else self._autocast():
+        # Checkpointing would not reach into forward mode: one peer at a time saves as much.
+        alone = self.memory in ("sequential", "checkpoint")
+        network, whole = networks_for(self.cohort, images, one_at_a_time=alone)
+        autocast = nullcontext() if c.amp == "fp16" else self.autocast()
+        with throughput.plain_calls(self.cohort), autocast:
             result = bilevel_gradient(
-                objective(self.method.inner_loss),
-                objective(self.method.outer_loss),
+                lambda outputs: inner(whole(outputs), batch),
+                lambda outputs: outer(whole(outputs), batch),
                 dict(self.cohort.named_parameters()),
                 meta,
+                network=network,
                 inner_steps=c.inner_steps,
                 outer_steps=c.outer_steps,
                 lr=lr,
@@ -384,7 +455,9 @@ class Trainer:
         self.meta_optimizer.step()
         self.meta_optimizer.zero_grad(set_to_none=True)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of mixed precision that forward runs and losses are computed in."""
+        """The context of forward runs: mixed precision where the config asks for it."""
         if self.config.amp == "off":
             return nullcontext()
         dtype = torch.bfloat16 if self.config.amp == "bf16" else torch.float16
@@ -411,6 +484,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes, as tensors and plain values."""
+        self._wait()
         return {
             "settings": self._settings(),
             "data": self._data_facts(),
@@ -423,12 +497,19 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "rng": checkpoint.rng_state(),
             "step": self.step,
+            "epoch_so_far": asdict(self._so_far),
             "history": self.history,
         }
 
+    def _wait(self) -> None:
+        """Until the device has written what it writes to host memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _settings(self) -> dict[str, Any]:
         """The settings by name, with the true names of the networks and of the data."""
-        return self.config.to_values() | {"cohort": list(self.names), "data": self.data.name}
+        names = {"cohort": list(self.names), "data": self.data.name}
+        return self.config.to_values() | names | self.origin
 
     def _data_facts(self) -> dict[str, Any]:
         """What tells one data set from another, wherever its files lie."""
@@ -471,6 +552,10 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             checkpoint.set_rng_state(state["rng"])
             self.step, self.history = state["step"], state["history"]
+            # Older checkpoints were written between epochs only.
+            so_far = EpochSoFar(**state.get("epoch_so_far", {}))
+            totals = {name: total.to(self.device) for name, total in so_far.totals.items()}
+            self._so_far = replace(so_far, totals=totals)
         except (KeyError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -485,7 +570,8 @@ class Trainer:
             self.load_state(checkpoint.load(run_dir / CHECKPOINT))
             return
         write_text(run_dir / CONFIG, yaml.safe_dump(self._settings(), sort_keys=False))
-        write_json(run_dir / ENVIRONMENT, env.report_dict())
+        memory = {"mode": self.memory, "reason": self.memory_reason}
+        write_json(run_dir / ENVIRONMENT, env.report_dict() | {"memory": memory})
 
     def _finish_run_dir(self, run_dir: Path, result: RunResult) -> None:
         write_json(

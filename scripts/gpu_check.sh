@@ -16,7 +16,8 @@ export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$out/gpu.csv"
 MCLFAST_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace > "$out/build.log" 2>&1
 "$python" -m mclfast env | tee "$out/environment.txt"
-timeout 150 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_bank.py \
+timeout 240 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_bank.py \
+    tests/test_gpu_memory_modes.py tests/test_gpu_throughput.py \
     | tee "$out/tests.txt"
 # The kernels of csrc/cuda under the checkers of the CUDA toolkit, at small shapes.
 if command -v compute-sanitizer > /dev/null; then

@@ -22,7 +22,7 @@ from command import call, contents, error_of
 from mclfast import models, plots, recipe
 from mclfast.compare import report, runner
 from mclfast.compare.plan import Plan, make_plan, write_plan
-from mclfast.compare.published import _LMCL_TABLE, _MCL_TABLE, published
+from mclfast.compare.published import _LMCL_TABLE, _MCL_TABLE, _OKD_TABLE, published
 from mclfast.compare.runner import Finished, Run
 from mclfast.compare.summary import spread, summarize, summary_rows
 from mclfast.config import TrainConfig
@@ -317,6 +317,35 @@ def test_what_goes_before_what(tmp_path):
     assert chosen.configs["mcl"].projection_dim == TrainConfig.projection_dim
 
 
+def test_a_recipe_gives_the_defaults(capsys):
+    Path("mine.yaml").write_text(
+        "method: mcl\ncohort: [resnet8, resnet8]\ndata: digits\nlr: 0.3\nepochs: 1\n"
+        "batch_size: 20\nimages_per_class: 2\nclip_grad_norm: 5.0\nkl_temperature: 2.0\n"
+    )
+    Path("plan.yaml").write_text("defaults: {clip_grad_norm: 4.0}\nmethods: [mcl, lmcl]\n")
+    recipe_of = ("compare", "--recipe", "mine.yaml")
+    given = ("--lr", "0.01", "--device", "cpu", "--no-progress", "--jobs", "0", "--seeds", "1")
+    assert call(*recipe_of, *given, "--out", "alone") == 0
+    assert sorted(p.name for p in Path("alone").iterdir() if p.is_dir()) == ["mcl"]
+    config = yaml.safe_load(Path("alone/mcl/seed0/config.yaml").read_text())
+    for name, value in {"lr": 0.01, "batch_size": 20, "kl_temperature": 2.0}.items():
+        assert config[name] == value
+
+    values = recipe.load("mine.yaml")
+    plan = make_plan(Path("plan.yaml"), None, None, {}, ["lmcl.kl_temperature=3.5"], values)
+    mcl, lmcl = plan.configs["mcl"], plan.configs["lmcl"]
+    assert (mcl.lr, mcl.clip_grad_norm, lmcl.batch_size) == (0.3, 4.0, 20)
+    assert (mcl.options.kl_temperature, lmcl.options.kl_temperature) == (2.0, 3.5)
+    chosen = make_plan(None, "lmcl,baseline", "1", {"lr": 0.2}, [], values).configs
+    assert (chosen["lmcl"].options.kl_temperature, chosen["baseline"].lr) == (3.0, 0.2)
+
+    capsys.readouterr()
+    assert call(*recipe_of, "--help") == 0
+    assert "initial learning rate (default: 0.3)" in " ".join(capsys.readouterr().out.split())
+    Path("mine.yaml").write_text("method: mcl\nkl_temprature: 2.0\n")
+    assert "'kl_temprature'" in error_of(capsys, *recipe_of, "--methods", "baseline")
+
+
 def test_a_written_plan_is_the_same_plan(tmp_path):
     given = ["wide.milestones=3,5", "wide.data_root=/a"]
     (tmp_path / "given.yaml").write_text("methods: {lmcl: {}, wide: {method: mcl, workers: 0}}\n")
@@ -328,7 +357,7 @@ def test_a_written_plan_is_the_same_plan(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "methods: expected names by --methods or in a --plan file, got none"),
+        ([], "methods: expected names by --methods, or a --plan or --recipe, got none"),
         (["--methods", "baseline,lmlc"], "method: .*'lmlc'"),
         (["--methods", "mcl,mcl"], "methods: expected each once, got mcl twice"),
         (["--methods", "../mcl"], "methods: expected a name fit for a folder, got '../mcl'"),
@@ -504,7 +533,17 @@ def test_published_where_the_setting_is_the_same():
     assert shown("mcl", "wrn_16_2,wrn_16_2") == "74.56 ± 0.11 (alone 72.55)"
     assert shown("mcl", four, **shared) == "75.79 ± 0.07 (alone 72.55)"
     assert shown("mcl", four, **shared, logit_distill="last") == "76.34 ± 0.22 (alone 72.55)"
+    wide = ",".join(["hcgnet_a2"] * 4)
+    assert shown("mcl", wide, **shared, logit_distill="last") == "82.47 ± 0.20 (alone 79.00)"
+    shuffle = "shufflenet_v2_x1_0_cifar"
+    assert shown("lmcl", f"{shuffle},{shuffle}") == "77.25 (alone 70.93)"
+    assert shown("lmcl", f"{shuffle},resnet110") == "76.85 & 79.17"
+    # What MCL does not have is taken from MCL-OKD, but not both side by side.
+    assert shown("baseline", "densenet_40_12,vgg16") == "70.83 & 74.82"
     for other in (
+        shown("mcl", wide, **shared),
+        shown("baseline", "vgg16,resnet56"),
+        shown("lmcl", "resnet56,resnet56", loss="bank", sampler="shuffle"),
         shown("mcl", four),
         shown("mcl", four, **shared, logit_distill="all"),
         shown("mcl", "wrn_16_2", **shared),
@@ -520,28 +559,46 @@ def test_published_where_the_setting_is_the_same():
 def test_published_of_methods_by_their_names():
     config = TrainConfig.from_values({**CIFAR, "method": "baseline", "cohort": ["resnet32"] * 4})
 
-    def of(method: str, topology: str, size: int = 4, split: int = 1) -> str:
+    def of(
+        method: str, topology: str, size: int = 4, split: int = 1, network: str = "resnet32"
+    ) -> str:
         # Registered or not: only names are read.
         copy = dataclasses.replace(config)
         copy.method, copy.topology, copy.split_stage = method, topology, split
-        copy.cohort = ("resnet32",) * size
+        copy.cohort = (network,) * size
         return report._published(published(copy))
 
     assert of("dml", "shared_stem") == "75.08 (ensemble 77.03, alone 71.09)"
     assert of("cl-ilr", "tree") == "74.60 (ensemble 75.97, alone 71.09)"
     assert of("mcl-okd", "shared_stem") == "75.48 (ensemble 78.00, alone 71.09)"
     assert of("pcl", "shared_stem", 3, 2) == "74.14 ± 0.16"
+    assert of("pcl", "shared_stem", 3, 2, "wrn_20_8") == "80.51 ± 0.49"
+    assert of("one", "shared_stem", 4, 2, "vgg16") == "74.78 (ensemble 74.88, alone 74.82)"
+    assert of("okddip", "shared_stem", 4, 2, "hcgnet_a1") == "78.46 (ensemble 79.03, alone 77.54)"
     assert of("dml", "independent") == of("dml", "shared_stem", 2) == of("dml", "tree") == "-"
     assert of("pcl", "shared_stem", 3, 1) == of("kdcl", "independent") == "-"
+    assert of("one", "shared_stem", 4, 1) == of("pcl", "shared_stem", 3, 2, "vgg16") == "-"
 
 
 def test_published_numbers_agree_with_the_recipes():
     text = (recipe.folder() / "lmcl-cifar100.yaml").read_text()
     pairs = dict(re.findall(r"(\w+,\w+) +[\d.]+ -> ([\d.]+)", text))
     pairs |= dict(re.findall(r"(\w+,\w+) +([\d.]+ & [\d.]+)", text))
-    assert len(pairs) == len(_LMCL_TABLE) == 11
+    assert len(pairs) == len(_LMCL_TABLE) == 17
     for cohort, numbers in _LMCL_TABLE.items():
         assert pairs[",".join(cohort)] == " & ".join(f"{n:.2f}" for n in numbers)
+    for column, name in ((1, "mcl-cifar100"), (2, "mcl-x4-cifar100")):
+        text = (recipe.folder() / f"{name}.yaml").read_text().partition("# With the logits")[0]
+        shown = re.findall(r"(\w+) +([\d.]+) -> ([\d.]+) \+- (\.\d+)", text)
+        assert {n: (float(a), (float(mean), float(sd))) for n, a, mean, sd in shown} == {
+            network: (row[0][0], row[column]) for network, row in _MCL_TABLE.items()
+        }
+    for method in ("dml", "cl-ilr", "one", "okddip", "mcl-okd"):
+        text = (recipe.folder() / f"{method}-cifar100.yaml").read_text()
+        shown = re.findall(r"(\w+) +([\d.]+) -> ([\d.]+) \(([\d.]+)\)", text)
+        assert {n: [round(100 - float(x), 2) for x in values] for n, *values in shown} == {
+            network: [alone, *rows[method]] for network, (alone, rows) in _OKD_TABLE.items()
+        }
     text = (recipe.folder() / "baseline-cifar100.yaml").read_text()
     alone = re.findall(r"(\w+) +([\d.]+) \+- (\.\d+)", text)
     assert {network: (float(mean), float(sd)) for network, mean, sd in alone} == {

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from mclfast import methods, recipe
+from mclfast import Cohort, methods, models, recipe
 from mclfast.config import TrainConfig, field_help, field_types
+from mclfast.topology import topology
 
 # Every field away from its default, with the types that YAML gives.
 CHANGED: dict[str, Any] = {
@@ -39,6 +41,13 @@ CHANGED: dict[str, Any] = {
     "warmup_epochs": 4,
     "clip_grad_norm": 2.5,
     "amp": "bf16",
+    "channels_last": True,
+    "compile_peers": False,
+    "cuda_graphs": True,
+    "peers_parallel": "stack",
+    "memory": "sequential",
+    "offload": "none",
+    "checkpoint_every": 9,
     "projection_dim": 32,
     "bilevel_every": 5,
     "inner_steps": 3,
@@ -76,8 +85,11 @@ def test_changed_values_cover_every_field():
     names = [*field_types(TrainConfig), *field_types(methods.method_class("lmcl").Options)]
     assert sorted(names) == sorted(CHANGED)
     defaults = TrainConfig().to_values()
-    # "lmcl" is the default method, the other one has other options.
-    assert [n for n in names if CHANGED[n] == defaults[n]] == ["method"]
+    # "lmcl" is the default method, the other one has other options; peers in host memory and
+    # compiled ones exclude several of these settings.
+    assert [n for n in names if CHANGED[n] == defaults[n]] == [
+        "method", "compile_peers", "offload"
+    ]
 
 
 @pytest.mark.parametrize("values", [{}, CHANGED, {"method": "baseline", "data_root": None}])
@@ -310,6 +322,66 @@ def test_lmcl_recipe_is_the_published_run():
     }  # fmt: skip
     found = TrainConfig.from_values(recipe.load("lmcl-cifar100")).to_values()
     assert {name: found[name] for name in published} == published
+
+
+SGD_CIFAR = {
+    "epochs": 300, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "nesterov": True,
+    "weight_decay": 5e-4,
+}  # fmt: skip
+SGD_IMAGENET = SGD_CIFAR | {"batch_size": 256, "weight_decay": 1e-4, "schedule": "multistep"}
+MCL_TERMS = {"vcl_weight": 0.1, "icl_weight": 0.1, "soft_vcl_weight": 1.0, "soft_icl_weight": 1.0}
+IN_BATCH = SGD_CIFAR | MCL_TERMS | {
+    "schedule": "cosine", "sampler": "balanced", "images_per_class": 2, "loss": "batch",
+    "temperature": 0.1, "kl_temperature": 3.0, "projection_dim": 128, "logit_distill": "none",
+}  # fmt: skip
+BANKS = SGD_IMAGENET | MCL_TERMS | {
+    "epochs": 90, "milestones": [30, 60], "loss": "bank", "num_positives": 1,
+    "num_negatives": 8192, "bank_momentum": 0.5, "temperature": 0.07, "kl_temperature": 3.0,
+}  # fmt: skip
+PCL = {"distill_temperature": 3.0, "rampup_epochs": 80, "average_decay": 0.999}
+# Settings of the published runs, and the parameters of their networks in training.
+PUBLISHED = {
+    "mcl-cifar100": (IN_BATCH, 2 * 472_756),
+    "mcl-x4-cifar100": (IN_BATCH, 1_819_552),
+    "mcl-imagenet": (BANKS, 2 * 11_689_512),
+    "mcl-x4-imagenet": (BANKS, 44_708_832),
+    "baseline-imagenet": (
+        SGD_IMAGENET | {"epochs": 100, "milestones": [30, 60, 90], "nesterov": False},
+        21_797_672,
+    ),
+    "mcl-okd-imagenet": (
+        SGD_IMAGENET
+        | {"epochs": 100, "batch_size": 128, "lr": 0.05, "schedule": "cosine"}
+        | {"num_negatives": 16384, "temperature": 0.07, "nce_weight": 0.025},
+        83_146_976,
+    ),
+    # Beside the three peers there is the classifier of all of them: 3 x 64 x 10 and 10.
+    "pcl-cifar10": (
+        SGD_CIFAR | PCL | {"schedule": "multistep", "milestones": [150, 225]},
+        1_212_384 - 6 * 64 * 90 - 4 * 90 - 1_930,
+    ),
+    # Each peer after the first adds a last stage and a classifier.
+    "pcl-imagenet": (
+        SGD_IMAGENET | PCL | {"epochs": 90, "milestones": [30, 60]},
+        11_689_512 + 2 * (8_393_728 + 513_000),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_is_the_published_run(name):
+    published, parameters = PUBLISHED[name]
+    config = TrainConfig.from_values(recipe.load(name))
+    found = config.to_values()
+    assert {key: found[key] for key in published} == published
+    classes = {"cifar10": 10, "cifar100": 100, "imagefolder": 1000}[config.data]
+    with torch.device("meta"):
+        networks = [models.create(n, num_classes=classes) for n in config.cohort]
+        shape = topology(
+            config.topology, len(networks), len(networks[0].stages), split_stage=config.split_stage
+        )
+        cohort = Cohort(networks, auxiliary_heads=False, projection_dim=None, topology=shape)
+    assert models.parameter_count(cohort) == parameters
 
 
 def test_unknown_recipe():

@@ -125,7 +125,8 @@ class ToyCohort(nn.Module):
         return features, logits, embeddings
 
 
-def test_bilevel_step_of_a_toy_cohort(golden_dir):
+@pytest.mark.parametrize("split", [False, True])
+def test_bilevel_step_of_a_toy_cohort(golden_dir, split):
     g = golden.load(golden_dir / "meta_step_m2_l3.npz")
     networks, stages = int(g["M"]), int(g["L"])
     cohort = ToyCohort(networks, stages, g)
@@ -133,8 +134,11 @@ def test_bilevel_step_of_a_toy_cohort(golden_dir):
     matcher = LayerMatcher(dims).double()
     matcher.load_state_dict(golden.by_prefix(g, "match."))
 
-    def inner(params):
-        features, _, embeddings = functional_call(cohort, params, (g["x"],))
+    def network(params):
+        return functional_call(cohort, params, (g["x"],))
+
+    def inner(outputs):
+        features, _, embeddings = outputs
         terms = layerwise_mcl_loss(
             embeddings,
             g["y"],
@@ -144,17 +148,17 @@ def test_bilevel_step_of_a_toy_cohort(golden_dir):
         )
         return terms.weighted_sum(*g["coef"].tolist())
 
-    def outer(params):
-        _, logits, _ = functional_call(cohort, params, (g["x"],))
-        return sum(nn.functional.cross_entropy(z, g["y"]) for z in logits)
+    def outer(outputs):
+        return sum(nn.functional.cross_entropy(z, g["y"]) for z in outputs[1])
 
     start = dict(cohort.named_parameters())
-    assert golden.relative(outer(start), g["outer_loss_before"]) < TOLERANCE
+    assert golden.relative(outer(network(start)), g["outer_loss_before"]) < TOLERANCE
     result = bilevel_gradient(
-        inner,
-        outer,
+        inner if split else lambda params: inner(network(params)),
+        outer if split else lambda params: outer(network(params)),
         start,
         list(matcher.parameters()),
+        network=network if split else None,
         inner_steps=int(g["times"]),
         lr=float(g["lr"]),
         momentum=float(g["momentum"]),

@@ -169,12 +169,12 @@ def test_small_images_train(name: str) -> None:
 
 def test_shuffle_interleaves_the_halves() -> None:
     """A basic unit keeps the first half, in the even channels; groups are mixed after two."""
-    unit = models.imagenet_shufflenet.BasicUnit(6).eval()
+    unit = models.shufflenet.BasicUnit(6).eval()
     x = torch.randn(2, 6, 4, 5)
     out = unit(x)
     assert torch.equal(out[:, 0::2], x[:, :3])
     assert torch.equal(out[:, 1::2], unit.branch2(x[:, 3:]))
-    down = models.imagenet_shufflenet.DownUnit(6, 10).eval()
+    down = models.shufflenet.DownUnit(6, 10).eval()
     out = down(x)
     assert torch.equal(out[:, 0::2], down.branch1(x))
     assert torch.equal(out[:, 1::2], down.branch2(x))

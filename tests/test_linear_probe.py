@@ -15,9 +15,11 @@ from mclfast.cli import main
 from mclfast.config import TrainConfig
 from mclfast.data import Dataset, ImageSet
 from mclfast.data.augment import prepare
+from mclfast.data.sampler import ShuffleSampler
 from mclfast.evaluate import accuracy
-from mclfast.linear_probe import linear_probe
+from mclfast.linear_probe import linear_probe, published_settings
 from mclfast.models import StagedNetwork
+from mclfast.schedule import learning_rate
 from mclfast.train import build
 
 MOCO = {
@@ -51,65 +53,49 @@ def features(net: StagedNetwork, images: ImageSet, data: Dataset) -> Tensor:
     return net.eval().forward_taps(prepare(images.images, data.mean, data.std)).feature
 
 
+def settings(**values: Any) -> TrainConfig:
+    few = {"method": "baseline", "cohort": "resnet8", "device": "cpu", "batch_size": 16}
+    return TrainConfig.from_values(published_settings(values.get("epochs", 6)) | few | values)
+
+
 def test_probe_is_sgd_on_frozen_features():
     data, net = small_data(), network()
     kept = {k: v.clone() for k, v in net.state_dict().items()}
-    net.train()
-    got = linear_probe(
-        net, data, epochs=6, lr=0.5, weight_decay=0.01, milestones=(2, 4), batch_size=16, seed=3
-    )
-    assert net.training
-    assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items())
+    config = settings(epochs=6, lr=0.5, weight_decay=0.01, milestones=(2, 4), seed=3)
+    got = linear_probe(net, data, config).fit(progress=False).peers[0]
+    assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items() if k[:3] != "fc.")
 
     x, y = features(net, data.train, data).double(), data.train.labels
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.empty(3, x.shape[1]).normal_(std=0.01, generator=generator).double()
-    values = [weight, torch.zeros(3, dtype=torch.float64)]
+    weight = torch.randn(3, x.shape[1], generator=torch.Generator().manual_seed(3)) * 0.01
+    values = [weight.double(), torch.zeros(3, dtype=torch.float64)]
     speed = [torch.zeros_like(v) for v in values]
+    sampler = ShuffleSampler(45, batch_size=16, seed=3)
     for epoch in range(6):
         lr = (0.5, 0.5, 0.05, 0.05, 0.005, 0.005)[epoch]
-        order = torch.randperm(45, generator=generator)
-        for i in (order[:16], order[16:32], order[32:]):
+        for i in sampler.epoch(epoch):
             leaves = [v.clone().requires_grad_() for v in values]
             loss = cross_entropy(x[i] @ leaves[0].T + leaves[1], y[i])
             grads = torch.autograd.grad(loss, leaves)
             for v, s, g in zip(values, speed, grads, strict=True):
                 s.mul_(0.9).add_(g + 0.01 * v)
                 v.sub_(lr * s)
+    torch.testing.assert_close(net.fc.weight.double(), values[0], rtol=1e-4, atol=1e-5)
     logits = features(net, data.test, data).double() @ values[0].T + values[1]
     want = 100 * (logits.argmax(1) == data.test.labels).double().mean()
     assert got == pytest.approx(float(want)) and 40 < got
 
 
-def test_schedule_by_default(monkeypatch):
-    rates: list[float] = []
-    step = torch.optim.SGD.step
-    monkeypatch.setattr(
-        torch.optim.SGD,
-        "step",
-        lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1],
-    )
-    linear_probe(network(), small_data(), epochs=5, lr=1.0, batch_size=45)
-    assert rates == pytest.approx([1, 1, 1, 0.1, 0.01])
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"epochs": 0}, "^epochs"),
-        ({"batch_size": 0}, "^batch_size"),
-        ({"lr": 0.0}, "^lr"),
-        ({"weight_decay": -1.0}, "^weight_decay"),
-    ],
-)
-def test_arguments_out_of_range(values, message):
-    with pytest.raises(ValueError, match=message):
-        linear_probe(network(), small_data(), **values)
+def test_published_settings():
+    config = settings(**published_settings(5))
+    rates = [learning_rate(config, epoch) for epoch in range(5)]
+    assert rates == pytest.approx([30, 30, 30, 3, 0.3])
+    assert (config.batch_size, config.weight_decay, config.nesterov) == (256, 0.0, False)
 
 
 def test_a_rate_that_diverges_is_named():
     with pytest.raises(FloatingPointError, match="^lr"):
-        linear_probe(network(), small_data(), epochs=30, lr=1e30, weight_decay=1.0)
+        trainer = linear_probe(network(), small_data(), settings(lr=1e30, weight_decay=1.0))
+        trainer.fit(progress=False)
 
 
 # ---------------------------------------------------------------- class means
@@ -156,11 +142,14 @@ def test_features_learned_without_labels_are_better_than_random_ones():
     def probe(**values: Any) -> float:
         trainer = trained(cohort="resnet8,resnet8", train_per_class=45, **values)
         trainer.fit(progress=False)
-        return linear_probe(trainer.cohort.peers[0].backbone, trainer.data, epochs=20, lr=1.0)
+        found = linear_probe(
+            trainer.cohort.peers[0].backbone, trainer.data, settings(epochs=20, lr=1.0)
+        )
+        return found.fit(progress=False).peers[0]
 
-    # Ten classes: random features are above chance already, when batch norm has seen the data.
+    # Random features are far above chance already, when batch norm has seen the data.
     random = probe(epochs=2, lr=1e-9)
-    assert probe(epochs=6) > max(60, random + 10)
+    assert probe(epochs=6) > max(85, random + 4)
 
 
 def test_the_commands(tmp_path, capsys):
@@ -174,12 +163,15 @@ def test_the_commands(tmp_path, capsys):
     assert main(["eval", str(run), "--device", "cpu"]) == 0
     line = capsys.readouterr().out
     assert line.split("peer0: ")[1].split(": ")[1].split(" %")[0] in line.split("recorded")[1]
-    arguments = ["linear", str(run / "peer0"), "--device", "cpu", "--epochs", "3", "--lr", "1"]
+    arguments = ["linear", str(run / "peer0"), "--device=cpu", "--epochs=5", "--batch-size=16"]
+    arguments.append("--lr=0.1")
     assert main(arguments) == 0
     line = capsys.readouterr().out
     assert "resnet8 on digits-full: top-1 " in line and "of 359 test images" in line
-    assert main([*arguments, "--data", "digits", "--epochs", "1"]) == 0
+    assert main([*arguments, "--data", "digits", "--batch-size", "256"]) == 0
     assert "on digits: top-1 " in capsys.readouterr().out
+    assert main([*arguments, "--augment"]) == 0
+    assert capsys.readouterr().out != line
     assert main([*arguments, "--data", "cifar10", "--data-root", str(tmp_path)]) == 2
     assert "mclfast linear: error: " in capsys.readouterr().err
 
@@ -198,7 +190,7 @@ def test_a_network_of_other_channels_is_refused(tmp_path, capsys):
     folder = build(config).export(0, tmp_path / "peer0")
     root = str(tmp_path / "images")
     assert main(["linear", str(folder), "--data", "folder", "--data-root", root]) == 2
-    assert "data: expected images of 1 channels" in capsys.readouterr().err
+    assert "data: expected in_channels=1" in capsys.readouterr().err
 
 
 def test_features_of_an_adapted_module():
@@ -212,5 +204,6 @@ def test_features_of_an_adapted_module():
             return self.fc(self.one(x).mean((2, 3)))
 
     torch.manual_seed(0)
-    found = linear_probe(models.staged(Flat(), ["one"]), small_data(), epochs=40, lr=0.1)
-    assert found > 90
+    config = settings(epochs=40, lr=0.1)
+    found = linear_probe(models.staged(Flat(), ["one"]), small_data(), config)
+    assert found.fit(progress=False).peers[0] > 90

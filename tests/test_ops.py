@@ -199,7 +199,7 @@ def test_compiles_as_one_graph_with_its_backward(coefficients):
 def test_auto_does_not_send_float64_to_triton(monkeypatch):
     nodes, labels = sample(torch.float64)
     want = supcon_loss(nodes[0], labels, backend="reference")
-    monkeypatch.setattr(_backend, "resolve", lambda backend, device: "triton")
+    monkeypatch.setattr(_backend, "resolve", lambda backend, device, banks: "triton")
     assert torch.equal(supcon_loss(nodes[0], labels), want)
     a, b = nodes[0], nodes[1]
     assert torch.equal(info_nce_loss(a, b), reference.info_nce_loss(a, b, temperature=0.1))

@@ -221,6 +221,16 @@ def test_resolve_takes_the_best_backend_of_the_device(monkeypatch, fresh_backend
     assert _backend.resolve("triton", "cpu") == "triton"
 
 
+def test_auto_takes_no_kernels_without_float64(monkeypatch):
+    kernels = {False: "triton", True: "cuda"}
+    monkeypatch.setattr(_backend, "resolve", lambda backend, device, banks: kernels[banks])
+    narrow, wide = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    for banks, name in kernels.items():
+        assert _backend.resolve_for("auto", narrow, narrow, banks=banks) == name
+        assert _backend.resolve_for("auto", narrow, wide, banks=banks) == "reference"
+        assert _backend.resolve_for(name, wide, narrow, banks=banks) == name
+
+
 @in_checkout
 @pytest.mark.parametrize(
     ("value", "code", "text"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mclfast import Cohort, models
+from mclfast.cohort import PeerOutputs
 from mclfast.topology import Topology, topology
 
 # name: split stage, parameters and mega-MACs of four networks that share stem and first stages.
@@ -149,6 +150,10 @@ def test_sizes_with_own_last_stages(name: str) -> None:
     ensemble = nn.Linear(3 * cohort.peers[0].feature_dim, 100, device="meta")
     both = models.parameter_count(cohort) + models.parameter_count(ensemble)
     assert both == THREE_PEERS[name]
+
+
+def test_size_of_the_two_networks_of_ffl() -> None:
+    assert models.parameter_count(on_meta("resnet32", "shared_stem", 2, 2)) == 832_920
 
 
 def test_sharing_is_by_identity() -> None:
@@ -342,3 +347,34 @@ def test_errors_of_networks_that_cannot_share() -> None:
         Cohort([models.resnet8() for _ in range(2)], topology=four)
     with pytest.raises(ValueError, match=r"images: expected 4 views, got 3"):
         cohort_of()([torch.randn(2, 3, 8, 8)] * 3)
+
+
+@pytest.mark.parametrize("name", ["independent", "shared_stem", "tree"])
+@pytest.mark.parametrize("own_views", [False, True], ids=["one-view", "own-views"])
+def test_a_peer_alone_puts_out_what_it_does_in_the_cohort(name: str, own_views: bool) -> None:
+    torch.manual_seed(0)
+    shape = topology(name, 4, 3, split_stage=1, rescale_gradients=True)
+    networks = [models.resnet8(num_classes=5) for _ in range(4)]
+    cohort = Cohort(networks, projection_dim=3, topology=shape).double()
+    views = [torch.randn(3, 3, 16, 16, dtype=torch.float64) for _ in range(4 if own_views else 1)]
+    images = views if own_views else views[0]
+
+    def total(outputs: PeerOutputs) -> Tensor:
+        parts = [*outputs.features, *outputs.logits, *outputs.embeddings, outputs.maps]
+        return torch.stack([t.square().sum() for stages in parts for t in stages]).sum()
+
+    joint = cohort(images)
+    total(joint).backward()
+    wanted = {n: p.grad.clone() for n, p in cohort.named_parameters()}
+    cohort.zero_grad()
+    for j, view in enumerate(cohort.views(images)):
+        alone = cohort.peer_forward(j, view)
+        for many, one in zip(joint[:3], alone[:3], strict=True):
+            assert len(one) == 1 and all(map(torch.equal, many[j], one[0]))
+        assert len(alone.maps) == 1 and torch.equal(joint.maps[j], alone.maps[0])
+        assert (alone.shared is None) == (name == "independent")
+        if joint.shared is not None:
+            assert torch.equal(joint.shared, alone.shared)
+        total(alone).backward()
+    for n, p in cohort.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[n], rtol=1e-12, atol=1e-12, msg=n)

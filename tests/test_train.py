@@ -22,6 +22,7 @@ from mclfast.config import TrainConfig
 from mclfast.data import Dataset, ImageSet
 from mclfast.data.augment import prepare
 from mclfast.evaluate import accuracy, cohort_accuracy
+from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
 from mclfast.models import StagedNetwork, staged
 from mclfast.schedule import learning_rate
@@ -384,11 +385,15 @@ def test_bilevel_steps_come_every_so_many_steps(every, steps, monkeypatch):
 
 
 @pytest.mark.parametrize(("inner_steps", "outer_steps"), [(2, 1), (1, 0), (1, 2)])
-def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps, monkeypatch):
+@pytest.mark.parametrize("memory", ["ordinary", "sequential"])
+def test_bilevel_gradient_is_that_of_the_unrolled_steps(
+    inner_steps, outer_steps, memory, monkeypatch
+):
     trainer = tiny_trainer(
         (3, 4), (3, 3, 4), dropout=0.3, inner_steps=inner_steps, outer_steps=outer_steps,
         weight_decay=0.05,
     )  # fmt: skip
+    trainer.memory = memory
     cohort, method = trainer.cohort.double(), trainer.method.double()
     images, sample = batch(trainer, 12)
     images, lr, momentum, decay = images.double(), 0.3, 0.9, 0.05
@@ -402,17 +407,11 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps
     rng = torch.get_rng_state()
     trainer.bilevel_step(images, sample, lr)
 
-    buffers = dict(cohort.named_buffers())
-
-    def outputs(params: dict[str, Tensor]) -> Any:
-        copies = {name: value.clone() for name, value in buffers.items()}
-        return functional_call(cohort, {**params, **copies}, images)
-
     torch.set_rng_state(rng)
     params = {n: p.detach().clone().requires_grad_() for n, p in cohort.named_parameters()}
     velocity = {n: torch.zeros_like(p) for n, p in params.items()}
     for loss in [method.inner_loss] * inner_steps + [method.outer_loss] * outer_steps:
-        value = loss(outputs(params), sample)
+        value = loss(cohort_outputs(trainer, params, images), sample)
         grads = torch.autograd.grad(
             value, list(params.values()), create_graph=True, allow_unused=True
         )
@@ -420,11 +419,54 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(inner_steps, outer_steps
             gradient = torch.zeros_like(p) if g is None else g
             velocity[name] = momentum * velocity[name] + gradient + decay * p
             params[name] = p - lr * velocity[name]
-    expected = torch.autograd.grad(method.outer_loss(outputs(params), sample), meta)
+    last = method.outer_loss(cohort_outputs(trainer, params, images), sample)
+    expected = torch.autograd.grad(last, meta)
     assert len(found) == len(expected) > 0
     for a, b in zip(found, expected, strict=True):
         assert b.abs().max() > 1e-9
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize(("topology", "peers"), [("shared_stem", 2), ("tree", 3)])
+def test_bilevel_gradient_of_peers_that_share_modules(topology, peers, monkeypatch):
+    trainer = build(
+        settings(
+            cohort=["resnet8"] * peers, topology=topology, split_stage=1, weight_decay=0.05,
+            inner_steps=1,
+        )
+    )  # fmt: skip
+    trainer.cohort.double()
+    trainer.method.double()
+    images, sample = batch(trainer, 4)
+    meta, found = trainer.method.meta_parameters(), {}
+    assert trainer.meta_optimizer is not None
+    for memory in ("ordinary", "sequential"):
+        got = found[memory] = []
+        monkeypatch.setattr(
+            trainer.meta_optimizer, "step", lambda got=got: got.extend(p.grad for p in meta)
+        )
+        trainer.memory = memory
+        before = snapshot(trainer.cohort)
+        trainer.bilevel_step(images.double(), sample, 0.1)
+        assert changed(before, trainer.cohort) == set()
+        parameters = {id(p) for p in trainer.cohort.parameters()}
+        assert parameters <= {id(p) for p in trainer.parameters}
+    params, hyper = dict(trainer.cohort.named_parameters()), meta
+    plain = bilevel_gradient(
+        lambda p: trainer.method.inner_loss(cohort_outputs(trainer, p, images.double()), sample),
+        lambda p: trainer.method.outer_loss(cohort_outputs(trainer, p, images.double()), sample),
+        params, hyper, inner_steps=1, lr=0.1, momentum=0.9, weight_decay=0.05,
+    ).grads  # fmt: skip
+    for a, b, want in zip(*found.values(), plain, strict=True):
+        assert want.abs().max() > 1e-9
+        for got in (a, b):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
+
+
+def cohort_outputs(trainer: Trainer, params: dict[str, Tensor], images: Tensor) -> Any:
+    copies = {name: value.clone() for name, value in trainer.cohort.named_buffers()}
+    # Modules with two names do not survive the tying of weights.
+    return functional_call(trainer.cohort, {**params, **copies}, images, tie_weights=False)
 
 
 # ---------------------------------------------------------------- the loss of L-MCL
@@ -690,7 +732,7 @@ def test_a_method_must_define_its_losses():
 def test_an_epoch_in_mixed_precision_is_finite(method, amp):
     trainer = tiny_trainer(method=method, amp=amp, epochs=1, bilevel_every=1)
     before = snapshot(trainer.method)
-    assert trainer._autocast().__class__.__name__ == ("nullcontext" if amp == "off" else "autocast")
+    assert trainer.autocast().__class__.__name__ == ("nullcontext" if amp == "off" else "autocast")
     record = trainer.fit(progress=False).history[0]
     assert all(math.isfinite(v) for v in record.values())
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in trainer.parameters)

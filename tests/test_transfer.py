@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mclfast import data, models
@@ -20,6 +20,7 @@ from mclfast.data.channels import with_channels
 from mclfast.data.feed import TrainingFeed, evaluation_batches
 from mclfast.evaluate import accuracy
 from mclfast.export import WEIGHTS, export_backbone, load_backbone
+from mclfast.train import Trainer
 from mclfast.transfer import build_transfer, copy_backbone, transfer_config
 from torchvision_record import RECORD
 
@@ -260,7 +261,53 @@ def test_an_old_run_is_kept_unless_told(exported, tmp_path, capsys):
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["epochs"] == 2
     # Going on as with an ordinary run would train what a linear classifier keeps fixed.
     assert main(["train", "--resume", str(run_dir), "--no-progress"]) == 2
-    assert "transfer_from" in capsys.readouterr().err
+    assert "resume: expected a run of mclfast train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["linear", "finetune"])
+def test_a_resumed_command_equals_an_unbroken_one(tmp_path, capsys, mode):
+    folder, whole, broken = (tmp_path / name for name in ("peer0", "whole", "broken"))
+    export(folder)
+    more = ("--mode", mode, "--epochs", "3")
+    assert main(command(folder, whole, *more)) == 0
+    config = transfer_config(folder, mode, {**FEW, "epochs": 3})
+    build_transfer(folder, mode, config, broken).fit(progress=False, stop_after=1)
+    # Another run may have replaced the backbone: the weights are those of the checkpoint.
+    weights = load_file(folder / WEIGHTS)
+    save_file({k: v + 1 if v.is_floating_point() else v for k, v in weights.items()},
+              folder / WEIGHTS)  # fmt: skip
+    capsys.readouterr()
+    assert main(["transfer", "--resume", str(broken), "--no-progress"]) == 0
+    assert f"resnet8 of {folder}, {mode}: " in capsys.readouterr().out
+    assert equal(*(load_file(run / "peer0" / WEIGHTS) for run in (whole, broken)))
+    results = [json.loads((run / "result.json").read_text()) for run in (whole, broken)]
+    assert results[0]["peers"] == results[1]["peers"]
+    assert main(["transfer", "--resume", str(broken), "--lr", "0.5"]) == 2
+    assert "error: lr: expected " in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_how_to_go_on(exported, tmp_path, monkeypatch, capsys):
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    assert main(command(exported, tmp_path / "run")) == 130
+    err = capsys.readouterr().err
+    assert err == f"\ninterrupted; go on with: mclfast transfer --resume {tmp_path}/run\n"
+
+
+def test_mistakes_in_resuming(exported, tmp_path, capsys):
+    def error(*arguments: str) -> str:
+        assert main(["transfer", *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "path: expected the folder of an exported backbone" in error("--data", "digits")
+    assert "resume: expected a run with config.yaml" in error("--resume", str(tmp_path))
+    given = (str(exported), "--resume", str(tmp_path))
+    assert "resume: expected no path beside --resume" in error(*given)
+    assert "resume: expected no --mode beside" in error(*given[1:], "--mode", "linear")
+    (tmp_path / "config.yaml").write_text("method: baseline\ncohort: [resnet8]\n")
+    assert "resume: expected a run of mclfast transfer" in error("--resume", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colour-blind safe (Okabe and Ito), with a marker each: lines stay apart in grey too.
+EAGER, FUSED, SPARE = ("#555555", "o"), ("#009E73", "D"), ("#0072B2", "v")
 _STYLES = {
-    "eager": ("#555555", "o"),
+    "eager": EAGER,
     "compiled": ("#E69F00", "s"),
     "reference": ("#56B4E9", "^"),
-    "cpu-rows": ("#0072B2", "v"),
-    "cpu-fused": ("#009E73", "D"),
-    "cpu": ("#009E73", "D"),
+    "cpu-rows": SPARE,
+    "cpu-fused": FUSED,
+    "cpu": FUSED,
     "triton-rows": ("#CC79A7", "<"),
     "triton-fused": ("#D55E00", "P"),
     "triton": ("#D55E00", "P"),
@@ -51,7 +52,7 @@ def draw(rows: Sequence[Row], folder: Path, about: dict[str, Any]) -> list[Path]
             for r in rows
             if r["mode"] == BOTH and (r["device"], r["dtype"]) == (device, dtype)
         ]
-        where = about["gpu"] if device == "cuda" else _machine(about)
+        where = about["gpu"] if device == "cuda" else machine(about)
         title = f"forward + backward, {dtype}, D = 128, {where}"
         suffix = "" if len(kinds) == 1 else f"-{device}-{dtype}"
         for name, panels in (
@@ -64,7 +65,8 @@ def draw(rows: Sequence[Row], folder: Path, about: dict[str, Any]) -> list[Path]
     return written
 
 
-def _machine(about: dict[str, Any]) -> str:
+def machine(about: Mapping[str, Any]) -> str:
+    """A CPU and its threads, in words."""
     threads = about["threads"]
     return f"{about['cpu']}, {threads} {'thread' if threads == 1 else 'threads'}"
 

@@ -166,15 +166,20 @@ def process_peak(case: Case, provider: str, timeout: float = 900) -> int:
     Raises:
         Unavailable: the process failed, or this system does not tell.
     """
-    return _child({"case": asdict(case), "provider": provider}, timeout)
+    return child_peak({"case": asdict(case), "provider": provider}, timeout)
 
 
 def probe_peak(size: int) -> int:
     """What the same probe reports for a call that fills ``size`` bytes: a test of the probe."""
-    return _child({"fill": size}, 120)
+    return child_peak({"fill": size}, 120)
 
 
-def _child(task: Mapping[str, object], timeout: float) -> int:
+def child_peak(task: Mapping[str, object], timeout: float) -> int:
+    """Bytes that a task of :mod:`mclfast.benchmark.peak` needs, measured in a fresh process.
+
+    Raises:
+        Unavailable: the process failed, or this system does not tell.
+    """
     if not sys.platform.startswith("linux"):
         raise Unavailable("peak memory of a process is measured on Linux only")
     # The child must measure this mclfast, also when it is a checkout.

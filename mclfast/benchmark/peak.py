@@ -23,6 +23,7 @@ from mclfast._memory import status
 from mclfast.benchmark.cases import PROVIDERS, make_inputs
 from mclfast.benchmark.measure import release
 from mclfast.benchmark.problem import Case, step
+from mclfast.benchmark.train_step import StepCase, Steps, tiny
 
 
 def measure(call: Callable[[], object]) -> int:
@@ -57,10 +58,26 @@ def _case_call(task: dict[str, object]) -> Callable[[], object]:
     return call
 
 
+def _train_step_peak(values: dict[str, object]) -> int:
+    case = StepCase(**values)  # type: ignore[arg-type]
+    Steps(tiny(case)).whole()
+    call = Steps(case).whole
+    # Two calls: the optimiser's state is there from the second on.
+    if case.device != "cuda":
+        return measure(call)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        call()
+    return torch.cuda.max_memory_allocated()
+
+
 def main() -> None:
     """Reads the task, measures, prints."""
     task = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
+    if "train_step" in task:
+        print(json.dumps({"peak_bytes": _train_step_peak(task["train_step"])}))
+        return
     if "fill" in task:
         size = task["fill"]
         call: Callable[[], object] = lambda: torch.ones(size, dtype=torch.uint8)  # noqa: E731

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-h", "--help", action="store_true", help="show all settings and exit")
     add("--methods", metavar="A,B,...", help="methods, or entries of the plan file, in order")
     add("--seeds", metavar="N", help="number of seeds, or seeds separated by commas (default: 3)")
+    add("--recipe", metavar="NAME",
+        help="recipe, or YAML file with settings, that give the defaults of all methods; those of "
+        "the recipe's own method are for that method")
     add("--plan", type=Path, metavar="FILE",
         help="YAML file with methods (each with settings of its own, topology and cohort "
         "included), defaults and seeds; plan.yaml of a comparison is one")
@@ -45,14 +48,17 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     Returns:
         1 if a run failed, else 0.
     """
-    settings = _settings(known, rest)
+    from mclfast import recipe
+
+    defaults = recipe.load(known.recipe) if known.recipe else {}
+    settings = _settings(known, rest, defaults)
 
     from mclfast.compare.plan import make_plan, write_plan
     from mclfast.compare.runner import changed, runs_of
 
     if known.jobs < 0:
         raise ValueError(f"jobs: expected a value >= 0, got {known.jobs}")
-    plan = make_plan(known.plan, known.methods, known.seeds, settings, known.set)
+    plan = make_plan(known.plan, known.methods, known.seeds, settings, known.set, defaults)
     folder = known.out or _default_folder(plan)
     runs = runs_of(plan, folder)
     replaced = changed(runs, overwrite=known.overwrite)
@@ -65,8 +71,10 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     return _report(folder, plan, runs, failed, known.command_line)
 
 
-def _settings(known: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
-    """The settings of all methods given on the command line."""
+def _settings(
+    known: argparse.Namespace, rest: list[str], defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings of all methods given on the command line; ``defaults`` are shown in the help."""
     from mclfast._settings import field_types
     from mclfast.config import TrainConfig
 
@@ -75,7 +83,8 @@ def _settings(known: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         conflict_handler="resolve", description=known.parser.description,
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    add_settings(parser, "settings of all methods", TrainConfig, {}, leave_out=("method", "seed"))
+    own = ("method", "seed")
+    add_settings(parser, "settings of all methods", TrainConfig, defaults, leave_out=own)
     if known.help:
         parser.print_help()
         parser.exit(0)

@@ -7,6 +7,8 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from mclfast.commands.parser import OneLineParser
+
 
 def add_settings(
     parser: argparse.ArgumentParser,
@@ -37,6 +39,56 @@ def add_settings(
         group.add_argument(
             f"--{dashed(name)}", dest=name, metavar="X", help=text.replace("%", "%%")
         )
+
+
+def run_settings(
+    known: argparse.Namespace, rest: list[str], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of a run given on the command line; which exist depends on the method.
+
+    Args:
+        known: the arguments of the command read so far.
+        rest: those that are left.
+        values: settings of the recipe or of the run resumed, shown as defaults.
+    """
+    from mclfast._settings import field_types
+    from mclfast.config import TrainConfig
+    from mclfast.methods import method_class
+
+    first = OneLineParser(prog=f"mclfast {known.command}", add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default=values.get("method", TrainConfig.method))
+    method = first.parse_known_args(rest)[0].method
+    options = method_class(method).Options
+
+    parser = OneLineParser(
+        prog=f"mclfast {known.command}", add_help=False, parents=[known.parser],
+        conflict_handler="resolve", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=known.parser.description, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    add_settings(parser, "settings", TrainConfig, values)
+    add_settings(parser, f"settings of the method {method}", options, values)
+    if known.help:
+        parser.print_help()
+        parser.exit(0)
+    given, unknown = parser.parse_known_args(rest)
+    types = field_types(TrainConfig) | field_types(options)
+    if unknown:
+        raise _not_understood(rest, unknown, types, method)
+    return {k: v for k, v in vars(given).items() if k in types}
+
+
+def _not_understood(
+    rest: list[str], unknown: list[str], types: dict[str, Any], method: str
+) -> ValueError:
+    """The error for arguments that are no settings."""
+    from mclfast.config import unknown_setting
+
+    for argument in unknown:
+        if argument.startswith("--"):
+            flag = argument.removeprefix("--").partition("=")[0]
+            return unknown_setting("setting", flag, method, spell=dashed)
+    return value_too_many(rest, unknown, types)
 
 
 def value_too_many(

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mclfast.commands.parser import OneLineParser
-from mclfast.commands.settings import add_settings, dashed, value_too_many
+from mclfast.commands.settings import dashed, run_settings
 
 HELP = "train a cohort, or a lone network"
 
@@ -28,75 +27,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(known: argparse.Namespace, rest: list[str]) -> int:
     from mclfast import recipe
     from mclfast.config import TrainConfig
-    from mclfast.train import CONFIG
 
-    if known.resume:
-        for extra in ("recipe", "run_dir", "overwrite"):
-            if getattr(known, extra):
-                flag = f"--{dashed(extra)}"
-                raise ValueError(f"resume: expected no {flag} beside --resume, got both")
     values: dict[str, Any] = {}
-    if known.recipe:
-        values |= recipe.load(known.recipe)
     if known.resume:
-        if not (known.resume / CONFIG).is_file():
-            raise FileNotFoundError(f"resume: expected a run with {CONFIG} in {known.resume}")
-        values |= recipe.load(str(known.resume / CONFIG))
-    values |= _settings(known, rest, values)
+        values = settings_to_resume(known, ("recipe", "run_dir", "overwrite"))
+        if "transfer_from" in values:
+            raise ValueError(
+                f"resume: expected a run of mclfast train in {known.resume}, got one of "
+                "mclfast transfer"
+            )
+    elif known.recipe:
+        values = recipe.load(known.recipe)
+    values |= run_settings(known, rest, values)
     config = TrainConfig.from_values(values)
     run_dir = known.resume or known.run_dir or default_run_dir(config)
     if not known.resume and not known.overwrite:
-        _refuse_old_run(run_dir)
+        refuse_old_run(run_dir)
     return _train_and_report(
         config, run_dir, replace=not known.resume, progress=not known.no_progress
     )
 
 
-def _settings(known: argparse.Namespace, rest: list[str], values: dict[str, Any]) -> dict[str, Any]:
-    """The settings given on the command line; which exist depends on the method among them.
+def settings_to_resume(known: argparse.Namespace, refused: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of the run that ``--resume`` names.
 
     Args:
-        known: the arguments read so far.
-        rest: those that are left.
-        values: settings of the recipe or of the run resumed, shown as defaults.
+        known: the arguments of the command.
+        refused: those that cannot be given beside it.
     """
-    from mclfast._settings import field_types
-    from mclfast.config import TrainConfig
-    from mclfast.methods import method_class
+    from mclfast import recipe
+    from mclfast.train import CONFIG
 
-    first = OneLineParser(prog="mclfast train", add_help=False, allow_abbrev=False)
-    first.add_argument("--method", default=values.get("method", TrainConfig.method))
-    method = first.parse_known_args(rest)[0].method
-    options = method_class(method).Options
-
-    parser = OneLineParser(
-        prog="mclfast train", add_help=False, parents=[known.parser], conflict_handler="resolve",
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=known.parser.description, argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
-    add_settings(parser, "settings", TrainConfig, values)
-    add_settings(parser, f"settings of the method {method}", options, values)
-    if known.help:
-        parser.print_help()
-        parser.exit(0)
-    given, unknown = parser.parse_known_args(rest)
-    types = field_types(TrainConfig) | field_types(options)
-    if unknown:
-        raise _not_understood(rest, unknown, types, method)
-    return {k: v for k, v in vars(given).items() if k in types}
-
-
-def _not_understood(
-    rest: list[str], unknown: list[str], types: dict[str, Any], method: str
-) -> ValueError:
-    """The error for arguments that are no settings."""
-    from mclfast.config import unknown_setting
-
-    for argument in unknown:
-        if argument.startswith("--"):
-            flag = argument.removeprefix("--").partition("=")[0]
-            return unknown_setting("setting", flag, method, spell=dashed)
-    return value_too_many(rest, unknown, types)
+    for name in refused:
+        if getattr(known, name):
+            given = name if name == "path" else f"--{dashed(name)}"
+            raise ValueError(f"resume: expected no {given} beside --resume, got both")
+    if not (known.resume / CONFIG).is_file():
+        raise FileNotFoundError(f"resume: expected a run with {CONFIG} in {known.resume}")
+    return recipe.load(str(known.resume / CONFIG))
 
 
 def default_run_dir(config: Any) -> Path:
@@ -106,7 +74,8 @@ def default_run_dir(config: Any) -> Path:
     return Path("runs") / f"{config.data}-{config.method}-{cohort}-seed{config.seed}"
 
 
-def _refuse_old_run(run_dir: Path) -> None:
+def refuse_old_run(run_dir: Path) -> None:
+    """Raises where there is a run in a folder that a new one is to be written into."""
     from mclfast.train import CONFIG, RESULT
 
     if (run_dir / CONFIG).exists():
@@ -144,6 +113,8 @@ def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bo
         f"{d.name}: {len(d.train)} training and {len(d.test)} test images, {d.num_classes} "
         f"classes, {d.in_channels} x {d.image_size} x {d.image_size}; device {trainer.device}"
     )
+    if config.memory == "auto":
+        print(f"memory {trainer.memory_reason}")
     try:
         result = trainer.fit(progress=progress)
     except KeyboardInterrupt:

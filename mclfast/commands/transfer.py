@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 HELP = "fine-tune an exported backbone on another data set, or train a linear classifier on it"
 
@@ -17,12 +19,18 @@ _SETTINGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from mclfast.config import TrainConfig, field_help
 
-    parser.add_argument("path", type=Path, help="folder of an exported backbone, such as RUN/peer0")
     parser.add_argument(
-        "--mode", default="linear",
+        "path", type=Path, nargs="?", help="folder of an exported backbone, such as RUN/peer0"
+    )
+    parser.add_argument(
+        "--mode",
         help="linear: only a new classifier learns; finetune: all weights do (default: linear)",
     )  # fmt: skip
     parser.add_argument("--run-dir", type=Path, help="folder of the run (default: under runs/)")
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR",
+        help="go on with an interrupted run; the backbone it began with must still be there",
+    )  # fmt: skip
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a run that is already in the folder"
     )
@@ -35,34 +43,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
-    from mclfast.commands.train import remove_old_run
-    from mclfast.train import CONFIG, CURVES, METRICS
+    from mclfast.commands.train import refuse_old_run, remove_old_run
+    from mclfast.train import CURVES, METRICS
     from mclfast.transfer import build_transfer, transfer_config
 
-    if "data" not in known:
-        raise ValueError("data: expected the set to transfer to (--data), got none")
-    values = {name: getattr(known, name) for name in _SETTINGS if name in known}
-    config = transfer_config(known.path, known.mode, values)
-    name = f"{config.data}-{known.mode}-{config.cohort[0]}-seed{config.seed}"
-    run_dir = known.run_dir or Path("runs") / name
-    if (run_dir / CONFIG).exists() and not known.overwrite:
-        raise ValueError(
-            f"run_dir: expected a new folder, got {run_dir} with a run; use --overwrite or "
-            "another --run-dir"
-        )
-    trainer = build_transfer(known.path, known.mode, config, run_dir)
-    remove_old_run(run_dir)
+    path, mode, values = _what(known)
+    values |= {name: getattr(known, name) for name in _SETTINGS if name in known}
+    config = transfer_config(path, mode, values)
+    name = f"{config.data}-{mode}-{config.cohort[0]}-seed{config.seed}"
+    run_dir = known.resume or known.run_dir or Path("runs") / name
+    if not known.resume and not known.overwrite:
+        refuse_old_run(run_dir)
+    trainer = build_transfer(path, mode, config, run_dir)
+    if not known.resume:
+        remove_old_run(run_dir)
     data = trainer.data
     print(
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images, "
         f"{data.num_classes} classes; device {trainer.device}"
     )
-    result = trainer.fit(progress=not known.no_progress)
+    try:
+        result = trainer.fit(progress=not known.no_progress)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: mclfast transfer --resume {run_dir}", file=sys.stderr)
+        return 130
     print(
-        f"{config.cohort[0]} of {known.path}, {known.mode}: {result.peers[0]:.2f} % of "
+        f"{config.cohort[0]} of {path}, {mode}: {result.peers[0]:.2f} % of "
         f"{len(data.test)} test images, last epoch"
     )
     print(f"curves    {run_dir / CURVES}")
     print(f"metrics   {run_dir / METRICS}")
     print(f"backbone  {run_dir / 'peer0'}")
     return 0
+
+
+def _what(known: argparse.Namespace) -> tuple[Path, Any, dict[str, Any]]:
+    """Exported backbone, mode and settings so far, given or of the run to resume."""
+    from mclfast.commands.train import settings_to_resume
+
+    if not known.resume:
+        if known.path is None:
+            raise ValueError("path: expected the folder of an exported backbone, got none")
+        if "data" not in known:
+            raise ValueError("data: expected the set to transfer to (--data), got none")
+        return known.path, known.mode or "linear", {}
+    values = settings_to_resume(known, ("path", "mode", "run_dir", "overwrite"))
+    try:
+        return Path(values.pop("transfer_from")), values.pop("transfer_mode"), values
+    except KeyError:
+        raise ValueError(
+            f"resume: expected a run of mclfast transfer in {known.resume}, got one of "
+            "mclfast train"
+        ) from None

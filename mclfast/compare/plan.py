@@ -54,6 +54,7 @@ def make_plan(
     seeds: str | None,
     settings: Mapping[str, Any],
     overrides: Sequence[str],
+    recipe: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a file, if any, and of options, which go before it.
 
@@ -64,19 +65,22 @@ def make_plan(
         settings: of all methods; they replace the file's ``defaults``, and what the file says of a
             single method goes before them.
         overrides: ``LABEL.setting=value``, which go before everything.
+        recipe: settings that all others go before. Those of its method alone are for the entries of
+            that method; without other entries there is one of it.
 
     Raises:
         ValueError: a mistake in any of these, in one line.
     """
     given = _read(file) if file else {}
-    chosen = _entries(given.get("methods", {}))
+    recipe_method, common, special = _recipe(recipe)
+    chosen = _entries(given.get("methods", {})) or ({recipe_method: {}} if recipe else {})
     if methods is not None:
         names = [name.strip() for name in methods.split(",")]
         if twice := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"methods: expected each once, got {min(twice)} twice")
         chosen = {name: chosen.get(name, {}) for name in names}
     if not chosen:
-        raise ValueError("methods: expected names by --methods or in a --plan file, got none")
+        raise ValueError("methods: expected names by --methods, or a --plan or --recipe, got none")
     for label in chosen:
         # It names a folder.
         if not re.fullmatch(r"\w[\w.+-]*", label):
@@ -85,13 +89,26 @@ def make_plan(
     for text in overrides:
         label, name, value = _override(text, own)
         own[label][name] = value
-    shared = {**_mapping("defaults", given.get("defaults", {})), **settings}
+    shared = {**common, **_mapping("defaults", given.get("defaults", {})), **settings}
     configs = {}
     for label, values in own.items():
         if "seed" in shared or "seed" in values:
             raise ValueError("seed: expected --seeds for the whole comparison, got a setting")
-        configs[label] = TrainConfig.from_values({"method": label, **shared, **values})
+        found = {"method": label, **shared, **values}
+        configs[label] = TrainConfig.from_values(
+            {**special, **found} if found["method"] == recipe_method else found
+        )
     return Plan(configs, _seeds(given.get("seeds", 3) if seeds is None else seeds))
+
+
+def _recipe(values: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Method of a recipe, settings for all methods, and those of the recipe's method alone."""
+    values = values or {}
+    # Before they are parted: a name that neither part knows would be lost.
+    method = TrainConfig.from_values(values).method
+    types = field_types(TrainConfig)
+    common = {k: v for k, v in values.items() if k in types and k != "method"}
+    return method, common, {k: v for k, v in values.items() if k not in types}
 
 
 def _read(file: Path) -> dict[str, Any]:

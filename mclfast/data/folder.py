@@ -39,12 +39,7 @@ def load_folder(root: str | os.PathLike[str], image_size: int | None = None) -> 
     if size < 1:
         raise ValueError(f"image_size: expected at least 1, got {size}")
     train_root, test_root = split_folders(Path(root), ("test", "val"))
-    class_names = class_folders(train_root)
-    unknown = sorted(set(class_folders(test_root)) - set(class_names))
-    if unknown:
-        raise ValueError(
-            f"{test_root}: expected the classes of train, got also {', '.join(unknown)}"
-        )
+    class_names = training_classes(train_root, test_root)
     numbers = {name: number for number, name in enumerate(class_names)}
     train = _read_split(train_root, numbers, size)
     mean, std = channel_stats(train.images)
@@ -70,6 +65,17 @@ def split_folders(root: Path, tests_named: tuple[str, ...]) -> tuple[Path, Path]
             f"got {root}"
         )
     return train, tests[0]
+
+
+def training_classes(train_root: Path, test_root: Path) -> list[str]:
+    """Names of the classes in order, of which the test images have no others."""
+    class_names = class_folders(train_root)
+    unknown = sorted(set(class_folders(test_root)) - set(class_names))
+    if unknown:
+        raise ValueError(
+            f"{test_root}: expected the classes of train, got also {', '.join(unknown)}"
+        )
+    return class_names
 
 
 def class_folders(split: Path) -> list[str]:

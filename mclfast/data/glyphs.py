@@ -18,10 +18,10 @@ What varies from image to image, evenly within these ranges (pixels of the 32 x 
 - an occluding rectangle of any colour, sides 4 to 10 px, on half of the images
 - noise of each pixel and channel, standard deviation 0.01 to 0.04
 
-For scale: a lone ResNet-8 (baseline, 8 epochs of 25 images a class, balanced batches of 64 with 2 of
-each class, lr 0.8, 2 epochs of warm-up, bf16, seed 0) reached 64.3 % of the test images; its loss
-left that of chance (4.6) in the third epoch. How fast training starts depends on the learning rate
-and differs from run to run, so compare over several seeds.
+For scale: a lone ResNet-8 (baseline, 8 epochs of 25 images a class, balanced batches of 64 with 2
+of each class, lr 0.8, 2 epochs of warm-up, bf16, seed 0) reached 64.3 % of the test images; its
+loss left that of chance (4.6) in the third epoch. How fast training starts depends on the learning
+rate and differs from run to run, so compare over several seeds.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mclfast.data.dataset import Dataset
-from mclfast.data.folder import SUFFIXES, class_folders, split_folders
+from mclfast.data.folder import SUFFIXES, class_folders, split_folders, training_classes
 from mclfast.data.streamed import StreamedSet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -46,12 +46,7 @@ def load_imagefolder(
         ImportError: Pillow is not installed.
     """
     train_root, test_root = split_folders(Path(root), ("val", "test"))
-    class_names = class_folders(train_root)
-    unknown = sorted(set(class_folders(test_root)) - set(class_names))
-    if unknown:
-        raise ValueError(
-            f"{test_root}: expected the classes of train, got also {', '.join(unknown)}"
-        )
+    class_names = training_classes(train_root, test_root)
     size = IMAGE_SIZE if image_size is None else image_size
 
     def streamed(split: Path) -> StreamedSet:

@@ -22,6 +22,7 @@ class BankMethod(Method):
     """A method that contrasts embeddings with a memory bank of each network's last ones."""
 
     projections = True
+    uses_maps = False
 
     @dataclass
     class Options(Method.Options):

@@ -55,6 +55,9 @@ class Method(nn.Module):
     supervised: ClassVar[bool] = True
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
+    #: Whether it reads the peers' maps (``PeerOutputs.maps`` and ``shared``), which would otherwise
+    #: take memory with every peer where peers run one after the other.
+    uses_maps: ClassVar[bool] = True
     #: Kind of those heads, see :class:`mclfast.heads.ProjectionHead`.
     projection: ClassVar[Literal["mlp", "linear"]] = "mlp"
 
@@ -94,6 +97,15 @@ class Method(nn.Module):
 
         Modules made here are moved to the device and trained with those made before.
         """
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the loss is the same function of outputs and labels in every step.
+
+        It then reads neither step nor epoch of the batch, draws no samples and never waits for the
+        device, so that it can be recorded as a CUDA graph.
+        """
+        return False
 
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         """The loss of one training step.
@@ -143,7 +155,7 @@ class Method(nn.Module):
         return {}
 
     def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
-        """Called after the optimiser's step, with the outputs that the loss got."""
+        """Called after the optimiser's step, with the outputs that the loss got, as constants."""
 
     def check_device(self, device: torch.device) -> None:
         """Raises, before a run starts, where the method cannot work on a device."""

@@ -14,6 +14,12 @@ from mclfast.types import Batch
 class Baseline(Method):
     """Sum over networks of the cross entropy of their logits; the peers do not interact."""
 
+    uses_maps = False
+
+    @property
+    def repeatable(self) -> bool:
+        return True
+
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         total = sum_cross_entropy(outputs, batch.labels)
         return {"loss": total, "ce": total}

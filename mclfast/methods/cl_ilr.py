@@ -28,6 +28,7 @@ class CLILR(Method):
     """
 
     rescale_gradients = True
+    uses_maps = False
 
     @dataclass
     class Options(DistillOptions):
@@ -48,6 +49,10 @@ class CLILR(Method):
 
     def prepare(self, setup: Setup) -> None:
         check_peers(setup, "cl-ilr", 2)
+
+    @property
+    def repeatable(self) -> bool:
+        return True
 
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         o = self.options

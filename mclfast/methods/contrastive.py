@@ -63,6 +63,10 @@ class ContrastiveMethod(BankMethod):
     def uses_banks(self) -> bool:
         return bool(self.options.loss == "bank")
 
+    @property
+    def repeatable(self) -> bool:
+        return not self.uses_banks
+
     def sampling(self) -> dict[str, Any]:
         o = self.options
         return {"num_positives": o.num_positives, "shared_negatives": o.shared_negatives}

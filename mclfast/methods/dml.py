@@ -24,6 +24,8 @@ class DML(Method):
     Source: arXiv 1706.00384.
     """
 
+    uses_maps = False
+
     @dataclass
     class Options(DistillOptions):
         distill_temperature: float = field(
@@ -32,6 +34,10 @@ class DML(Method):
 
     def prepare(self, setup: Setup) -> None:
         check_peers(setup, "dml", 2)
+
+    @property
+    def repeatable(self) -> bool:
+        return True
 
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         logits = outputs.final_logits

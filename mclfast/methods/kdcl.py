@@ -41,6 +41,7 @@ class KDCL(Method):
     """
 
     views = "per_peer"
+    uses_maps = False
     weights: Tensor
 
     @dataclass
@@ -87,6 +88,11 @@ class KDCL(Method):
     def before_epoch(self, logits: Tensor | None, labels: Tensor | None) -> None:
         if logits is not None and labels is not None:
             self.weights.copy_(general_weights(logits, labels, self.options.ridge))
+
+    @property
+    def repeatable(self) -> bool:
+        # The solver behind the best mixture need not allow to be recorded.
+        return bool(self.options.teacher != "linear")
 
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         o = self.options

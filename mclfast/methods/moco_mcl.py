@@ -46,6 +46,7 @@ class MomentumMCL(Method):
     teacher_mode = "train"
     supervised = False
     projections = True
+    uses_maps = False
 
     @dataclass
     class Options(Method.Options):

@@ -58,6 +58,8 @@ class OKDDip(Method):
     Source: AAAI 2020, arXiv 1912.00350.
     """
 
+    uses_maps = False
+
     @dataclass
     class Options(RampedDistillOptions):
         pass

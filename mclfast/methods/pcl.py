@@ -35,6 +35,7 @@ class PCL(Method):
     """
 
     views = "per_peer"
+    uses_maps = False
     teacher = True
 
     @dataclass

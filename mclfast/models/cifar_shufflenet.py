@@ -1,22 +1,15 @@
 """ShuffleNetV2 for small images: a 3x3 stem of stride 1 and no max-pooling.
 
-Source: Ma et al., ECCV 2018 (arXiv 1807.11164); the stem is that of the CIFAR networks of L-MCL
-(TPAMI 2023, arXiv 2207.11518).
+The stem is that of the CIFAR networks of L-MCL (TPAMI 2023, arXiv 2207.11518).
 """
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-
-from mclfast.models.imagenet_shufflenet import pointwise, shuffle_stage
-from mclfast.models.resnet import conv3x3
-from mclfast.models.staged import StagedNetwork
+from mclfast.models.shufflenet import ShuffleNetV2
 
 
-class CifarShuffleNetV2(StagedNetwork):
+class CifarShuffleNetV2(ShuffleNetV2):
     """ShuffleNetV2 for small images, cut after each of its three stages.
-
-    The tail is the last 1x1 convolution. Weights start from the defaults of torch.
 
     Args:
         widths: channels of the three stages, even numbers.
@@ -37,31 +30,13 @@ class CifarShuffleNetV2(StagedNetwork):
         in_channels: int = 3,
         feature_width: int = 1024,
     ) -> None:
-        super().__init__()
-        w2, w3, w4 = widths
-        self.conv1 = nn.Sequential(
-            conv3x3(in_channels, 24), nn.BatchNorm2d(24), nn.ReLU(inplace=True)
+        super().__init__(
+            widths,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            feature_width=feature_width,
+            large_images=False,
         )
-        self.stage2 = shuffle_stage(24, w2, 4)
-        self.stage3 = shuffle_stage(w2, w3, 8)
-        self.stage4 = shuffle_stage(w3, w4, 4)
-        self.conv5 = pointwise(w4, feature_width)
-        self.fc = nn.Linear(feature_width, num_classes)
-
-    @property
-    def stages(self) -> tuple[nn.Module, ...]:
-        return self.stage2, self.stage3, self.stage4
-
-    @property
-    def tail(self) -> nn.Module:
-        return self.conv5
-
-    @property
-    def classifier(self) -> nn.Linear:
-        return self.fc
-
-    def stem_forward(self, x: Tensor) -> Tensor:
-        return self.conv1(x)
 
 
 def shufflenet_v2_x0_5_cifar(*, num_classes: int = 100, in_channels: int = 3) -> CifarShuffleNetV2:

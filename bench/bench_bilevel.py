@@ -1,0 +1,167 @@
+"""Time and peak memory of a bilevel step: ``python bench/bench_bilevel.py --out FOLDER``.
+
+Ordinary steps, bilevel steps and the bilevel step as published run in turn in one process; the peak
+memory of each is measured in a process of its own. All get the same batch of noise. Ratios are
+medians over rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mclfast import models
+from mclfast._files import write_json
+from mclfast.benchmark import measure, peak
+from mclfast.benchmark.published_bilevel import PublishedBilevel
+from mclfast.benchmark.report import environment
+from mclfast.cohort import Cohort
+from mclfast.config import TrainConfig
+from mclfast.data import Dataset, ImageSet
+from mclfast.methods import method_class
+from mclfast.train import Trainer
+from mclfast.types import Batch
+
+ORDINARY = "ordinary"
+#: The parts measured; "sequential" names those of a trainer that runs one peer at a time.
+KINDS = (ORDINARY, "bilevel", "bilevel sequential", "published")
+LR = 0.05
+
+
+def noise(batch: int, side: int) -> Dataset:
+    """Images without content: their number and shape is what matters here."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(
+        0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8
+    )
+    split = ImageSet(images, torch.arange(batch) // 2 % 100)
+    return Dataset(
+        name="noise", train=split, test=split, num_classes=100,
+        class_names=tuple(map(str, range(100))), mean=(0.5,) * 3, std=(0.25,) * 3,
+    )  # fmt: skip
+
+
+def build(options: argparse.Namespace) -> Trainer:
+    """Two peers with auxiliary heads under layer-wise MCL, with the published settings."""
+    config = TrainConfig.from_values(
+        {
+            "method": "lmcl", "cohort": [options.network] * 2, "batch_size": options.batch,
+            "images_per_class": 2, "sampler": "shuffle", "augment": False, "lr": LR,
+            "weight_decay": 5e-4, "device": options.device, "amp": options.amp,
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    networks = [models.create(n, num_classes=100, in_channels=3) for n in config.cohort]
+    cohort = Cohort(networks)
+    method = method_class("lmcl")(cohort.feature_dims, config.options)
+    return Trainer(cohort, method, noise(options.batch, options.side), config)
+
+
+def call(kind: str, options: argparse.Namespace) -> Callable[[], object]:
+    """One step of a kind, on a trainer of its own."""
+    trainer = build(options)
+    data = trainer.data.train
+    index = torch.arange(options.batch, device=trainer.device)
+    images = next(iter(trainer.feed.batches(index[None], first_step=0)))[0]
+    batch = Batch(data.labels, index, 0, 0)
+    trainer.cohort.train()
+    trainer.method.train()
+    if kind == ORDINARY:
+        return lambda: trainer.train_step(images, batch)
+    if kind == "published":
+        published = PublishedBilevel(trainer.cohort, trainer.method, lr=LR)
+        return lambda: published(images, batch.labels)
+    if kind == "bilevel sequential":
+        trainer.memory = "sequential"
+    return lambda: trainer.bilevel_step(images, batch, LR)
+
+
+def peak_bytes(kind: str, options: argparse.Namespace) -> int:
+    """Bytes that a step needs above what is there between steps, in this process."""
+    step = call(kind, options)
+    step()
+    return measure.cuda_peak(step) if options.device.startswith("cuda") else peak.measure(step)
+
+
+def peak_in_child(kind: str) -> int:
+    """:func:`peak_bytes` in a process with the same arguments."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak", kind]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{kind}: the process that measures memory failed\n{done.stderr}")
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All figures."""
+    calls = {kind: call(kind, options) for kind in options.kinds}
+    for step in calls.values():
+        step()
+    device = torch.device(options.device).type
+    rounds = {"min_rounds": options.rounds, "max_rounds": options.rounds}
+    timings = measure.interleaved(calls, device=device, budget=0, **rounds)
+    calls.clear()
+    peaks = {kind: peak_in_child(kind) for kind in options.kinds}
+    base = timings[ORDINARY]
+    return {
+        "settings": {k: v for k, v in vars(options).items() if k not in ("out", "peak")},
+        "environment": environment(),
+        "steps": {
+            kind: {
+                "median_ms": statistics.median(timing.rounds),
+                "rounds_ms": timing.rounds,
+                "times_ordinary": base.ratio(timing),
+                "peak_bytes": peaks[kind],
+                "peak_over_ordinary": peaks[kind] / max(1, peaks[ORDINARY]),
+            }
+            for kind, timing in timings.items()
+        },
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default="resnet32", help="both peers")
+    parser.add_argument("--batch", type=int, default=128, help="images, two of each class")
+    parser.add_argument("--side", type=int, default=32, help="of the images, in pixels")
+    parser.add_argument("--rounds", type=int, default=7, help="times each is timed")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--amp", default="off", choices=("off", "bf16"))
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND")
+    parser.add_argument("--quick", action="store_true", help="tiny networks, to see that it works")
+    parser.add_argument("--out", type=Path, help="folder for bilevel.json")
+    parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if ORDINARY not in options.kinds:
+        parser.error(f"--kinds: expected {ORDINARY} among them, got {' '.join(options.kinds)}")
+    if options.quick:
+        options.network, options.batch, options.side, options.rounds = "resnet8", 8, 16, 1
+    return options
+
+
+def main() -> None:
+    options = parse()
+    if options.peak:
+        print(peak_bytes(options.peak, options))
+        return
+    results = run(options)
+    for kind, row in results["steps"].items():
+        print(
+            f"{kind:20} {row['median_ms']:9.1f} ms {row['times_ordinary']:6.2f} ordinary steps "
+            f"{row['peak_bytes'] / 2**20:8.1f} MiB {row['peak_over_ordinary']:5.2f} x ordinary"
+        )
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(options.out / "bilevel.json", results)
+
+
+if __name__ == "__main__":
+    main()

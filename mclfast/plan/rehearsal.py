@@ -1,0 +1,232 @@
+"""The true training step on tensors without values: what it needs, without needing it.
+
+A rehearsal runs ``Trainer.train_step`` on a copy of a trainer whose tensors are fake (they have a
+shape, a dtype and a device, and no memory) and follows the birth and death of every storage.
+Whatever a step keeps or gives back in any memory mode is seen, as it is the same code.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeCopyMode,
+    FakeTensorMode,
+)
+
+from mclfast import memory_modes
+from mclfast.cohort import PeerOutputs
+from mclfast.evaluate import evaluation_mode
+from mclfast.methods.banked import BankMethod
+from mclfast.methods.baseline import sum_cross_entropy
+from mclfast.offload import PeerOffload
+from mclfast.plan.live_bytes import LiveBytes
+from mclfast.types import Batch
+
+if TYPE_CHECKING:
+    from mclfast.train import Trainer
+
+ACTIVATIONS, GRADIENTS, OPTIMIZER, LOSS = "activations", "gradients", "optimiser", "loss"
+#: Optimiser state that is not on the device.
+HOST = "host"
+
+
+class Rehearsed(NamedTuple):
+    """Bytes that come and go; parameters, banks and data are not among them.
+
+    Attributes:
+        step: of each kind at the peak of an ordinary step, gradients and optimiser state included.
+            :data:`HOST` stands for what lies in host memory.
+        bilevel: in all at the peak of a bilevel step; 0 where there is none.
+        evaluation: in all at the peak of an evaluation batch.
+        whole_loss: False where the method's loss looks at values, of which there are none here:
+            counted is a cross entropy in its place.
+    """
+
+    step: dict[str, int]
+    bilevel: int
+    evaluation: int
+    whole_loss: bool = True
+
+
+def rehearse(
+    trainer: Trainer,
+    *,
+    memory: str,
+    offload: str,
+    amp: str,
+    batch_size: int,
+    foreach: bool = False,
+    bilevel: bool = True,
+) -> Rehearsed:
+    """What the steps of a trainer need.
+
+    Args:
+        trainer: stays as it is.
+        memory, offload, amp: values of the settings of these names in ``TrainConfig``.
+        batch_size: images per step.
+        foreach: count the optimiser's step in its form for GPUs, all parameters at a time.
+        bilevel: rehearse the bilevel step too, where the run has one; it takes as long as some
+            twenty ordinary ones.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    settings = {"memory": memory, "offload": offload, "amp": amp}
+    rng = torch.get_rng_state()
+    try:
+        try:
+            return _rehearsed(trainer, settings, batch_size, foreach, bilevel, whole_loss=True)
+        except DataDependentOutputException:
+            return _rehearsed(trainer, settings, batch_size, foreach, bilevel, whole_loss=False)
+    finally:
+        torch.set_rng_state(rng)
+
+
+def _rehearsed(
+    trainer: Trainer,
+    settings: dict[str, Any],
+    batch_size: int,
+    foreach: bool,
+    bilevel: bool,
+    *,
+    whole_loss: bool,
+) -> Rehearsed:
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=trainer.device)
+    batch = Batch(labels, torch.zeros_like(labels), 0, 0)
+    if isinstance(trainer.method, BankMethod) and trainer.method.uses_banks:
+        # Drawn here, as draws depend on values. They are counted with the banks.
+        trainer.method.contrast(batch)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = _fake_copy(trainer, mode, batch, settings)
+    if foreach:
+        for group in twin.optimizer.param_groups:
+            group["foreach"] = True
+    if not whole_loss:
+        twin.method.loss = _cross_entropy  # type: ignore[method-assign]
+    live = LiveBytes()
+    _mark(twin, live)
+    with mode, live:
+        images = _images(twin, batch_size, live)
+        _settle(twin, images, batch)
+        _name_state(twin, live)
+        live.reset()
+        twin.train_step(images, batch)
+        step = {kind: size for kind, size in live.peak.items() if size}
+        second_order = _bilevel(twin, images, batch, live) if bilevel else 0
+        evaluation = _evaluation(twin, live) - step.get(HOST, 0)
+    return Rehearsed(step, second_order, evaluation, whole_loss)
+
+
+def _fake_copy(
+    trainer: Trainer, mode: FakeTensorMode, batch: Batch, settings: dict[str, Any]
+) -> Trainer:
+    """A copy with fake parameters, buffers and optimiser state; what it only reads is shared."""
+    read = (trainer.data, trainer.held_out, trainer.mean_images, trainer.sampler, trainer.feed)
+    memo: dict[int, Any] = {id(part): part for part in (*read, batch)}
+    with FakeCopyMode(mode):
+        twin = copy.deepcopy(trainer, memo)
+    twin.config = dataclasses.replace(trainer.config, **settings)
+    if twin.config.amp == "fp16":
+        # Of the same sizes, and its scaler looks at values.
+        twin.config.amp = "bf16"
+    twin.scaler = torch.amp.GradScaler(twin.device.type, enabled=False)
+    if twin.config.offload == "peers":
+        with mode:
+            PeerOffload(twin.cohort, twin.device)
+    twin.memory = twin.config.memory
+    twin.runner = memory_modes.runner(twin)
+    twin.cohort.train()
+    twin.method.train()
+    return twin
+
+
+def _cross_entropy(outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
+    return {"loss": sum_cross_entropy(outputs, batch.labels)}
+
+
+def _mark(twin: Trainer, live: LiveBytes) -> None:
+    """Tells activations, loss and gradients apart; leaves out what the run keeps."""
+    for module in (twin.cohort, twin.method, *([twin.average] if twin.average else ())):
+        live.leave_out((*module.parameters(), *module.buffers()))
+    live.watch(twin.cohort, ACTIVATIONS)
+    if twin.average is not None:
+        live.watch(twin.average, ACTIVATIONS)
+    loss = twin.method.loss
+
+    def counted(outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
+        with live.kind(LOSS):
+            return loss(outputs, batch)
+
+    twin.method.loss = counted  # type: ignore[method-assign]
+
+    def arrived(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            live.call(parameter.grad, GRADIENTS)
+
+    for parameter in (*twin.cohort.parameters(), *twin.method.parameters()):
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(arrived)
+
+
+def _settle(twin: Trainer, images: Tensor | list[Tensor], batch: Batch) -> None:
+    """Gives optimisers the state, and parameters the gradients, that all but a first step find."""
+    if twin.config.offload == "peers":
+        twin.train_step(images, batch)
+        return
+    for optimizer in _optimizers(twin):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    if twin.meta_optimizer is not None:
+        twin.meta_optimizer.zero_grad(set_to_none=True)
+
+
+def _optimizers(twin: Trainer) -> list[torch.optim.Optimizer]:
+    own = twin.method.own_optimizers().values()
+    return [twin.optimizer, *([twin.meta_optimizer] if twin.meta_optimizer else ()), *own]
+
+
+def _name_state(twin: Trainer, live: LiveBytes) -> None:
+    """The state of all optimisers."""
+    kind = HOST if twin.config.offload == "peers" else OPTIMIZER
+    for optimizer in _optimizers(twin):
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    live.call(value, kind)
+
+
+def _images(twin: Trainer, batch_size: int, live: LiveBytes) -> Tensor | list[Tensor]:
+    """A batch, in as many views as the method wants."""
+    views = {"one": 1, "per_peer": len(twin.cohort.peers), "query_key": 2}[twin.method.views]
+    shape = batch_size, *twin.data.train.image_shape
+    with live.kind(ACTIVATIONS):
+        images = [torch.empty(shape, device=twin.device) for _ in range(views)]
+    return images[0] if views == 1 else images
+
+
+def _bilevel(
+    twin: Trainer, images: Tensor | list[Tensor], batch: Batch, live: LiveBytes
+) -> int:
+    """The peak of a bilevel step; 0 without one."""
+    if twin.meta_optimizer is None or not twin.config.bilevel_every:
+        return 0
+    live.reset()
+    twin.bilevel_step(images, batch, twin.config.lr)
+    return live.total()
+
+
+def _evaluation(twin: Trainer, live: LiveBytes) -> int:
+    """The peak of a forward run on a batch of evaluation."""
+    live.reset()
+    shape = twin.config.eval_batch_size, *twin.data.train.image_shape
+    with torch.no_grad(), evaluation_mode(twin.cohort):
+        twin.cohort(torch.empty(shape, device=twin.device))
+    return live.total()

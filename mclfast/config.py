@@ -57,7 +57,10 @@ class TrainConfig:
     nesterov: bool = _field(True, "Nesterov momentum in the ordinary step")
     weight_decay: float = _field(5e-4, "on all parameters")
     schedule: Literal["cosine", "multistep"] = _field(
-        "cosine", "learning-rate schedule, by epoch, without warm-up"
+        "cosine", "learning-rate schedule, by epoch"
+    )
+    warmup_epochs: int = _field(
+        0, "first epochs, in which the learning rate rises linearly to the schedule's"
     )
     milestones: tuple[int, ...] = _field((), "epochs at which multistep multiplies by lr_decay")
     lr_decay: float = _field(0.1, "factor of the multistep schedule")
@@ -142,7 +145,9 @@ class TrainConfig:
             "eval_batch_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
-        for name in ("bilevel_every", "checkpoint_every", "outer_steps", "seed"):
+        for name in (
+            "warmup_epochs", "bilevel_every", "checkpoint_every", "outer_steps", "seed",
+        ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
         if self.workers is not None:
             _at_least("workers", self.workers, 0)

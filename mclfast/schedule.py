@@ -14,12 +14,16 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     """Learning rate of an epoch counted from 0.
 
     cosine: ``lr * (1 + cos(pi * epoch / epochs)) / 2``; multistep: times ``lr_decay`` at each
-    milestone reached.
+    milestone reached. Either is multiplied by ``(epoch + 1) / (warmup_epochs + 1)`` in the first
+    ``warmup_epochs`` epochs: a linear warm-up that delays nothing after it.
+
+    Source of the warm-up: arXiv 1706.02677 (section 2.2), there by step.
     """
+    warmup = min(1.0, (epoch + 1) / (config.warmup_epochs + 1))
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+        return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
     passed = sum(epoch >= milestone for milestone in config.milestones)
-    return config.lr * config.lr_decay**passed
+    return config.lr * warmup * config.lr_decay**passed
 
 
 def sigmoid_rampup(epoch: int, length: int) -> float:

@@ -108,7 +108,7 @@ def test_shapes_and_balance(small):
         assert split.labels.bincount().tolist() == [count] * 100
     assert len(set(small.class_names)) == 100
     assert small.class_names[:6] == ("00a", "00b", "00c", "00d", "00e", "01a")
-    assert small.augmentation == Augmentation(pad=4)
+    assert small.augmentation == Augmentation(pad=2)
 
 
 def test_by_name(small):
@@ -134,7 +134,7 @@ def test_default_counts(monkeypatch):
 def test_the_images_never_change():
     """Byte for byte: the drawing is arithmetic that IEEE 754 defines to the last bit."""
     images = np.stack([draw(glyph_classes()[k], 2, (1, 0, k)) for k in (0, 37, 99)])
-    assert hashlib.sha256(images.tobytes()).hexdigest().startswith("f283a177130169f2")
+    assert hashlib.sha256(images.tobytes()).hexdigest().startswith("e0b4b135f861ec77")
 
 
 def test_fewer_images_are_a_part_of_more(small):
@@ -195,7 +195,7 @@ def test_placement_varies_as_documented():
     middle = glyphs._place(origin, glyphs._Numbers(uniform)).mean((1, 2))
     for axis in range(2):
         shift = middle[:, axis] - 15.5
-        assert -4 < shift.min() < -2.5 and 2.5 < shift.max() < 4
+        assert -3 < shift.min() < -1.5 and 1.5 < shift.max() < 3
     assert lines.min() > -6 and lines.max() < 38
     # A stick along y without bow: its angle is the rotation with the shear.
     stick = np.array([[[0, -1], [0, 0], [0, 1]]], np.float32)
@@ -207,14 +207,14 @@ def test_placement_varies_as_documented():
     assert -0.7 * largest > angle.min() > -largest - 6
 
 
-def test_background_and_polarity_vary(many):
+def test_background_varies_and_the_ink_is_lighter(many):
     grey = many.mean((1, 2, 3))
-    assert np.percentile(grey, 90) - np.percentile(grey, 10) > 0.4
-    # The glyph covers the middle more often than the edge: lighter there or darker.
+    assert 0.25 < np.percentile(grey, 90) - np.percentile(grey, 10) < 0.4
+    # The glyph covers the middle more often than the edge, and is lighter there.
     ink = plain_picture(glyph_classes()[7])
     weight = ink / ink.sum() - (1 - ink) / (1 - ink).sum()
     contrast = (many.mean(1) * weight).sum((1, 2))
-    assert 0.3 < (contrast > 0).mean() < 0.7
+    assert (contrast > 0).mean() > 0.9
     chroma = (many - many.mean(1, keepdims=True)).std((2, 3)).mean(1)
     assert chroma.mean() > 0.03
 

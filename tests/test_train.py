@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -839,6 +840,16 @@ def test_multistep_schedule():
     config = settings(epochs=8, lr=0.4, schedule="multistep", milestones="2,5", lr_decay=0.5)
     rates = [learning_rate(config, epoch) for epoch in range(8)]
     assert rates == pytest.approx([0.4, 0.4, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    "schedule", [{}, {"schedule": "multistep", "milestones": "2,5", "lr_decay": 0.5}]
+)
+def test_warm_up_is_linear_and_changes_nothing_after_it(schedule):
+    config = settings(epochs=8, lr=0.4, **schedule)
+    warmed = dataclasses.replace(config, warmup_epochs=3)
+    shares = [learning_rate(warmed, epoch) / learning_rate(config, epoch) for epoch in range(8)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
 
 
 def test_the_schedule_reaches_both_optimisers():

@@ -12,7 +12,7 @@ HELP = "fine-tune an exported backbone on another data set, or train a linear cl
 _SETTINGS = (
     "data", "data_root", "image_size", "workers", "train_per_class", "seed", "epochs",
     "batch_size", "augment", "lr", "momentum", "nesterov", "weight_decay", "schedule",
-    "milestones", "lr_decay", "clip_grad_norm", "amp", "eval_batch_size", "device",
+    "milestones", "lr_decay", "warmup_epochs", "clip_grad_norm", "amp", "eval_batch_size", "device",
 )  # fmt: skip
 
 

@@ -7,20 +7,21 @@ as one asks for, and nothing is read or downloaded.
 
 What varies from image to image, evenly within these ranges (pixels of the 32 x 32 image):
 
-- position +-3 px across and down; size 0.75 to 1.1 of a glyph 20 px wide; rotation +-20 degrees;
+- position +-2 px across and down; size 0.75 to 1.1 of a glyph 20 px wide; rotation +-20 degrees;
   shear +-0.25; ratio of width to height 0.85 to 1.15
 - hand: every control point of every stroke +-0.8 px on its own
 - stroke width 1.2 to 2.8 px
-- background: a grey of 0.15 to 0.85 with channels +-0.15, a linear gradient of up to +-0.15 from
-  edge to edge, and a smooth texture of up to +-0.2 in each channel
-- ink: lighter or darker than the background's grey by 0.25 to 0.6, channels +-0.15
+- background: a grey of 0.05 to 0.45 with channels +-0.15, a linear gradient of up to +-0.15 from
+  edge to edge, and a smooth texture of up to +-0.08 in each channel
+- ink: lighter than the background's grey by 0.4 to 0.7, channels +-0.15
 - a stray line of 1 px in the colour of the ink on half of the images
 - an occluding rectangle of any colour, sides 4 to 10 px, on half of the images
-- noise of each pixel and channel, standard deviation 0.01 to 0.08
+- noise of each pixel and channel, standard deviation 0.01 to 0.04
 
-For scale: a lone ResNet-20 (baseline, 12 epochs of the default 5000 images, batch 64 shuffled, lr
-0.1, seed 0) reached 70.7 % of the test images. Training starts slowly: the loss stays near that of
-chance for 2 to 5 epochs or more, which differs from run to run, so compare over several seeds.
+For scale: a lone ResNet-8 (baseline, 8 epochs of 25 images a class, balanced batches of 64 with 2
+of each class, lr 0.8, 2 epochs of warm-up, bf16, seed 0) reached 64.3 % of the test images; its
+loss left that of chance (4.6) in the third epoch. How fast training starts depends on the learning
+rate and differs from run to run, so compare over several seeds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _NUMBERS = 160
 # What tells the streams of random numbers apart.
 _TRAIN, _TEST = 1, 2
 # Of 50 images of every class, rounded; fixed, so that they do not depend on the number of images.
-_MEAN, _STD = (0.5, 0.5, 0.5), (0.23, 0.23, 0.23)
+_MEAN, _STD = (0.3, 0.3, 0.3), (0.205, 0.205, 0.205)
 
 
 def load_glyphs(
@@ -89,7 +90,7 @@ def load_glyphs(
         mean=_MEAN,
         std=_STD,
         # A mirrored sign is no sign of the set.
-        augmentation=Augmentation(pad=4),
+        augmentation=Augmentation(pad=2),
     )
 
 
@@ -122,21 +123,21 @@ def draw(strokes: Floats, count: int, stream: tuple[int, ...]) -> np.ndarray:
     stray_ink = coverage(stroke_distance(stray, size), np.ones(count, np.float32))
     ink = np.maximum(ink, stray_ink * is_stray[:, None, None])[:, None]
 
-    grey = shape.between(0.15, 0.85)
-    contrast = shape.between(0.25, 0.6) * np.where(grey < 0.5, 1, -1).astype(np.float32)
+    grey = shape.between(0.05, 0.45)
+    contrast = shape.between(0.4, 0.7)
     ground = grey[:, None] + shape.between(-0.15, 0.15, 3)
     colour = (grey + contrast)[:, None] + shape.between(-0.15, 0.15, 3)
     slope = shape.between(-0.075, 0.075, 2)
     edge = np.arange(size, dtype=np.float32) * np.float32(2 / (size - 1)) - np.float32(1)
     gradient = slope[:, :1, None] * edge[:, None] + slope[:, 1:, None] * edge
-    strength = shape.between(0, 0.2)
+    strength = shape.between(0, 0.08)
     texture = smooth_field(shape.between(-1, 1, 3, 5, 5).reshape(-1, 5, 5), size)
     texture = texture.reshape(count, 3, size, size) * strength[:, None, None, None]
     pixels = ground[:, :, None, None] + gradient[:, None] + texture
     pixels += ink * (colour[:, :, None, None] - pixels)
 
     _occlude(pixels, shape)
-    amount = shape.between(0.01, 0.08)
+    amount = shape.between(0.01, 0.04)
     # Nearly normal, and exact: the sum of four bytes, scaled to a standard deviation of one.
     total = np.frombuffer(raw, np.uint8).reshape(count, 3, size, size, 4).astype(np.int32)
     total = total[..., 0] + total[..., 1] + total[..., 2] + total[..., 3]
@@ -179,8 +180,8 @@ def _place(strokes: Floats, shape: _Numbers) -> Floats:
     scale = per_image(0.75, 1.1) * np.float32(_PIXELS_PER_UNIT) / (np.float32(1) + t * t)
     cos, sin = (np.float32(1) - t * t) * scale, (t + t) * scale
     middle = np.float32((IMAGE_SIZE - 1) / 2)
-    across = cos * x - sin * y + (middle + per_image(-3, 3))
-    down = sin * x + cos * y + (middle + per_image(-3, 3))
+    across = cos * x - sin * y + (middle + per_image(-2, 2))
+    down = sin * x + cos * y + (middle + per_image(-2, 2))
     return np.stack((across, down), -1)
 
 

@@ -18,70 +18,36 @@ from typing import Any
 
 import torch
 
-from mclfast import models
 from mclfast._files import write_json
 from mclfast.benchmark import measure, peak
 from mclfast.benchmark.published_bilevel import PublishedBilevel
 from mclfast.benchmark.report import environment
-from mclfast.cohort import Cohort
-from mclfast.config import TrainConfig
-from mclfast.data import Dataset, ImageSet
-from mclfast.methods import method_class
-from mclfast.train import Trainer
-from mclfast.types import Batch
+from mclfast.benchmark.train_step import StepCase, make_batch, make_trainer
+from mclfast.methods.lmcl import LayerwiseMCL
 
 ORDINARY = "ordinary"
 #: The parts measured; "sequential" names those of a trainer that runs one peer at a time.
 KINDS = (ORDINARY, "bilevel", "bilevel sequential", "published")
-LR = 0.05
-
-
-def noise(batch: int, side: int) -> Dataset:
-    """Images without content: their number and shape is what matters here."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(
-        0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8
-    )
-    split = ImageSet(images, torch.arange(batch) // 2 % 100)
-    return Dataset(
-        name="noise", train=split, test=split, num_classes=100,
-        class_names=tuple(map(str, range(100))), mean=(0.5,) * 3, std=(0.25,) * 3,
-    )  # fmt: skip
-
-
-def build(options: argparse.Namespace) -> Trainer:
-    """Two peers with auxiliary heads under layer-wise MCL, with the published settings."""
-    config = TrainConfig.from_values(
-        {
-            "method": "lmcl", "cohort": [options.network] * 2, "batch_size": options.batch,
-            "images_per_class": 2, "sampler": "shuffle", "augment": False, "lr": LR,
-            "weight_decay": 5e-4, "device": options.device, "amp": options.amp,
-        }
-    )  # fmt: skip
-    torch.manual_seed(0)
-    networks = [models.create(n, num_classes=100, in_channels=3) for n in config.cohort]
-    cohort = Cohort(networks)
-    method = method_class("lmcl")(cohort.feature_dims, config.options)
-    return Trainer(cohort, method, noise(options.batch, options.side), config)
 
 
 def call(kind: str, options: argparse.Namespace) -> Callable[[], object]:
-    """One step of a kind, on a trainer of its own."""
-    trainer = build(options)
-    data = trainer.data.train
-    index = torch.arange(options.batch, device=trainer.device)
-    images = next(iter(trainer.feed.batches(index[None], first_step=0)))[0]
-    batch = Batch(data.labels, index, 0, 0)
+    """One step of a kind, of two peers on a trainer of its own."""
+    variant = "sequential" if kind == "bilevel sequential" else "ours"
+    case = StepCase(
+        variant, options.network, batch=options.batch, side=options.side, device=options.device
+    )
+    images, batch = make_batch(case)
+    trainer = make_trainer(case, amp=options.amp)
     trainer.cohort.train()
     trainer.method.train()
+    lr = trainer.config.lr
     if kind == ORDINARY:
         return lambda: trainer.train_step(images, batch)
     if kind == "published":
-        published = PublishedBilevel(trainer.cohort, trainer.method, lr=LR)
+        assert isinstance(trainer.method, LayerwiseMCL)
+        published = PublishedBilevel(trainer.cohort, trainer.method, lr=lr)
         return lambda: published(images, batch.labels)
-    if kind == "bilevel sequential":
-        trainer.memory = "sequential"
-    return lambda: trainer.bilevel_step(images, batch, LR)
+    return lambda: trainer.bilevel_step(images, batch, lr)
 
 
 def peak_bytes(kind: str, options: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$out/gpu.csv"
 MCLFAST_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace > "$out/build.log" 2>&1
 "$python" -m mclfast env | tee "$out/environment.txt"
-timeout 240 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_bank.py \
-    tests/test_gpu_memory_modes.py tests/test_gpu_throughput.py \
+timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_bank.py \
+    tests/test_gpu_memory_modes.py tests/test_gpu_throughput.py tests/test_gpu_plan.py \
     | tee "$out/tests.txt"
 # The kernels of csrc/cuda under the checkers of the CUDA toolkit, at small shapes.
 if command -v compute-sanitizer > /dev/null; then
@@ -29,5 +29,11 @@ if command -v compute-sanitizer > /dev/null; then
 else
     echo "compute-sanitizer is not installed: memcheck and racecheck skipped" | tee "$out/memcheck.txt"
 fi
-timeout 210 "$python" -m mclfast bench --preset gpu --budget 3 --plot --out "$out" \
+timeout 150 "$python" -m mclfast bench --preset gpu --budget 3 --plot --out "$out" \
     | tee "$out/bench.txt"
+# Whole training steps against the plain loop, and against the number of networks.
+timeout 60 "$python" bench/bench_train_step.py --device cuda --rounds 20 --bilevel-rounds 2 \
+    --variants published ours channels_last stack --out "$out/train-step" \
+    | tee "$out/train-step.txt"
+timeout 60 "$python" bench/bench_cohort_size.py --device cuda --network resnet32 --batch 128 \
+    --out "$out/train-step" | tee "$out/cohort-size.txt"

@@ -109,6 +109,25 @@ def test_the_commands_run(
         assert (tmp_path / f"{name}.png").exists()
 
 
+@pytest.mark.parametrize("name", ["train-step", "cohort-size", "bilevel"])
+def test_committed_results_still_load(name: str, tmp_path: Path):
+    paths = sorted((ROOT / "bench" / "results").glob(f"*/train-step/{name}.json"))
+    assert paths
+    for path in paths:
+        results = json.loads(path.read_text())
+        if name == "bilevel":
+            steps = results["steps"]
+            assert steps["bilevel"]["peak_over_ordinary"] == pytest.approx(
+                steps["bilevel"]["peak_bytes"] / steps["ordinary"]["peak_bytes"]
+            )
+            continue
+        assert PUBLISHED in train_step.table(results["rows"])
+        if name == "train-step":
+            assert results["bilevel_every_50"] == train_step.with_bilevel(results["rows"])
+        else:
+            draw_cohort.draw(results["rows"], results["environment"], tmp_path / "sizes.png")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measured on Linux only")
 def test_peak_counts_all_that_training_needs():
     """Weights, gradients, momentum and the activations of a step, of three networks."""

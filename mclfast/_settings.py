@@ -30,8 +30,9 @@ def coerce(name: str, kind: Any, value: Any) -> Any:
         kind = next(a for a in args if a is not type(None))
         return coerce(name, kind, value)
     if origin is Literal:
-        # YAML reads a bare `off` as false.
-        value = "off" if value is False and "off" in args else value
+        # YAML reads a bare `off` as false and a bare `on` as true.
+        word = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else value
+        value = word if word in args else value
         if value not in args:
             raise ValueError(f"{name}: expected one of {', '.join(args)}; got {value!r}")
         return value

@@ -66,8 +66,10 @@ class TrainConfig:
     lr_decay: float = _field(0.1, "factor of the multistep schedule")
     clip_grad_norm: float | None = _field(None, "largest gradient norm; none for no clipping")
     amp: Literal["off", "bf16", "fp16"] = _field("off", "automatic mixed precision")
-    channels_last: bool = _field(
-        False, "weights and maps with channels last in memory, for convolutions"
+    channels_last: Literal["auto", "on", "off"] = _field(
+        "auto",
+        "weights and maps with channels last in memory, for convolutions; auto: on a CPU, and on a "
+        "GPU with amp",
     )
     compile_peers: bool = _field(False, "torch.compile of each network's forward run in training")
     cuda_graphs: bool = _field(

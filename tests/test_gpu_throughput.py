@@ -105,7 +105,7 @@ def test_peers_in_parallel_equal_separate_ones(way: str, graphs: bool):
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_channels_last_equals_contiguous(amp: str):
-    plain, fast = (on_gpu("lmcl", amp=amp, channels_last=on) for on in (False, True))
+    plain, fast = (on_gpu("lmcl", amp=amp, channels_last=on) for on in ("off", "on"))
     check_same(plain, fast, count=2 if amp == "bf16" else 5)
 
 

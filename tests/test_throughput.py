@@ -161,7 +161,7 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], message: str):
 
 
 def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
-    plain, fast = (doubled(trainer_of("mcl", channels_last=on)) for on in (False, True))
+    plain, fast = (doubled(trainer_of("mcl", channels_last=on)) for on in ("off", "on"))
     for trainer in (plain, fast):
         images, batch = first_batch(trainer)
         outputs, _ = trainer._gradients(images.double(), batch)
@@ -176,10 +176,23 @@ def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
     weight = fast.cohort.peers[0].backbone.layer2[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     # A checkpoint of one layout fits the other.
-    fast.load_state(trainer_of("mcl").state())
+    fast.load_state(trainer_of("mcl", channels_last="off").state())
     assert weight.is_contiguous(memory_format=torch.channels_last)
     exported = load_backbone(fast.export(0, tmp_path)).network
     assert torch.equal(exported.layer2[0].conv1.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "amp", "wanted"),
+    [
+        ("auto", "cpu", "off", True), ("auto", "cpu", "bf16", True),
+        ("auto", "cuda", "off", False), ("auto", "cuda", "bf16", True),
+        ("on", "cuda", "off", True), ("off", "cpu", "off", False),
+    ],
+)  # fmt: skip
+def test_where_channels_last_is_the_default(setting: str, device: str, amp: str, wanted: bool):
+    config = TrainConfig.from_values({"channels_last": setting, "amp": amp})
+    assert throughput.wants_channels_last(config, torch.device(device)) == wanted
 
 
 # ---------------------------------------------------------------- compiled peers
@@ -339,7 +352,7 @@ def same_modules(plain: Trainer, fast: Trainer, tolerance: float) -> None:
 
 def test_settings_of_speed_may_change_between_the_parts_of_a_run():
     slow = trainer_of("dml").state()
-    trainer_of("dml", peers_parallel="stack", channels_last=True).load_state(slow)
+    trainer_of("dml", peers_parallel="stack", channels_last="on").load_state(slow)
 
 
 def test_bilevel_steps_and_evaluation_run_plainly():

@@ -378,3 +378,8 @@ def staged(
             f"classifier: expected {classifier!r} to be a Linear, got {type(found).__name__}"
         )
     return _AdaptedNetwork(module, chains, classifier, tuple(tail))
+
+
+def class_name(backbone: StagedNetwork) -> str:
+    """Class of a network; of the module inside one that :func:`staged` adapted."""
+    return type(getattr(backbone, "module", backbone)).__name__

@@ -6,7 +6,15 @@ import dataclasses
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def setting(default: T, text: str) -> T:
+    """A field of a settings dataclass: its default, and what the help says of it."""
+    value: T = dataclasses.field(default=default, metadata={"help": text})
+    return value
 
 
 def field_types(cls: type) -> dict[str, Any]:

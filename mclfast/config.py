@@ -14,10 +14,7 @@ from typing import Any, Literal
 from mclfast import data, methods, models
 from mclfast._checks import check_not_negative, check_positive, unknown_name
 from mclfast._settings import coerce, coerce_fields, field_types
-
-
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from mclfast._settings import setting as _field
 
 
 @dataclass

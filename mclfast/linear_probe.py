@@ -18,7 +18,7 @@ from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.config import TrainConfig
 from mclfast.data.dataset import Dataset
 from mclfast.data.source import ImageSource
-from mclfast.evaluate import batches_for
+from mclfast.evaluate import CohortAccuracy, batches_for
 from mclfast.methods import method_class
 from mclfast.models.staged import StagedNetwork
 from mclfast.train import Trainer
@@ -135,11 +135,7 @@ class _FeatureTrainer(Trainer):
         return _Features(torch.cat(features), torch.cat(labels))
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
+    def _accuracy(self) -> CohortAccuracy:
         (logits,) = self.cohort(self._tested.features).final_logits
         reached = 100.0 * float((logits.argmax(1) == self._tested.labels).double().mean())
-        best = max([reached, *(row["acc_best_head_so_far"] for row in self.history[-1:])])
-        return {
-            "acc_peer0": reached, "acc_mean": reached, "acc_ensemble": reached,
-            "acc_best_head_so_far": best,
-        }  # fmt: skip
+        return CohortAccuracy((reached,), reached, reached)

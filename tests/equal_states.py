@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mclfast.train import FREE_SETTINGS, Trainer
+from mclfast.run_state import FREE_SETTINGS
+from mclfast.train import Trainer
 from small_cohort import batches
 
 

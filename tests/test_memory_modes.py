@@ -18,7 +18,9 @@ from live_memory import peak_of
 from mclfast import checkpoint, methods
 from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.models import staged
-from mclfast.train import CHECKPOINT, Trainer
+from mclfast.run_folder import CHECKPOINT
+from mclfast.run_parts import make_sgd
+from mclfast.train import Trainer
 from mclfast.types import Batch
 from small_cohort import CASES, SmallBlock, batches, in_float64, small_trainer
 
@@ -152,7 +154,7 @@ def test_networks_with_buffers_of_other_kinds(mode: str, own_statistics: bool):
                     block.norm.train = lambda _=True: None
                     block.norm.eval()
                     block.norm.running_mean.normal_()
-        trainer.optimizer = trainer._sgd([{"params": list(trainer.cohort.parameters())}])
+        trainer.optimizer = make_sgd(trainer.config, list(trainer.cohort.parameters()))
         return steps_of(in_float64(trainer), 2)
 
     assert_same(run(mode), run("ordinary"), 1e-10)

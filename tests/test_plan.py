@@ -22,7 +22,8 @@ from mclfast.plan.free_memory import _group_rooms, free_memory
 from mclfast.plan.planner import make_plan
 from mclfast.plan.rehearsal import OPTIMIZER, rehearse
 from mclfast.plan.stand_in import facts, stand_in_trainer
-from mclfast.train import ENVIRONMENT, build
+from mclfast.run_folder import ENVIRONMENT
+from mclfast.train import build
 from small_cohort import batches, small_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,18 +16,21 @@ Outputs = Callable[[dict[str, Tensor]], PeerOutputs]
 
 def cohort_function(cohort: Cohort, images: Tensor | Sequence[Tensor]) -> Outputs:
     """The outputs of all peers for images; buffers of the cohort stay as they are."""
-    return _function(cohort, "", images)
+    return _function(cohort, "", [cohort], lambda value: value, images)
 
 
 def peer_functions(cohort: Cohort, images: Tensor | Sequence[Tensor]) -> list[Outputs]:
     """The outputs of each peer alone (see :meth:`mclfast.Cohort.peer_forward`).
 
     Each takes the parameters of the whole cohort; :func:`mclfast.cohort.joined` makes the outputs
-    of the cohort from theirs.
+    of the cohort from theirs. Where the peers wait in host memory, so do the parameters that are
+    passed, and each function copies those of its peer to the device.
     """
     alone = _PeerAlone(cohort)
+    fetch = (lambda value: value) if cohort.offload is None else cohort.offload.fetch
     return [
-        _function(alone, "cohort.", peer, view) for peer, view in enumerate(cohort.views(images))
+        _function(alone, "cohort.", cohort.peer_modules(peer), fetch, peer, view)
+        for peer, view in enumerate(cohort.views(images))
     ]
 
 
@@ -37,12 +41,14 @@ def networks_for(
     to the outputs of the cohort.
 
     Args:
-        cohort: the peers.
+        cohort: the peers. Where they wait in host memory, it waits until they have arrived there.
         images: for all of them, or a view for each.
         one_at_a_time: a function for each peer, in place of one for all.
     """
     if not one_at_a_time:
         return cohort_function(cohort, images), lambda outputs: outputs
+    if cohort.offload is not None:
+        cohort.offload.wait()
     views = cohort.views(images)
     return peer_functions(cohort, images), lambda peers: joined(peers, views)
 
@@ -55,12 +61,31 @@ class _PeerAlone(nn.Module):
         self.cohort = cohort
 
     def forward(self, peer: int, view: Tensor) -> PeerOutputs:
-        return self.cohort.peer_forward(peer, view)
+        offload = self.cohort.offload
+        with nullcontext() if offload is None else offload.replaced(peer):
+            return self.cohort.peer_forward(peer, view)
 
 
-def _function(module: nn.Module, prefix: str, *args: Any) -> Outputs:
-    buffers = dict(module.named_buffers())
-    names = {id(t): name for name, t in (*module.named_parameters(), *buffers.items())}
+def _function(
+    module: nn.Module,
+    prefix: str,
+    parts: Sequence[nn.Module],
+    fetch: Callable[[Tensor], Tensor],
+    *args: Any,
+) -> Outputs:
+    """The outputs of a module for ``args``.
+
+    Args:
+        module: its parameters have the names of those of a cohort after a prefix.
+        prefix: that prefix.
+        parts: the submodules that are run.
+        fetch: brings a parameter to where they run.
+        args: what the module takes.
+    """
+    run = {id(t) for part in parts for t in (*part.parameters(), *part.buffers())}
+    named = (*module.named_parameters(), *module.named_buffers())
+    names = {id(t): name for name, t in named if id(t) in run}
+    buffers = {names[id(b)]: b for b in module.buffers() if id(b) in run}
     # Each place of a tensor once: functional_call would not give back what it took from a module
     # that networks share, which has several names.
     places = {
@@ -70,12 +95,17 @@ def _function(module: nn.Module, prefix: str, *args: Any) -> Outputs:
             *part.named_parameters(recurse=False, remove_duplicate=False),
             *part.named_buffers(recurse=False, remove_duplicate=False),
         )
+        if id(tensor) in run
     }
 
     def outputs(params: dict[str, Tensor]) -> PeerOutputs:
         # Batch normalisation updates its statistics in place: on copies here.
         values = {name: buffer.clone() for name, buffer in buffers.items()}
-        values |= {f"{prefix}{name}": value for name, value in params.items()}
+        values |= {
+            name: fetch(params[name.removeprefix(prefix)])
+            for name in names.values()
+            if name not in buffers
+        }
         found: PeerOutputs = functional_call(
             module, {place: values[name] for place, name in places.items()}, args,
             tie_weights=False,

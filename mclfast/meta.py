@@ -104,7 +104,6 @@ def bilevel_gradient(
     hyperparams = _checked_hyperparams(hyperparams)
     networks = _checked_networks(network)
     objectives = [("inner", inner)] * inner_steps + [("outer", outer)] * outer_steps
-    devices = {p.device for p in params.values()}
 
     def step_at(number: int, theta: Params) -> Step:
         argument, loss = objectives[number] if number < len(objectives) else ("outer", outer)
@@ -115,7 +114,7 @@ def bilevel_gradient(
         tape = ConvolutionTape() if number == len(objectives) - 1 else None
         return SplitStep(argument, loss, networks, theta, tape)
 
-    with rng_restored(devices), torch.enable_grad():
+    with rng_restored(), torch.enable_grad():
         theta = {name: p.detach() for name, p in params.items()}
         velocity = [torch.zeros_like(t) for t in theta.values()]
         steps: list[Step] = []

@@ -191,7 +191,7 @@ class Trainer:
         self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
         self.cohort = cohort
         if config.offload == "peers":
-            check_method(method, config.bilevel_every)
+            check_method(method)
             PeerOffload(cohort, self.device)
         else:
             cohort.to(self.device)
@@ -532,6 +532,7 @@ class Trainer:
         Raises:
             ValueError: the state is of other settings, other data or other networks.
         """
+        self._wait()
         try:
             for kind, mine in (("settings", self._settings()), ("data", self._data_facts())):
                 for name, value in state[kind].items():
@@ -590,6 +591,7 @@ class Trainer:
 
     def export(self, peer: int, folder: Path) -> Path:
         """Writes one peer's bare backbone, see :func:`mclfast.export.export_backbone`."""
+        self._wait()
         c = self.config
         return export_backbone(
             self.cohort.peers[peer].backbone,

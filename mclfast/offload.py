@@ -122,10 +122,14 @@ class PeerOffload:
 
     def _home(self, tensor: Tensor, home: Tensor | None = None) -> Tensor:
         """A copy in host memory, which a GPU reads directly; in ``home`` if that is such memory."""
-        pinned = self.device.type == "cuda"
+        pinned = self._pins()
         if home is None or home.is_pinned() != pinned:
             home = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         return home.copy_(tensor, non_blocking=True)
+
+    def _pins(self) -> bool:
+        """Whether peers wait in memory that a GPU reads directly."""
+        return self.device.type == "cuda"
 
 
 def check_method(method: Method) -> None:

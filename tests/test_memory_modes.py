@@ -136,6 +136,23 @@ def test_adapted_networks(mode: str):
     assert_same(run(mode), run("ordinary"), 1e-10)
 
 
+def test_checkpointing_leaves_a_forward_of_an_object_where_it_was():
+    trainer = small_trainer("baseline", memory="checkpoint")
+    block = next(m for m in trainer.cohort.modules() if isinstance(m, SmallBlock))
+    forward, calls = block.forward, []
+
+    def own(x: Tensor) -> Tensor:
+        calls.append(1)
+        return forward(x)
+
+    block.forward = own
+    for step in range(2):
+        trainer.train_step(*batches(trainer, 1)[0])
+        # Forward and backward.
+        assert len(calls) == 2 * (step + 1)
+    assert block.forward is own
+
+
 @pytest.mark.parametrize("own_statistics", [True, False], ids=["spectral-norm", "frozen-norm"])
 @pytest.mark.parametrize("mode", MODES)
 def test_networks_with_buffers_of_other_kinds(mode: str, own_statistics: bool):

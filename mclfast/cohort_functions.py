@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mclfast._rng import RngState, rng_state, set_rng_state
 from mclfast.cohort import Cohort, PeerOutputs, joined
 
 Outputs = Callable[[dict[str, Tensor]], PeerOutputs]
+#: By the key of a part: the peer that ran it first, and the random numbers that it started from.
+_Drawn = dict[Hashable, tuple[int, RngState]]
 
 
 def cohort_function(cohort: Cohort, images: Tensor | Sequence[Tensor]) -> Outputs:
@@ -23,8 +26,9 @@ def peer_functions(cohort: Cohort, images: Tensor | Sequence[Tensor]) -> list[Ou
     """The outputs of each peer alone (see :meth:`mclfast.Cohort.peer_forward`).
 
     Each takes the parameters of the whole cohort; :func:`mclfast.cohort.joined` makes the outputs
-    of the cohort from theirs. Where the peers wait in host memory, so do the parameters that are
-    passed, and each function copies those of its peer to the device.
+    of the cohort from theirs. They are run in the order of the peers, and draw the same random
+    numbers as all peers in one call. Where the peers wait in host memory, so do the parameters that
+    are passed, and each function copies those of its peer to the device.
     """
     alone = _PeerAlone(cohort)
     fetch = (lambda value: value) if cohort.offload is None else cohort.offload.fetch
@@ -59,11 +63,41 @@ class _PeerAlone(nn.Module):
     def __init__(self, cohort: Cohort) -> None:
         super().__init__()
         self.cohort = cohort
+        self._drawn: _Drawn = {}
 
     def forward(self, peer: int, view: Tensor) -> PeerOutputs:
         offload = self.cohort.offload
+        draws = _PeerDraws(peer, self._drawn)
         with nullcontext() if offload is None else offload.replaced(peer):
-            return self.cohort.peer_forward(peer, view)
+            return self.cohort.peer_forward(peer, view, before=draws.before)
+
+
+class _PeerDraws:
+    """Random numbers of a peer that runs alone: in a module that it shares, those of the first peer
+    that came through it, as if the module ran once for all of them.
+
+    Args:
+        peer: its number.
+        drawn: what the peers of lower numbers left there in the same order.
+    """
+
+    def __init__(self, peer: int, drawn: _Drawn) -> None:
+        self._peer = peer
+        self._drawn = drawn
+        #: Where its own numbers go on, while those of another peer are drawn again.
+        self._own: RngState | None = None
+
+    def before(self, key: Hashable) -> None:
+        """A part begins to run, see :meth:`mclfast.Cohort.peer_forward`; the last is its own."""
+        first, state = self._drawn.get(key, (self._peer, None))
+        if first != self._peer and state is not None:
+            self._own = rng_state() if self._own is None else self._own
+            set_rng_state(state)
+            return
+        if self._own is not None:
+            set_rng_state(self._own)
+            self._own = None
+        self._drawn[key] = self._peer, rng_state()
 
 
 def _function(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from two_places import DEVICE, HOST, Mixed, offloaded_in_two_places
 
-from equal_states import assert_same, steps_of, tensors
+from equal_states import assert_same, meta_gradients, steps_of, tensors
 from mclfast import meta, methods
 from mclfast._rng import rng_restored
 from mclfast.config import TrainConfig
@@ -147,22 +147,6 @@ def test_methods_that_need_all_peers_at_a_time(case: str, values: dict[str, Any]
 # ---------------------------------------------------------------- the bilevel step
 
 BILEVEL = {"bilevel_every": 1, "networks": 3}
-
-
-def meta_gradients(trainer: Trainer, count: int) -> list[Tensor]:
-    """Those of some bilevel steps, each after an ordinary step."""
-    found: list[Tensor] = []
-    assert trainer.meta_optimizer is not None
-    trainer.meta_optimizer.register_step_pre_hook(
-        lambda optimizer, *_: found.extend(
-            p.grad.clone() for group in optimizer.param_groups for p in group["params"]
-        )
-    )
-    torch.manual_seed(5)
-    for images, batch in batches(trainer, count):
-        trainer.train_step(images, batch)
-        trainer.bilevel_step(images, batch, 0.05)
-    return found
 
 
 @pytest.mark.parametrize("case", ["lmcl", "lmcl-bank"])

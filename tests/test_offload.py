@@ -14,11 +14,12 @@ from torch import Tensor
 from two_places import DEVICE, HOST, Mixed, offloaded_in_two_places
 
 from equal_states import assert_same, meta_gradients, steps_of, tensors
-from mclfast import meta, methods
+from mclfast import meta, methods, param_vector
 from mclfast._rng import rng_restored
 from mclfast.config import TrainConfig
 from mclfast.export import WEIGHTS
 from mclfast.offload import PeerOffload
+from mclfast.param_vector import ParamVector
 from mclfast.train import Trainer
 from small_cohort import CASES, batches, in_float64, small_trainer
 
@@ -199,23 +200,24 @@ def test_nothing_but_copies_comes_from_the_host_to_the_device():
     places = offloaded_in_two_places(trainer)
     (images, batch), *_ = batches(trainer, 1)
     places.put(DEVICE, (images, batch.labels, batch.index))
-    kept: list[list[Tensor]] = []
-    one_buffer = meta.in_one_buffer
+    vectors: list[ParamVector] = []
 
-    def recorded(values: Any) -> list[Tensor]:
-        kept.append(one_buffer(values))
-        return kept[-1]
+    class Recorded(ParamVector):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            vectors.append(self)
 
     with pytest.MonkeyPatch.context() as patch, places:
         trainer.train_step(images, batch)
-        patch.setattr(meta, "in_one_buffer", recorded)
+        for module in (meta, param_vector):
+            patch.setattr(module, "ParamVector", Recorded)
         trainer.bilevel_step(images, batch, 0.05)
         # The watch sees what is not copied.
         with pytest.raises(Mixed):
             trainer.cohort.peers[0](images)
-    # Parameters, momentum, directions and adjoints.
-    assert len(kept) > 10
-    assert {places.place(t) for vectors in kept for t in vectors} == {HOST}
+    # Parameters, momentum, directions and adjoints; zeros that were only read have no place.
+    assert len(vectors) > 10
+    assert {places.place(t) for v in vectors for t in v.tensors} - {None} == {HOST}
     assert all(places.place(p) == HOST for p in trainer.cohort.parameters())
     assert all(places.place(p) == DEVICE for p in trainer.method.meta_parameters())
 

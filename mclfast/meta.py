@@ -105,7 +105,6 @@ def bilevel_gradient(
     hyperparams = _checked_hyperparams(hyperparams)
     networks = _checked_networks(network)
     objectives = [("inner", inner)] * inner_steps + [("outer", outer)] * outer_steps
-    devices = {p.device for p in params.values()}
 
     def step_at(number: int, values: ParamVector) -> Step:
         theta = dict(zip(params, values.tensors, strict=True))
@@ -117,7 +116,7 @@ def bilevel_gradient(
         tape = ConvolutionTape() if number == len(objectives) - 1 else None
         return SplitStep(argument, loss, networks, theta, tape)
 
-    with rng_restored(devices), torch.enable_grad():
+    with rng_restored(), torch.enable_grad():
         like = [p.detach() for p in params.values()]
         theta, velocity = ParamVector(like, like), ParamVector(like)
         steps: list[Step] = []

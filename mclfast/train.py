@@ -111,7 +111,7 @@ class Trainer:
         self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
         self.cohort = cohort
         if config.offload == "peers":
-            check_method(method, config.bilevel_every)
+            check_method(method)
             PeerOffload(cohort, self.device)
         else:
             cohort.to(self.device)
@@ -405,6 +405,7 @@ class Trainer:
 
     def export(self, peer: int, folder: Path) -> Path:
         """Writes one peer's bare backbone, see :func:`mclfast.export.export_backbone`."""
+        self._wait()
         backbone = self.cohort.peers[peer].backbone
         description = describe(
             backbone,
@@ -429,6 +430,7 @@ class Trainer:
         Raises:
             ValueError: the state is of other settings, other data or other networks.
         """
+        self._wait()
         place = run_state.restore(state, self._identity(), self._stateful(), self.device)
         self.step, self._so_far, self.history = place
 

@@ -27,6 +27,22 @@ def steps_of(trainer: Trainer, count: int) -> dict[str, Any]:
     return {"losses": losses, "grads": grads, "state": trainer.state()}
 
 
+def meta_gradients(trainer: Trainer, count: int) -> list[Tensor]:
+    """Those of some bilevel steps, each after an ordinary step."""
+    found: list[Tensor] = []
+    assert trainer.meta_optimizer is not None
+    trainer.meta_optimizer.register_step_pre_hook(
+        lambda optimizer, *_: found.extend(
+            p.grad.clone() for group in optimizer.param_groups for p in group["params"]
+        )
+    )
+    torch.manual_seed(5)
+    for images, batch in batches(trainer, count):
+        trainer.train_step(images, batch)
+        trainer.bilevel_step(images, batch, 0.05)
+    return found
+
+
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf of a nested value with its path."""
     if isinstance(value, dict):

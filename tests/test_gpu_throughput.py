@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -86,6 +87,24 @@ def test_graphs_equal_plain_steps(name: str):
     plain, fast = (on_gpu(name, cuda_graphs=on) for on in (False, True))
     assert isinstance(fast.compute, GraphedStep)
     check_same(plain, fast)
+
+
+def test_a_graph_is_recorded_beside_a_thread_that_pins_memory():
+    """As the loader of streamed images does."""
+    ended = threading.Event()
+
+    def pin() -> None:
+        while not ended.is_set():
+            torch.empty(2**20).pin_memory()
+
+    plain, fast = (on_gpu("mcl", cuda_graphs=on) for on in (False, True))
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        check_same(plain, fast)
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_graphs_with_bilevel_steps_and_a_falling_learning_rate():

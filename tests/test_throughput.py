@@ -12,6 +12,7 @@ import pytest
 import torch
 from every_method import METHODS, first_batch, trainer_of
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mclfast import Cohort, cuda_graphs, models, peers_parallel, throughput
 from mclfast.config import TrainConfig
@@ -130,6 +131,46 @@ def test_auto_really_times():
     # Nothing to choose from where all networks differ.
     alone = peers_parallel.runner("auto", peers[:1], CPU, report=told.append)
     assert list(alone.ways) == ["off"]
+
+
+def test_auto_goes_on_without_ways_that_fail():
+    told: list[str] = []
+    peers = [p.float() for p in peers_of("resnet8", "resnet8")]
+    for peer in peers:
+        for module in peer.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                # Its forward run reads the number of batches on the host.
+                module.momentum = None
+    x = torch.randn(4, 3, 8, 8)
+    run = peers_parallel.runner("auto", peers, CPU, report=told.append)
+    run(peers, [x, x])
+    assert run.chosen == "off" and "stack fails: vmap" in told[0]
+    assert all(int(b) == 1 for b in peers[0].buffers() if b.dtype == torch.int64)
+    # What is wrong with the networks themselves is an error.
+    run = peers_parallel.runner("auto", peers, CPU, report=told.append)
+    with pytest.raises(RuntimeError, match="channels"):
+        run(peers, [x[:, :2]] * 2)
+    assert all(int(b) == 1 for b in peers[0].buffers() if b.dtype == torch.int64)
+
+
+def test_auto_times_each_way_with_its_own_casts():
+    peers = [p.float() for p in peers_of("resnet8", "resnet8")]
+    x = torch.randn(4, 3, 8, 8)
+    casts = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            with CountCasts() as count:
+                peers_parallel._timed(separate, peers, [x, x])
+            casts.append(count.casts)
+    assert casts[0] == casts[1] > 0
+
+
+class CountCasts(TorchDispatchMode):
+    casts = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.casts += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

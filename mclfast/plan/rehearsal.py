@@ -217,12 +217,12 @@ def _images(twin: Trainer, batch_size: int, live: LiveBytes) -> Tensor | list[Te
 def _bilevel(
     twin: Trainer, images: Tensor | list[Tensor], batch: Batch, live: LiveBytes
 ) -> int:
-    """The peak of a bilevel step; 0 without one."""
+    """The peak of a bilevel step, without optimiser state in host memory; 0 without one."""
     if twin.meta_optimizer is None or not twin.config.bilevel_every:
         return 0
     live.reset()
     twin.bilevel_step(images, batch, twin.config.lr)
-    return live.total()
+    return live.total() - live.peak.get(HOST, 0)
 
 
 def _evaluation(twin: Trainer, live: LiveBytes) -> int:

@@ -3,12 +3,13 @@
 A turn brings the parameters of one peer to the device. In pass 2 of a step its gradients are used
 there and then: the peer takes its optimiser step, and parameters and momentum go back. So the
 number of peers is bounded by host memory; buffers (the statistics of batch norm) stay on the device
-for all of them.
+for all of them. At home, and in its turn, what a peer has of a dtype lies in one block for the
+parameters and one for the momentum: a turn is a few large copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.methods import Method
+from mclfast.param_vector import ParamVector
 from mclfast.sequential import SequentialPeers
 
 
@@ -44,9 +46,14 @@ class PeerOffload:
         if len({id(p) for p in every}) < len(every):
             raise ValueError("offload: expected none for peers that share modules, got peers")
         self._present: int | None = None
-        self._homes: dict[nn.Parameter, Tensor] = {}
-        for p in every:
-            p.data = self._home(p.data)
+        #: Of each peer: its parameters at home, and its optimiser state.
+        self._homes: list[ParamVector] = []
+        self._states = [ParamVector([]) for _ in self._parameters]
+        #: The parameters of the peer that has its turn, on the device.
+        self._here = ParamVector([])
+        for own in self._parameters:
+            self._homes.append(self._gathered(p.data for p in own))
+            _give(own, self._homes[-1])
         for module in cohort.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -65,16 +72,18 @@ class PeerOffload:
             yield
             return
         assert self._present is None, f"peer {self._present} has its turn"
-        self._homes = {p: p.data for p in self._parameters[peer]}
+        own, home = self._parameters[peer], self._homes[peer]
+        if not _lie_in(home, own):
+            # What changes the layout of a module, or its dtype, gives it other memory.
+            home = self._homes[peer] = self._gathered(p.data for p in own)
         self._present = peer
         try:
-            for p, home in self._homes.items():
-                p.data = self.fetch(home)
+            self._here = home.moved(self.fetch)
+            _give(own, self._here)
             yield
         finally:
-            for p, home in self._homes.items():
-                p.data = home
-            self._homes, self._present = {}, None
+            _give(own, home)
+            self._here, self._present = ParamVector([]), None
 
     @contextmanager
     def replaced(self, peer: int) -> Iterator[None]:
@@ -93,43 +102,89 @@ class PeerOffload:
             peer: its number.
             optimizer: of all peers; no other parameter of it has a gradient now.
         """
-        trained = [p for p in self._parameters[peer] if p.grad is not None]
-        homes: dict[tuple[nn.Parameter, str], Tensor] = {}
+        own = self._parameters[peer]
+        home, state = self._states[peer], _state(optimizer, own)
+        if not _lie_in(home, state.values()):
+            # The optimiser has taken over that of a checkpoint.
+            home = self._states[peer] = self._gathered(state.values())
+        away = home.moved(self.fetch)
         try:
-            for p in trained:
-                for name, value in optimizer.state.get(p, {}).items():
-                    if isinstance(value, Tensor):
-                        homes[p, name] = value
-                        optimizer.state[p][name] = self.fetch(value)
+            _set_state(optimizer, state, away)
             optimizer.step()
         except BaseException:
             # Not taken: the parameters at home are those of before, and so is their state.
-            for (p, name), home in homes.items():
-                optimizer.state[p][name] = home
+            _set_state(optimizer, state, home)
             raise
-        for p in trained:
-            # A new home where the old one is not pinned: what changes the layout of a module, or
-            # its dtype, gives it other memory.
-            self._homes[p] = self._home(p.data, self._homes[p])
-            for name, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, Tensor):
-                    optimizer.state[p][name] = self._home(value, homes.get((p, name)))
+        self._bring(self._here.buffers, self._homes[peer].buffers)
+        state = _state(optimizer, own)
+        if _lie_in(away, state.values()):
+            self._bring(away.buffers, home.buffers)
+        else:
+            # The optimiser has made it just now.
+            home = self._states[peer] = self._gathered(state.values())
+        _set_state(optimizer, state, home)
+        for p in own:
             p.grad = None
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """A copy on the device."""
         return tensor.to(self.device, non_blocking=True, copy=True)
 
-    def _home(self, tensor: Tensor, home: Tensor | None = None) -> Tensor:
-        """A copy in host memory, which a GPU reads directly; in ``home`` if that is such memory."""
-        pinned = self._pins()
-        if home is None or home.is_pinned() != pinned:
-            home = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-        return home.copy_(tensor, non_blocking=True)
+    def _home(self, tensor: Tensor, home: Tensor) -> None:
+        """A copy in ``home``, which lies in host memory."""
+        home.copy_(tensor, non_blocking=True)
+
+    def _bring(self, tensors: Iterable[Tensor], homes: Iterable[Tensor]) -> None:
+        for tensor, home in zip(tensors, homes, strict=True):
+            self._home(tensor, home)
+
+    def _gathered(self, tensors: Iterable[Tensor]) -> ParamVector:
+        """Copies in new host memory, which a GPU reads directly."""
+        values = list(tensors)
+        # Some may lie in host memory that the device still writes.
+        self.wait()
+        layout = ParamVector([torch.empty_like(value, device="meta") for value in values])
+        home = layout.moved(
+            lambda own: torch.empty_like(own, device="cpu", pin_memory=self._pins())
+        )
+        self._bring(values, home.tensors)
+        return home
 
     def _pins(self) -> bool:
         """Whether peers wait in memory that a GPU reads directly."""
         return self.device.type == "cuda"
+
+
+def _give(parameters: Sequence[nn.Parameter], vector: ParamVector) -> None:
+    for p, value in zip(parameters, vector.tensors, strict=True):
+        p.data = value
+
+
+def _lie_in(vector: ParamVector, tensors: Iterable[Tensor]) -> bool:
+    """Whether these are the tensors of a vector, or others that lie in their place."""
+    own, found = (
+        [(t.untyped_storage()._cdata, t.storage_offset(), t.stride()) for t in some]
+        for some in (vector.tensors, tensors)
+    )
+    return own == found
+
+
+#: State of an optimiser by parameter and name.
+_State = dict[tuple[nn.Parameter, str], Tensor]
+
+
+def _state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> _State:
+    return {
+        (p, name): value
+        for p in parameters
+        for name, value in optimizer.state.get(p, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _set_state(optimizer: torch.optim.Optimizer, state: _State, vector: ParamVector) -> None:
+    for (p, name), value in zip(state, vector.tensors, strict=True):
+        optimizer.state[p][name] = value
 
 
 def check_method(method: Method) -> None:

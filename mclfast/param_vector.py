@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,32 +23,46 @@ class ParamVector:
     def __init__(self, like: Sequence[Tensor], values: Iterable[Tensor] | None = None) -> None:
         kinds = [(p.dtype, p.device) for p in like]
         sizes = dict.fromkeys(kinds, 0)
-        offsets = []
-        for p, kind in zip(like, kinds, strict=True):
-            offsets.append(sizes[kind])
-            sizes[kind] += p.numel()
+        offsets = [0] * len(like)
+        # Sizes that larger powers of two divide come first: then the same powers divide the offsets
+        # of their tensors, and these are aligned for the wide loads of kernels.
+        for i in sorted(range(len(like)), key=lambda i: -(like[i].numel() & -like[i].numel())):
+            offsets[i] = sizes[kinds[i]]
+            sizes[kinds[i]] += like[i].numel()
         make = torch.zeros if values is None else torch.empty
-        buffers = {kind: make(n, dtype=kind[0], device=kind[1]) for kind, n in sizes.items()}
-        self._buffers = list(buffers.values())
+        #: One for each dtype and device.
+        self.buffers = [make(n, dtype=kind[0], device=kind[1]) for kind, n in sizes.items()]
+        #: The number of the buffer of each tensor.
+        self._owners = [list(sizes).index(kind) for kind in kinds]
         #: Views, in the shapes of the parameters, as dense as possible in the order of their axes,
         #: like channels-last weights.
         self.tensors = [
-            buffers[kind].as_strided(p.shape, _dense_strides(p), offset)
-            for p, kind, offset in zip(like, kinds, offsets, strict=True)
+            self.buffers[owner].as_strided(p.shape, _dense_strides(p), offset)
+            for p, owner, offset in zip(like, self._owners, offsets, strict=True)
         ]
         if values is not None:
             for tensor, value in zip(self.tensors, values, strict=True):
                 tensor.copy_(value)
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> ParamVector:
+        """The vector whose buffers are what ``move`` gives for those of this one."""
+        other = copy.copy(self)
+        other.buffers = [move(own) for own in self.buffers]
+        other.tensors = [
+            other.buffers[owner].as_strided(t.shape, t.stride(), t.storage_offset())
+            for t, owner in zip(self.tensors, self._owners, strict=True)
+        ]
+        return other
+
     def mul_(self, factor: float) -> ParamVector:
         """This vector times a number, in place."""
-        for own in self._buffers:
+        for own in self.buffers:
             own.mul_(factor)
         return self
 
     def add_(self, other: ParamVector, factor: float = 1.0) -> ParamVector:
         """This vector plus a multiple of one of the same parameters, in place."""
-        for own, more in zip(self._buffers, other._buffers, strict=True):
+        for own, more in zip(self.buffers, other.buffers, strict=True):
             own.add_(more, alpha=factor)
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import weakref
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,40 @@ def test_one_peer_at_a_time_is_on_the_device(amp: str):
     count.most = 0
     trainer._evaluate()
     assert count.now == 0 and count.most == size
+
+
+def test_a_turn_is_a_few_large_copies():
+    trainer = small_trainer("mcl", networks=2, channels_last=True, **OFFLOAD)
+    count, _ = counted(trainer)
+    first, second = batches(trainer, 2)
+    trainer.train_step(*first)
+    count.copies = 0
+    trainer.train_step(*second)
+    # Of each peer: its parameters for each of two passes, and its momentum.
+    assert count.copies == 2 * 3
+    for j in range(2):
+        own = [p for m in trainer.cohort.peer_modules(j) for p in m.parameters()]
+        state = [trainer.optimizer.state[p]["momentum_buffer"] for p in own]
+        blocks = {t.untyped_storage().data_ptr() for t in (*own, *state)}
+        assert len(blocks) == 2
+        for some in (own, state):
+            assert some[0].untyped_storage().nbytes() == sum(p.nbytes for p in own)
+            kernels = [t for t in some if t.dim() == 4]
+            assert kernels
+            assert all(t.is_contiguous(memory_format=torch.channels_last) for t in kernels)
+
+
+def test_a_checkpoint_holds_the_values_once():
+    sizes = []
+    for where in ({"memory": "sequential"}, OFFLOAD):
+        trainer = small_trainer("mcl", networks=2, blocks=4, **where)
+        steps_of(trainer, 1)
+        state = trainer.state()
+        file = io.BytesIO()
+        torch.save([state["cohort"], state["optimizer"]], file)
+        sizes.append(file.tell())
+    # Less, as each tensor that does not share a block has a record of its own.
+    assert sizes[1] < sizes[0]
 
 
 def test_a_run_equals_one_that_keeps_its_peers_on_the_device(tmp_path: Path):
@@ -247,11 +282,11 @@ def test_parameters_and_momentum_move_to_pinned_memory(monkeypatch: pytest.Monke
     def allocate(tensor: Tensor, *, pin_memory: bool = False, **where: Any) -> Tensor:
         result = empty_like(tensor, **where)
         if pin_memory:
-            pinned.add(result.data_ptr())
+            pinned.add(result.untyped_storage().data_ptr())
         return result
 
     monkeypatch.setattr(torch, "empty_like", allocate)
-    monkeypatch.setattr(Tensor, "is_pinned", lambda t: t.data_ptr() in pinned)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda t: t.untyped_storage().data_ptr() in pinned)
     monkeypatch.setattr(PeerOffload, "_pins", lambda _: True)
     trainer = small_trainer("baseline", channels_last=True, **OFFLOAD)
     steps_of(trainer, 1)

@@ -24,3 +24,10 @@ def test_arithmetic_over_dtypes_and_layouts():
         torch.testing.assert_close(y, 2 * value)
         torch.testing.assert_close(z, 6 * value)
     assert len({t.untyped_storage().data_ptr() for t in a.tensors}) == 2
+
+
+def test_tensors_are_aligned_as_far_as_their_sizes_allow():
+    like = [torch.ones(n) for n in (10, 64, 3, 48, 1)]
+    for t in ParamVector(like, like).moved(torch.clone).tensors:
+        power = t.numel() & -t.numel()
+        assert t.storage_offset() % power == 0 and t.sum() == t.numel()

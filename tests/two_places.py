@@ -94,9 +94,9 @@ def offloaded_in_two_places(trainer: Trainer) -> TwoPlaces:
 
     bring_home = offload._home
 
-    def home(tensor: Tensor, home: Tensor | None = None) -> Tensor:
+    def home(tensor: Tensor, home: Tensor) -> None:
         with places.moving(HOST):
-            return bring_home(tensor, home)
+            bring_home(tensor, home)
 
     offload.fetch = Fetch.apply  # type: ignore[method-assign]
     offload._home = home  # type: ignore[method-assign]

@@ -31,13 +31,17 @@ class PeerOffload:
     Args:
         cohort: independent peers, in host memory.
         device: where they run. Where that is the CPU, a turn works on copies all the same.
+        host: where they wait.
 
     Raises:
         ValueError: peers that share a module.
     """
 
-    def __init__(self, cohort: Cohort, device: torch.device) -> None:
+    def __init__(
+        self, cohort: Cohort, device: torch.device, host: torch.device | str = "cpu"
+    ) -> None:
         self.device = device
+        self._host = host
         self._parameters = [
             [p for module in cohort.peer_modules(j) for p in module.parameters()]
             for j in range(len(cohort.peers))
@@ -145,7 +149,7 @@ class PeerOffload:
         self.wait()
         layout = ParamVector([torch.empty_like(value, device="meta") for value in values])
         home = layout.moved(
-            lambda own: torch.empty_like(own, device="cpu", pin_memory=self._pins())
+            lambda own: torch.empty_like(own, device=self._host, pin_memory=self._pins())
         )
         self._bring(values, home.tensors)
         return home

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from real_peaks import NO_HEAP, allocated, resident, step_of
+from two_places import DEVICE, offloaded_in_two_places
 
 from command import call, error_of
 from equal_states import assert_same
@@ -124,6 +125,23 @@ def test_offloaded_peers_lie_in_host_memory():
     assert away.host == 2 * 4 * count
     # Parameters and momentum of all, and gradients of all but one.
     assert here.step - away.step > 1.5 * 4 * count
+
+
+def test_vectors_in_host_memory_are_not_on_the_device():
+    """Those of a bilevel step: here many times what one peer needs."""
+    values = {"networks": 6, "bilevel_every": 1, "batch_size": 2, "images_per_class": 1}
+    away = {"memory": "sequential", "offload": "peers"}
+    trainer = small_trainer("lmcl", **values, **away)
+    places = offloaded_in_two_places(trainer)
+    (images, batch), *_ = batches(trainer, 1)
+    places.put(DEVICE, (images, batch.labels, batch.index))
+    with places:
+        trainer.train_step(images, batch)
+        before = places.most = places.now[DEVICE]
+        trainer.bilevel_step(images, batch, 0.05)
+    came = rehearse(small_trainer("lmcl", **values), amp="off", batch_size=2, **away)
+    print(places.most-before, came)
+    assert 0.9 < came.bilevel / (places.most - before) < 1.1
 
 
 # The others are rehearsed above.

@@ -25,19 +25,31 @@ class TwoPlaces(TorchDispatchMode):
     """Within it, what is computed lies where its inputs lie; only :meth:`moving` changes places.
 
     Tensors of no known place go wherever they are used, as do 0-dim ones.
+
+    Attributes:
+        now: bytes at each place.
+        most: those on the device at their peak.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._places: dict[int, str] = {}
         self._to: str | None = None
+        self.now = {HOST: 0, DEVICE: 0}
+        self.most = 0
 
     def put(self, place: str, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             address = _address(tensor)
             if address and address not in self._places:
-                weakref.finalize(tensor.untyped_storage(), self._places.pop, address, None)
+                size = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), self._forget, address, size)
                 self._places[address] = place
+                self.now[place] += size
+                self.most = max(self.most, self.now[DEVICE])
+
+    def _forget(self, address: int, size: int) -> None:
+        self.now[self._places.pop(address)] -= size
 
     def place(self, tensor: Tensor) -> str | None:
         return self._places.get(_address(tensor))

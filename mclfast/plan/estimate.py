@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from mclfast.methods.banked import BankMethod
-from mclfast.plan.live_bytes import WORKSPACE
+from mclfast.plan.live_bytes import HOST, WORKSPACE
 from mclfast.plan.rehearsal import (
     ACTIVATIONS,
     GRADIENTS,
-    HOST,
     LOSS,
     OPTIMIZER,
     Rehearsed,

@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 #: Where tensors belong that no kind has been named for.
 WORKSPACE = "workspace"
+#: The kind of what lies in host memory beside the device, which is the CPU too. The index makes it
+#: another device for fake tensors: an operation on tensors of both raises an error.
+HOST, HOST_MEMORY = "host", torch.device("cpu", 0)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -24,7 +28,8 @@ class LiveBytes(TorchDispatchMode):
     and gives back is not seen.
 
     Attributes:
-        peak: bytes of each kind when their sum was largest, since the last :meth:`reset`.
+        peak: bytes of each kind when their sum was largest, since the last :meth:`reset`;
+            :data:`HOST` is not in the sum.
     """
 
     def __init__(self) -> None:
@@ -103,11 +108,12 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or size == 0:
             return
-        self._known[key] = weakref.ref(storage, partial(self._died, key)), self._kind, size
-        self._live[self._kind] += size
-        self._total += size
+        kind = HOST if tensor.device == HOST_MEMORY else self._kind
+        self._known[key] = weakref.ref(storage, partial(self._died, key)), kind, size
+        self._live[kind] += size
+        self._total += size * (kind != HOST)
 
     def _died(self, key: int, _: object) -> None:
         _, kind, size = self._known.pop(key)
         self._live[kind] -= size
-        self._total -= size
+        self._total -= size * (kind != HOST)

@@ -25,15 +25,13 @@ from mclfast.evaluate import evaluation_mode
 from mclfast.methods.banked import BankMethod
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.offload import PeerOffload
-from mclfast.plan.live_bytes import LiveBytes
+from mclfast.plan.live_bytes import HOST_MEMORY, LiveBytes
 from mclfast.types import Batch
 
 if TYPE_CHECKING:
     from mclfast.train import Trainer
 
 ACTIVATIONS, GRADIENTS, OPTIMIZER, LOSS = "activations", "gradients", "optimiser", "loss"
-#: Optimiser state that is not on the device.
-HOST = "host"
 
 
 class Rehearsed(NamedTuple):
@@ -41,9 +39,9 @@ class Rehearsed(NamedTuple):
 
     Attributes:
         step: of each kind at the peak of an ordinary step, gradients and optimiser state included.
-            :data:`HOST` stands for what lies in host memory.
-        bilevel: in all at the peak of a bilevel step; 0 where there is none.
-        evaluation: in all at the peak of an evaluation batch.
+            :data:`mclfast.plan.live_bytes.HOST` stands for what lies in host memory.
+        bilevel: in all on the device at the peak of a bilevel step; 0 where there is none.
+        evaluation: the same of an evaluation batch.
         whole_loss: False where the method's loss looks at values, of which there are none here:
             counted is a cross entropy in its place.
     """
@@ -118,8 +116,8 @@ def _rehearsed(
         live.reset()
         twin.train_step(images, batch)
         step = {kind: size for kind, size in live.peak.items() if size}
+        evaluation = _evaluation(twin, live)
         second_order = _bilevel(twin, images, batch, live) if bilevel else 0
-        evaluation = _evaluation(twin, live) - step.get(HOST, 0)
     return Rehearsed(step, second_order, evaluation, whole_loss)
 
 
@@ -140,7 +138,7 @@ def _fake_copy(
     twin.scaler = torch.amp.GradScaler(twin.device.type, enabled=False)
     if twin.config.offload == "peers":
         with mode:
-            PeerOffload(twin.cohort, twin.device)
+            PeerOffload(twin.cohort, twin.device, HOST_MEMORY)
     twin.memory = twin.config.memory
     twin.runner = memory_modes.runner(twin)
     twin.cohort.train()
@@ -196,13 +194,12 @@ def _optimizers(twin: Trainer) -> list[torch.optim.Optimizer]:
 
 
 def _name_state(twin: Trainer, live: LiveBytes) -> None:
-    """The state of all optimisers."""
-    kind = HOST if twin.config.offload == "peers" else OPTIMIZER
+    """The state of all optimisers that lies on the device."""
     for optimizer in _optimizers(twin):
         for state in optimizer.state.values():
             for value in state.values():
-                if isinstance(value, Tensor):
-                    live.call(value, kind)
+                if isinstance(value, Tensor) and value.device != HOST_MEMORY:
+                    live.call(value, OPTIMIZER)
 
 
 def _images(twin: Trainer, batch_size: int, live: LiveBytes) -> Tensor | list[Tensor]:
@@ -217,12 +214,16 @@ def _images(twin: Trainer, batch_size: int, live: LiveBytes) -> Tensor | list[Te
 def _bilevel(
     twin: Trainer, images: Tensor | list[Tensor], batch: Batch, live: LiveBytes
 ) -> int:
-    """The peak of a bilevel step, without optimiser state in host memory; 0 without one."""
+    """The peak of a bilevel step, 0 without one; the last that the twin does."""
     if twin.meta_optimizer is None or not twin.config.bilevel_every:
         return 0
+    if twin.config.offload == "peers":
+        # Setting ``data`` leaves a fake parameter on the device that it was made for.
+        for parameter in twin.cohort.parameters():
+            parameter.fake_device = HOST_MEMORY  # type: ignore[attr-defined]
     live.reset()
     twin.bilevel_step(images, batch, twin.config.lr)
-    return live.total() - live.peak.get(HOST, 0)
+    return live.total()
 
 
 def _evaluation(twin: Trainer, live: LiveBytes) -> int:

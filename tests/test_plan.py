@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import os
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from real_peaks import NO_HEAP, allocated, resident, step_of
 
 from command import call, error_of
 from equal_states import assert_same
+from mclfast.benchmark import resident as measured
+from mclfast.benchmark.resident import (
+    RESIDENT,
+    allocated,
+    in_child,
+    make_trainer,
+    predicted,
+    step_of,
+)
 from mclfast.config import TrainConfig
 from mclfast.plan import choose as choosing
 from mclfast.plan import format_bytes, parse_bytes
@@ -31,8 +43,8 @@ from small_cohort import batches, small_trainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RESNETS = ",".join(["resnet8"] * 4)
-# Much memory for little computing.
-SHUFFLENETS = "shufflenet_v2_x0_5_cifar,shufflenet_v2_x0_5_cifar"
+# What makes glibc give every freed tensor back at once: its heap leaves no gaps then.
+NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 
 
 def config(**values: Any) -> TrainConfig:
@@ -91,20 +103,36 @@ def test_within_15_percent_of_what_the_allocator_gives_out(values):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "batch_size, environment, tolerance",
+def test_resident_memory():
+    # Much memory for little computing.
+    values = {"method": "baseline", "cohort": ["shufflenet_v2_x0_5_cifar"], "batch_size": 64}
+    tensors, process = predicted(make_trainer(values, 32))
+    assert tensors > 150e6
+    without_gaps = in_child(RESIDENT, values, 32, {**os.environ, **NO_HEAP})
+    assert without_gaps == pytest.approx(tensors, rel=0.15)
     # What gaps glibc leaves by default, the plan knows only roughly.
-    [(512, NO_HEAP, 0.15), (128, {}, 0.35)],
-    ids=["no-gaps", "gaps-of-the-heap"],
-)
-def test_resident_memory(batch_size, environment, tolerance):
-    values = {"method": "mcl", "cohort": SHUFFLENETS, "data": "digits-full",
-              "sampler": "shuffle", "device": "cpu", "batch_size": batch_size}  # fmt: skip
-    plan = planned(TrainConfig.from_values(values), device="cuda" if environment else "cpu")
-    # The process measured has its parameters before, and no momentum yet.
-    want = comes_and_goes(plan) + plan.parts[OPTIMIZER]
-    assert not environment or want > 500e6
-    assert resident(values, environment) == pytest.approx(want, rel=tolerance)
+    with_gaps = in_child(RESIDENT, values, 32, os.environ)
+    assert with_gaps == pytest.approx(process, rel=0.35) and with_gaps > 1.05 * without_gaps
+
+
+def test_the_command_that_measures_resident_memory(tmp_path, monkeypatch, capsys):
+    def here(kind: str, values: Any, side: int, _: Any) -> int:
+        # Processes that take seconds to start, see the test above.
+        if kind == RESIDENT:
+            return 200 << 20
+        task = {"kind": kind, "values": values, "side": side, "threads": 1}
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(task)))
+        measured.main()
+        return int(capsys.readouterr().out)
+
+    monkeypatch.setattr(measured, "in_child", here)
+    command = Path(__file__).resolve().parents[1] / "bench" / "bench_resident.py"
+    monkeypatch.setattr(sys, "argv", [str(command), "--quick", "--out", str(tmp_path)])
+    runpy.run_path(str(command), run_name="__main__")
+    (row,) = json.loads((tmp_path / "resident.json").read_text())["rows"]
+    assert row["case"] in capsys.readouterr().out and row["resident"] == 200 << 20
+    assert row["predicted_tensors"] == pytest.approx(row["allocated"], rel=0.15)
+    assert 1.2 < row["predicted_resident"] / row["predicted_tensors"] < 1.6
 
 
 def test_what_a_run_keeps_is_counted_exactly():

@@ -123,7 +123,7 @@ def test_the_command_that_measures_resident_memory(tmp_path, monkeypatch, capsys
         task = {"kind": kind, "values": values, "side": side, "threads": 1}
         monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(task)))
         measured.main()
-        return int(capsys.readouterr().out)
+        return int(capsys.readouterr().out.splitlines()[-1])
 
     monkeypatch.setattr(measured, "in_child", here)
     command = Path(__file__).resolve().parents[1] / "bench" / "bench_resident.py"

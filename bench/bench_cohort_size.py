@@ -3,8 +3,9 @@
     python bench/bench_cohort_size.py --out bench/results/MACHINE/train-step
     python bench/bench_cohort_size.py --draw bench/results/MACHINE/train-step/cohort-size.json
 
-The plain published loop, ours with the fused loss alone, and ours peer-sequential, in turn for each
-size; peak memory comes from a process of its own for each.
+The plain published loop, ours with the fused loss alone (in the memory layout of the plain loop),
+ours as it comes, and ours peer-sequential, in turn for each size; peak memory comes from a process
+of its own for each.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mclfast.benchmark.draw_cohort import draw
 from mclfast.benchmark.report import environment
 from mclfast.benchmark.train_step import PUBLISHED, Row, StepCase, run_cases, table
 
-VARIANTS = (PUBLISHED, "ours", "sequential")
+VARIANTS = (PUBLISHED, "contiguous", "ours", "sequential")
 
 
 def parse() -> argparse.Namespace:

@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     add("--peers", type=int, nargs="+", default=[2, 4], help="sizes of the cohort")
     add("--bilevel-peers", type=int, nargs="*", default=[2],
         help="sizes at which the bilevel step is measured too")
-    add("--variants", nargs="+", default=[PUBLISHED, "ours", "channels_last"],
+    add("--variants", nargs="+", default=[PUBLISHED, "ours", "contiguous"],
         choices=[PUBLISHED, *OURS])
     add("--network", default="resnet32", help="every peer")
     add("--batch", type=int, default=128, help="images, two of each class")

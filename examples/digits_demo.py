@@ -20,7 +20,8 @@ from mclfast._files import read_json, write_json, write_text
 from mclfast.compare.summary import spread
 from mclfast.config import TrainConfig
 from mclfast.plots import accuracy_bands
-from mclfast.train import CHECKPOINT, CURVES, ENVIRONMENT, METRICS, RunResult, train
+from mclfast.run_folder import CHECKPOINT, CURVES, ENVIRONMENT, METRICS
+from mclfast.train import RunResult, train
 
 METHODS = {
     "alone": {"method": "baseline", "cohort": ("resnet8",)},

@@ -64,7 +64,7 @@ def build_info() -> dict[str, Any] | None:
 def _probe_cpu() -> BackendStatus:
     if extension() is None:
         return BackendStatus(False, extension_reason())
-    if not hasattr(torch.ops.mclfast_cpu, "bank_mcl_forward"):
+    if not hasattr(torch.ops.mclfast_cpu, "dual_batch_norm"):
         return BackendStatus(False, f"the extension is older than this package; {_REBUILD}")
     return BackendStatus(True, extension_reason())
 

@@ -6,7 +6,15 @@ import dataclasses
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def setting(default: T, text: str) -> T:
+    """A field of a settings dataclass: its default, and what the help says of it."""
+    value: T = dataclasses.field(default=default, metadata={"help": text})
+    return value
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -30,8 +38,9 @@ def coerce(name: str, kind: Any, value: Any) -> Any:
         kind = next(a for a in args if a is not type(None))
         return coerce(name, kind, value)
     if origin is Literal:
-        # YAML reads a bare `off` as false.
-        value = "off" if value is False and "off" in args else value
+        # YAML reads a bare `off` as false and a bare `on` as true.
+        word = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else value
+        value = word if word in args else value
         if value not in args:
             raise ValueError(f"{name}: expected one of {', '.join(args)}; got {value!r}")
         return value

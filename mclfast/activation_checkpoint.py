@@ -33,15 +33,17 @@ def blocks_checkpointed(cohort: Cohort) -> Iterator[None]:
 
     Buffers change in the forward alone, and random numbers are the same when a block runs again.
     """
-    blocks = _blocks(cohort)
-    for block in blocks:
-        # An attribute of the module itself hides the method of its class.
+    # An attribute of the module itself hides the method of its class; it may have one already.
+    own = {block: block.__dict__.get("forward") for block in _blocks(cohort)}
+    for block in own:
         block.__dict__["forward"] = _checkpointed(block)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in own.items():
             del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward
 
 
 def _blocks(cohort: Cohort) -> list[nn.Module]:

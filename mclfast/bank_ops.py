@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mclfast.ops import ICL, SOFT_ICL, SOFT_VCL, VCL, implementation, passed_on, weighted_sum
+from mclfast.ops import (
+    fused_objective,
+    gradient_of_fused,
+    implementation,
+    like,
+    passed_on,
+    with_statistics,
+)
 from mclfast.reference import statistics_dtype
 
 _KEYS = "Tensor banks, Tensor pos_idx, Tensor neg_idx"
 _SETTINGS = "int[] networks, float temperature, float kl_temperature, int families, str backend"
 _COTANGENTS = "Tensor g_vcl, Tensor g_soft_vcl, Tensor g_icl, Tensor g_soft_icl"
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _row_shapes(nodes: Tensor, banks: Tensor) -> list[Tensor]:
@@ -75,24 +78,11 @@ def _single(name: str) -> Any:
     return call
 
 
-def _with_statistics(name: str) -> Any:
-    """The implementation ``name``, which takes the statistics after the networks."""
-
-    def call(*arguments: Any) -> Any:
-        *tensors, lse, kl_lse, networks, temperature, kl_temperature, families, backend = arguments
-        found = implementation(backend, name)(
-            *tensors, networks, lse, kl_lse, temperature, kl_temperature, families
-        )
-        return found if isinstance(found, Tensor) else tuple(found)
-
-    return call
-
-
 #: (four cotangents, nodes, banks, indices, statistics, ...) -> gradient [N, B, D] in the dtype of
 #: nodes.
 bank_mcl_rows_backward = torch.library.custom_op(
     "mclfast::bank_mcl_rows_backward",
-    _with_statistics("bank_mcl_backward"),
+    with_statistics("bank_mcl_backward", 8),
     mutates_args=(),
     schema=f"({_COTANGENTS}, Tensor nodes, {_KEYS}, Tensor lse, Tensor kl_lse, {_SETTINGS})"
     " -> Tensor",
@@ -101,7 +91,7 @@ bank_mcl_rows_backward = torch.library.custom_op(
 
 @bank_mcl_rows_backward.register_fake
 def _(*inputs: Any) -> Tensor:
-    return _like(inputs[4])
+    return like(inputs[4])
 
 
 def _rows_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,7 +115,7 @@ bank_mcl_rows_backward.register_autograd(
 #: nodes and the four cotangents.
 bank_mcl_rows_double_backward = torch.library.custom_op(
     "mclfast::bank_mcl_rows_double_backward",
-    _with_statistics("bank_mcl_double_backward"),
+    with_statistics("bank_mcl_double_backward", 9),
     mutates_args=(),
     schema=f"(Tensor v_nodes, {_COTANGENTS}, Tensor nodes, {_KEYS}, Tensor lse, Tensor kl_lse, "
     f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -135,18 +125,7 @@ bank_mcl_rows_double_backward = torch.library.custom_op(
 @bank_mcl_rows_double_backward.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     nodes, banks = inputs[5:7]
-    return _like(nodes), *_row_shapes(nodes, banks)[:4]
-
-
-def _bank_mcl_objective(*arguments: Any) -> tuple[Tensor, ...]:
-    *values, backend = arguments
-    *rows, lse, kl_lse, grad = implementation(backend, "bank_mcl_fused")(*values)
-    first, *rest = (
-        weighted_sum(g, row)
-        for bit, g, row in zip((VCL, SOFT_VCL, ICL, SOFT_ICL), values[:4], rows, strict=True)
-        if values[-1] & bit
-    )
-    return sum(rest, start=first), *rows, lse, kl_lse, grad
+    return like(nodes), *_row_shapes(nodes, banks)[:4]
 
 
 #: (four row weights, nodes, banks, indices, ...) -> loss = sum of weights times rows, the rows,
@@ -154,7 +133,7 @@ def _bank_mcl_objective(*arguments: Any) -> tuple[Tensor, ...]:
 #: the weights get no gradient and the rows give none.
 bank_mcl_objective = torch.library.custom_op(
     "mclfast::bank_mcl_objective",
-    _bank_mcl_objective,
+    fused_objective("bank_mcl_fused"),
     mutates_args=(),
     schema=f"({_COTANGENTS}, Tensor nodes, {_KEYS}, {_SETTINGS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -165,7 +144,7 @@ bank_mcl_objective = torch.library.custom_op(
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     nodes, banks = inputs[4:6]
     loss = nodes.new_empty((), dtype=statistics_dtype(nodes))
-    return loss, *_row_shapes(nodes, banks), _like(nodes)
+    return loss, *_row_shapes(nodes, banks), like(nodes)
 
 
 def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -178,13 +157,11 @@ def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the loss is an output already; that output's own gradient is second order."""
     *inputs, grad_nodes = ctx.saved_tensors
-    g_loss, v_nodes = grads[0], grads[7]
-    total = None
-    if g_loss is not None:
-        total = (g_loss * grad_nodes).to(grad_nodes.dtype)
-    if v_nodes is not None:
-        second, *_ = bank_mcl_rows_double_backward(v_nodes, *inputs, *ctx.settings)
-        total = second if total is None else total + second
+
+    def second(v_nodes: Tensor) -> Tensor:
+        return bank_mcl_rows_double_backward(v_nodes, *inputs, *ctx.settings)[0]
+
+    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second)
     return *(None,) * 4, total, *(None,) * 8
 
 
@@ -228,7 +205,7 @@ bank_nce = torch.library.custom_op(
 @bank_nce.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     nodes = inputs[0]
-    return nodes.new_empty((), dtype=statistics_dtype(nodes)), _like(nodes)
+    return nodes.new_empty((), dtype=statistics_dtype(nodes)), like(nodes)
 
 
 def _nce_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -239,13 +216,11 @@ def _nce_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _nce_backward(ctx: Any, g_loss: Tensor | None, v_nodes: Tensor | None) -> tuple[Any, ...]:
     *inputs, grad_nodes = ctx.saved_tensors
-    total = None
-    if g_loss is not None:
-        total = (g_loss * grad_nodes).to(grad_nodes.dtype)
-    if v_nodes is not None:
-        second = bank_nce_double_backward(v_nodes, *inputs, *ctx.settings)
-        total = second if total is None else total + second
-    return total, *(None,) * 7
+
+    def second(v: Tensor) -> Tensor:
+        return bank_nce_double_backward(v, *inputs, *ctx.settings)
+
+    return gradient_of_fused(g_loss, grad_nodes, v_nodes, second), *(None,) * 7
 
 
 bank_nce.register_autograd(_nce_backward, setup_context=_nce_context)
@@ -262,7 +237,7 @@ bank_nce_double_backward = torch.library.custom_op(
 
 @bank_nce_double_backward.register_fake
 def _(*inputs: Any) -> Tensor:
-    return _like(inputs[1])
+    return like(inputs[1])
 
 
 def _bank_update(

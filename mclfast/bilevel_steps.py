@@ -27,8 +27,7 @@ class Step:
         self.argument = argument
         self.objective = objective
         self.params = params
-        self.devices = {p.device for p in params.values()}
-        self._before: RngState = rng_state(self.devices)
+        self._before: RngState = rng_state()
 
     def loss(self, params: Params) -> Tensor:
         """The objective at parameters."""

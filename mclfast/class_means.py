@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from mclfast.cohort import Cohort
-from mclfast.data.dataset import Dataset, class_ranks, select
+from mclfast.data.dataset import Dataset
 from mclfast.data.source import ImageSource
+from mclfast.data.subsets import class_ranks, select
 from mclfast.evaluate import batches_for, evaluation_mode
 
 #: Training images of a class that its mean is taken from.

@@ -13,92 +13,90 @@ from typing import Any, Literal
 
 from mclfast import data, methods, models
 from mclfast._checks import check_not_negative, check_positive, unknown_name
-from mclfast._settings import coerce, coerce_fields, field_types
-
-
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from mclfast._settings import coerce, coerce_fields, field_types, setting
 
 
 @dataclass
 class TrainConfig:
     """Settings of one run; the defaults train two small peers on ten digits a class."""
 
-    method: str = _field("lmcl", "training method")
-    cohort: tuple[str, ...] = _field(
+    method: str = setting("lmcl", "training method")
+    cohort: tuple[str, ...] = setting(
         ("resnet8", "resnet8"), "peer networks, separated by commas; one alone is no cohort"
     )
-    topology: Literal["independent", "shared_stem", "tree"] = _field(
+    topology: Literal["independent", "shared_stem", "tree"] = setting(
         "independent",
         "what the networks share: nothing; stem and first stages; the same, then a stage by pairs",
     )
-    split_stage: int = _field(1, "stages that all networks share, where they share any")
-    data: str = _field("digits", "data set")
-    data_root: str | None = _field(None, "folder with the data set's archive or images")
-    image_size: int | None = _field(
+    split_stage: int = setting(1, "stages that all networks share, where they share any")
+    data: str = setting("digits", "data set")
+    data_root: str | None = setting(None, "folder with the data set's archive or images")
+    image_size: int | None = setting(
         None, "side in pixels that images in files are brought to; none for the set's own"
     )
-    workers: int | None = _field(
+    workers: int | None = setting(
         None, "processes that decode streamed images; none for one per core, 0 for none"
     )
-    train_per_class: int | None = _field(
+    train_per_class: int | None = setting(
         None, "labelled training images per class; none for the data set's own number"
     )
-    seed: int = _field(0, "seed of weights, batches and augmentation (not of the split)")
-    epochs: int = _field(60, "passes over the sampler's batches")
-    batch_size: int = _field(60, "images per step")
-    sampler: Literal["balanced", "shuffle"] = _field(
+    seed: int = setting(0, "seed of weights, batches and augmentation (not of the split)")
+    epochs: int = setting(60, "passes over the sampler's batches")
+    batch_size: int = setting(60, "images per step")
+    sampler: Literal["balanced", "shuffle"] = setting(
         "balanced", "balanced: images_per_class images of each class drawn; shuffle: plain order"
     )
-    images_per_class: int = _field(6, "images of each class in a balanced batch")
-    augment: bool = _field(True, "random crops (and flips where the data set has them)")
-    lr: float = _field(0.05, "initial learning rate")
-    momentum: float = _field(0.9, "SGD momentum")
-    nesterov: bool = _field(True, "Nesterov momentum in the ordinary step")
-    weight_decay: float = _field(5e-4, "on all parameters")
-    schedule: Literal["cosine", "multistep"] = _field(
+    images_per_class: int = setting(6, "images of each class in a balanced batch")
+    augment: bool = setting(True, "random crops (and flips where the data set has them)")
+    lr: float = setting(0.05, "initial learning rate")
+    momentum: float = setting(0.9, "SGD momentum")
+    nesterov: bool = setting(True, "Nesterov momentum in the ordinary step")
+    weight_decay: float = setting(5e-4, "on all parameters")
+    schedule: Literal["cosine", "multistep"] = setting(
         "cosine", "learning-rate schedule, by epoch"
     )
-    warmup_epochs: int = _field(
+    warmup_epochs: int = setting(
         0, "first epochs, in which the learning rate rises linearly to the schedule's"
     )
-    milestones: tuple[int, ...] = _field((), "epochs at which multistep multiplies by lr_decay")
-    lr_decay: float = _field(0.1, "factor of the multistep schedule")
-    clip_grad_norm: float | None = _field(None, "largest gradient norm; none for no clipping")
-    amp: Literal["off", "bf16", "fp16"] = _field("off", "automatic mixed precision")
-    channels_last: bool = _field(
-        False, "weights and maps with channels last in memory, for convolutions"
+    milestones: tuple[int, ...] = setting((), "epochs at which multistep multiplies by lr_decay")
+    lr_decay: float = setting(0.1, "factor of the multistep schedule")
+    clip_grad_norm: float | None = setting(None, "largest gradient norm; none for no clipping")
+    amp: Literal["off", "bf16", "fp16"] = setting("off", "automatic mixed precision")
+    channels_last: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "weights and maps with channels last in memory, for convolutions; auto: on a CPU, and on a "
+        "GPU with amp",
     )
-    compile_peers: bool = _field(False, "torch.compile of each network's forward run in training")
-    cuda_graphs: bool = _field(
+    compile_peers: bool = setting(False, "torch.compile of each network's forward run in training")
+    cuda_graphs: bool = setting(
         False, "record the ordinary step as a CUDA graph; for losses that are the same every step"
     )
-    peers_parallel: Literal["off", "auto", "stack", "streams"] = _field(
+    peers_parallel: Literal["off", "auto", "stack", "streams"] = setting(
         "off",
         "networks one after another; stack: equal ones as one; streams: on CUDA streams; auto: "
         "the fastest of these, timed on the first batch",
     )
-    memory: Literal["ordinary", "checkpoint", "sequential", "auto"] = _field(
+    memory: Literal["ordinary", "checkpoint", "sequential", "auto"] = setting(
         "ordinary",
         "activations kept in a step: of all peers; of no block but its input (checkpoint); of one "
         "peer, whatever their number (sequential); auto chooses",
     )
-    offload: Literal["none", "peers"] = _field(
+    offload: Literal["none", "peers"] = setting(
         "none",
         "peers: with memory sequential, parameters, gradients and momentum of peers wait in host "
         "memory for their turn",
     )
-    checkpoint_every: int = _field(
+    checkpoint_every: int = setting(
         0, "steps between checkpoints within an epoch; 0 for one at the end of each epoch alone"
     )
-    projection_dim: int = _field(128, "width of the embeddings")
-    bilevel_every: int = _field(
+    projection_dim: int = setting(128, "width of the embeddings")
+    bilevel_every: int = setting(
         10, "steps between bilevel steps, counted over the whole run; 0 for never"
     )
-    inner_steps: int = _field(2, "SGD steps on the inner loss in a bilevel step")
-    outer_steps: int = _field(1, "SGD steps on the outer loss in a bilevel step")
-    eval_batch_size: int = _field(256, "images per evaluation batch")
-    device: str = _field("auto", "auto, cpu, cuda or cuda:N")
+    inner_steps: int = setting(2, "SGD steps on the inner loss in a bilevel step")
+    outer_steps: int = setting(1, "SGD steps on the outer loss in a bilevel step")
+    eval_batch_size: int = setting(256, "images per evaluation batch")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     options: Any = field(default=None)
 
     def __post_init__(self) -> None:

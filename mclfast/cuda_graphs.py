@@ -116,16 +116,18 @@ class CudaRecorder:
         self.device = device
 
     def __call__(self, call: Callable[[], None]) -> Callable[[], None]:
-        with torch.cuda.device(self.device), torch.random.fork_rng([self.device]):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)
-            with torch.cuda.stream(side):
+            with torch.random.fork_rng([self.device]), torch.cuda.stream(side):
                 for _ in range(_WARM_UP):
                     call()
             current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
-            call()
+            # On a stream of this device, as PyTorch's own for captures is of the first device that
+            # asked for it. Threads that pin streamed images meanwhile do not disturb it.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                call()
         return graph.replay
 
 
@@ -134,7 +136,9 @@ def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Afterwards the buffers have the values of before, in the same memory."""
     buffers: list[Any] = [buffer for module in modules for buffer in module.buffers()]
     before = [buffer.clone() for buffer in buffers]
-    yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

@@ -1,8 +1,9 @@
-"""Forward-mode rules of convolution and batch normalisation that are cheap to differentiate again.
+"""Forward-mode rules that are cheap to differentiate again: convolution, batch normalisation, ReLU.
 
 PyTorch's own rule of batch normalisation is a chain of some thirty elementwise operations, whose
 graph keeps most of its intermediates. Here value and tangent are computed together and their
-backward pass is written out. Everything else keeps PyTorch's rules.
+backward pass is written out. Its rule of ReLU in place copies the tangent, and its gradient loses
+the channels-last layout. Everything else keeps PyTorch's rules.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mclfast.dual_batch_norm import Running, dual_batch_norm
+
 _AXES = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_RELU_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
 
 
 class ConvolutionTape:
@@ -62,7 +66,7 @@ class RecordConvolutions(TorchFunctionMode):
 
 
 class DualOps(TorchFunctionMode):
-    """Takes over convolution and batch normalisation of dual tensors.
+    """Takes over convolution, batch normalisation and ReLU in place of dual tensors.
 
     Args:
         tape: of a forward pass of the same calls with the same values; None to compute them.
@@ -87,6 +91,10 @@ class DualOps(TorchFunctionMode):
             return _convolution(func, recorded, *args, **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
+        if func in _RELU_IN_PLACE:
+            return _ReLUInPlace.apply(*args)
+        if func is F.relu:
+            return _relu(*args, **kwargs)
         if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
             name = str(func)
             if not name.startswith(("aten.", "prims.")):
@@ -214,84 +222,48 @@ def _batch_norm(
         return F.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    running = (running_mean, running_var, momentum)
-    value, tangent = _DualBatchNorm.apply(
+    running = Running(running_mean, running_var, momentum)
+    value, tangent = dual_batch_norm(
         x, x_t, *_unpacked(weight), *_unpacked(bias), running, eps
     )
     return forward_ad.make_dual(value, tangent)
 
 
-class _DualBatchNorm(torch.autograd.Function):
-    """y = w n + b on batch statistics, n = (x - mean) / std, and its tangent w n' + w' n + b'.
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    result: Tensor = _ReLUInPlace.apply(input) if inplace else torch.relu(input)
+    return result
 
-    With the projection P(g) = (g - mean(g) - n mean(n g)) / std, which is its own transpose,
-    n' = P(x') and, for gradients u of y and v of y',
 
-        dL/dx' = w P(v)
-        dL/dx  = w P(u) + (w' - w q / std) P(v) - w (mean(n v) n' + mean(n' v) n) / std
-        dL/dw  = sum(n u + n' v),   dL/db = sum(u),   q = mean(n x')
-
-    w', b' are constants.
-    """
+class _ReLUInPlace(torch.autograd.Function):
+    """max(x, 0) in place, its tangent in place too."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, x, x_t, weight, weight_t, bias, bias_t, running, eps
-    ):
-        running_mean, running_var, momentum = running
-        value, mean, rstd = torch.native_batch_norm(
-            x, weight, bias, running_mean, running_var, True, momentum, eps
-        )
-        count = x.numel() // x.shape[1]
-        tangent, n_x_t, _ = _project(x_t, x, mean, rstd, eps)
-        if weight is not None:
-            tangent *= _along_channels(weight, x)
-        if weight_t is not None:
-            tangent.addcmul_(x, _along_channels(weight_t * rstd, x))
-            shift = -weight_t * rstd * mean
-            bias_t = shift if bias_t is None else bias_t + shift
-        if bias_t is not None:
-            tangent += _along_channels(bias_t, x)
-        ctx.eps = eps
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, x_t, weight, weight_t, mean, rstd, n_x_t / count)
-        return value, tangent
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.mark_dirty(x)
+        x.clamp_min_(0)
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0)
+
+    @staticmethod
+    def jvp(ctx, tangent):  # type: ignore[no-untyped-def]
+        return _MaskInPlace.apply(tangent, ctx.saved_tensors[0].detach())
+
+
+class _MaskInPlace(torch.autograd.Function):
+    """A tangent, set to zero in place wherever the value is."""
+
+    @staticmethod
+    def forward(ctx, tangent, value):  # type: ignore[no-untyped-def]
+        ctx.mark_dirty(tangent)
+        ctx.save_for_backward(value)
+        return torch.ops.aten.threshold_backward.grad_input(tangent, value, 0, grad_input=tangent)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, grad_t):  # type: ignore[no-untyped-def]
-        x, x_t, weight, weight_t, mean, rstd, q = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        statistics = x, mean, rstd, ctx.eps
-        g_x, n_u, u = _project(grad, *statistics)
-        g_x_t, n_v, _ = _project(grad_t, *statistics)
-        n_t = _project(x_t, *statistics)[0]
-        axes = [0, *range(2, x.dim())]
-        n_t_v = (n_t * grad_t).sum(axes, dtype=mean.dtype)
-        if weight is None:
-            weight = torch.ones_like(mean)
-        scale = weight * rstd / count
-        of_v = -weight * rstd * q if weight_t is None else weight_t - weight * rstd * q
-        of_x = -scale * n_t_v * rstd
-        g_x *= _along_channels(weight, x)
-        g_x.addcmul_(g_x_t, _along_channels(of_v, x))
-        g_x.addcmul_(n_t, _along_channels(-scale * n_v, x))
-        g_x.addcmul_(x, _along_channels(of_x, x))
-        g_x.sub_(_along_channels(of_x * mean, x))
-        g_x_t *= _along_channels(weight, x)
-        g_weight = n_u + n_t_v if ctx.needs_input_grad[2] else None
-        return g_x, g_x_t, g_weight, None, u if ctx.has_bias else None, None, None, None
-
-
-def _along_channels(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.dim() - 2))
-
-
-def _project(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """P(g) of :class:`_DualBatchNorm`, and sum(n g), sum(g) for each channel."""
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
-        grad, x, None, None, None, mean, rstd, True, eps, [True, True, True]
-    )
-    return found
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0), None

@@ -11,7 +11,9 @@ from torch import nn
 from mclfast import models
 from mclfast._files import read_json, replacing, write_json
 from mclfast._version import __version__
-from mclfast.models.staged import StagedNetwork
+from mclfast.config import TrainConfig
+from mclfast.data.dataset import Dataset
+from mclfast.models.staged import StagedNetwork, class_name
 
 WEIGHTS, DESCRIPTION = "backbone.safetensors", "backbone.json"
 
@@ -54,6 +56,44 @@ def export_backbone(
         folder / DESCRIPTION, {"network": network, "mclfast": __version__, **description}
     )
     return folder
+
+
+def describe(
+    backbone: StagedNetwork,
+    data: Dataset,
+    config: TrainConfig,
+    *,
+    own_parts: bool,
+    epochs: int,
+    accuracy: float | None,
+) -> dict[str, Any]:
+    """The description of a peer of a run, for :func:`export_backbone`.
+
+    Args:
+        backbone: of the peer.
+        data: that it is trained on.
+        config: of the run.
+        own_parts: whether networks and data are a program's own, without a name to load them by.
+        epochs: trained so far.
+        accuracy: of the peer's own classifier in percent, None before the first epoch.
+    """
+    return {
+        "class": class_name(backbone),
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "image_size": data.image_size,
+        "mean": data.mean,
+        "std": data.std,
+        "class_names": data.class_names,
+        "data": None if own_parts else config.data,
+        "data_root": config.data_root,
+        "train_per_class": config.train_per_class,
+        "eval_batch_size": config.eval_batch_size,
+        "method": config.method,
+        "seed": config.seed,
+        "epochs_trained": epochs,
+        "accuracy": accuracy,
+    }
 
 
 def load_backbone(folder: Path | str) -> Exported:

@@ -6,7 +6,7 @@ under published settings, ``mclfast transfer --mode linear`` makes a run of it t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mclfast.cohort import Cohort, PeerOutputs
+from mclfast.cohort import Cohort
 from mclfast.config import TrainConfig
 from mclfast.data.dataset import Dataset
 from mclfast.data.source import ImageSource
-from mclfast.evaluate import batches_for
+from mclfast.evaluate import CohortAccuracy, batches_for
 from mclfast.methods import method_class
+from mclfast.models.auxiliary import StageOutputs
 from mclfast.models.staged import StagedNetwork
 from mclfast.train import Trainer
 
@@ -90,10 +91,12 @@ class _FrozenCohort(Cohort):
         super().train(False)
         return self
 
-    def forward(self, images: Tensor | Sequence[Tensor]) -> PeerOutputs:
-        if not isinstance(images, Tensor) or images.dim() == 4:
-            return super().forward(images)
-        return PeerOutputs(((images,),), ((self.peers[0].backbone.classifier(images),),), ())
+    def _stage_outputs(
+        self, peer: int, view: Tensor, *rest: Any
+    ) -> tuple[StageOutputs, Tensor | None]:
+        if view.dim() == 4:
+            return super()._stage_outputs(peer, view, *rest)
+        return StageOutputs((view,), (self.peers[0].backbone.classifier(view),), view), None
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,7 @@ class _FeatureTrainer(Trainer):
         return _Features(torch.cat(features), torch.cat(labels))
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
+    def _accuracy(self) -> CohortAccuracy:
         (logits,) = self.cohort(self._tested.features).final_logits
         reached = 100.0 * float((logits.argmax(1) == self._tested.labels).double().mean())
-        best = max([reached, *(row["acc_best_head_so_far"] for row in self.history[-1:])])
-        return {
-            "acc_peer0": reached, "acc_mean": reached, "acc_ensemble": reached,
-            "acc_best_head_so_far": best,
-        }  # fmt: skip
+        return CohortAccuracy((reached,), reached, reached)

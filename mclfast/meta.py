@@ -16,8 +16,9 @@ from mclfast._checks import (
     describe,
 )
 from mclfast._rng import rng_restored
-from mclfast.bilevel_steps import Params, Step
+from mclfast.bilevel_steps import Step
 from mclfast.dual_ops import ConvolutionTape
+from mclfast.param_vector import ParamVector
 from mclfast.split_step import Networks, Part, SplitStep
 
 
@@ -104,9 +105,9 @@ def bilevel_gradient(
     hyperparams = _checked_hyperparams(hyperparams)
     networks = _checked_networks(network)
     objectives = [("inner", inner)] * inner_steps + [("outer", outer)] * outer_steps
-    devices = {p.device for p in params.values()}
 
-    def step_at(number: int, theta: Params) -> Step:
+    def step_at(number: int, values: ParamVector) -> Step:
+        theta = dict(zip(params, values.tensors, strict=True))
         argument, loss = objectives[number] if number < len(objectives) else ("outer", outer)
         if networks is None:
             return Step(argument, loss, theta)
@@ -115,69 +116,34 @@ def bilevel_gradient(
         tape = ConvolutionTape() if number == len(objectives) - 1 else None
         return SplitStep(argument, loss, networks, theta, tape)
 
-    with rng_restored(devices), torch.enable_grad():
-        theta = {name: p.detach() for name, p in params.items()}
-        velocity = [torch.zeros_like(t) for t in theta.values()]
+    with rng_restored(), torch.enable_grad():
+        like = [p.detach() for p in params.values()]
+        theta, velocity = ParamVector(like, like), ParamVector(like)
         steps: list[Step] = []
         losses: list[Tensor] = []
         for number in range(len(objectives)):
             steps.append(step_at(number, theta))
             loss, grads = steps[-1].gradient()
             losses.append(loss)
-            velocity = in_one_buffer(
-                momentum * v + g + weight_decay * t
-                for v, g, t in zip(velocity, grads, theta.values(), strict=True)
-            )
-            moved = in_one_buffer(
-                t - lr * v for t, v in zip(theta.values(), velocity, strict=True)
-            )
-            theta = dict(zip(theta, moved, strict=True))
-        outer_loss, last = step_at(len(objectives), theta).gradient()
-        adjoint = in_one_buffer(last)
-        del last, grads, velocity
+            velocity.mul_(momentum).add_(ParamVector(like, grads)).add_(theta, weight_decay)
+            del grads
+            theta = theta.plus(velocity, -lr)
+        del velocity
+        outer_loss, grads = step_at(len(objectives), theta).gradient()
+        adjoint, momentum_adjoint = ParamVector(like, grads), ParamVector(like)
+        del grads
 
         hyper_grads = [torch.zeros_like(h) for h in hyperparams]
-        momentum_adjoint = [torch.zeros_like(a) for a in adjoint]
         while steps:
-            u = in_one_buffer(
-                v - lr * a for v, a in zip(momentum_adjoint, adjoint, strict=True)
-            )
+            u = momentum_adjoint.plus(adjoint, -lr)
             # The parameters before the first step are given: nothing asks for their adjoint.
             first = len(steps) == 1
-            along, for_hyper = steps.pop().product(u, hyperparams, with_params=not first)
+            along, for_hyper = steps.pop().product(u.tensors, hyperparams, with_params=not first)
             hyper_grads = [a + b for a, b in zip(hyper_grads, for_hyper, strict=True)]
-            adjoint = in_one_buffer(
-                a + weight_decay * du + h for a, du, h in zip(adjoint, u, along, strict=True)
-            )
-            momentum_adjoint = in_one_buffer(momentum * du for du in u)
+            adjoint.add_(u, weight_decay).add_(ParamVector(like, along))
+            momentum_adjoint = u.mul_(momentum)
 
     return BilevelResult(tuple(hyper_grads), tuple(losses[:inner_steps]), outer_loss)
-
-
-def in_one_buffer(values: Iterable[Tensor]) -> list[Tensor]:
-    """The same values next to each other.
-
-    Tensors of the size of parameters that live through the whole call would otherwise lie scattered
-    among freed activations, and keep the allocator from using that memory for activations again.
-    """
-    found = list(values)
-    buffers = {
-        kind: torch.empty(
-            sum(v.numel() for v in found if (v.dtype, v.device) == kind),
-            dtype=kind[0],
-            device=kind[1],
-        )
-        for kind in {(v.dtype, v.device) for v in found}
-    }
-    used = dict.fromkeys(buffers, 0)
-    for i, value in enumerate(found):
-        kind = value.dtype, value.device
-        # As dense as possible in the order of its axes, like channels-last weights.
-        strides = torch.empty_like(value, device="meta").stride()
-        place = buffers[kind].as_strided(value.shape, strides, used[kind])
-        used[kind] += value.numel()
-        found[i] = place.copy_(value)
-    return found
 
 
 def _check_params(params: Mapping[str, Tensor]) -> None:

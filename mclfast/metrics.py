@@ -6,8 +6,25 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mclfast._files import write_text
+
+if TYPE_CHECKING:
+    from mclfast.evaluate import CohortAccuracy
+
+
+def accuracies(
+    found: CohortAccuracy, history: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """The accuracies of an epoch's record, in percent; ``history`` has the records before it."""
+    best = max([found.best_head, *(row["acc_best_head_so_far"] for row in history[-1:])])
+    return {
+        **{f"acc_peer{i}": accuracy for i, accuracy in enumerate(found.peers)},
+        "acc_mean": sum(found.peers) / len(found.peers),
+        "acc_ensemble": found.ensemble,
+        "acc_best_head_so_far": best,
+    }
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

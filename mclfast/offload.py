@@ -23,7 +23,7 @@ from mclfast.sequential import SequentialPeers
 class PeerOffload:
     """Host memory for the peers of a cohort, which it changes to use it.
 
-    Copies and computations follow each other in one stream of a GPU: wait for it before the host
+    Copies and computations follow each other in one stream of a GPU: :meth:`wait` before the host
     reads parameters or momentum.
 
     Args:
@@ -51,6 +51,12 @@ class PeerOffload:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
         cohort.offload = self
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the device has written what it writes to host memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @contextmanager
     def present(self, peer: int) -> Iterator[None]:
@@ -70,6 +76,16 @@ class PeerOffload:
                 p.data = home
             self._homes, self._present = {}, None
 
+    @contextmanager
+    def replaced(self, peer: int) -> Iterator[None]:
+        """A turn of a peer that runs with other tensors in the place of its parameters."""
+        assert self._present is None, f"peer {self._present} has its turn"
+        self._present = peer
+        try:
+            yield
+        finally:
+            self._present = None
+
     def step(self, peer: int, optimizer: torch.optim.Optimizer) -> None:
         """A step of an optimiser for the present peer, whose gradients it uses up.
 
@@ -79,14 +95,22 @@ class PeerOffload:
         """
         trained = [p for p in self._parameters[peer] if p.grad is not None]
         homes: dict[tuple[nn.Parameter, str], Tensor] = {}
+        try:
+            for p in trained:
+                for name, value in optimizer.state.get(p, {}).items():
+                    if isinstance(value, Tensor):
+                        homes[p, name] = value
+                        optimizer.state[p][name] = self.fetch(value)
+            optimizer.step()
+        except BaseException:
+            # Not taken: the parameters at home are those of before, and so is their state.
+            for (p, name), home in homes.items():
+                optimizer.state[p][name] = home
+            raise
         for p in trained:
-            for name, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, Tensor):
-                    homes[p, name] = value
-                    optimizer.state[p][name] = self.fetch(value)
-        optimizer.step()
-        for p in trained:
-            self._homes[p].copy_(p.data, non_blocking=True)
+            # A new home where the old one is not pinned: what changes the layout of a module, or
+            # its dtype, gives it other memory.
+            self._homes[p] = self._home(p.data, self._homes[p])
             for name, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     optimizer.state[p][name] = self._home(value, homes.get((p, name)))
@@ -98,24 +122,22 @@ class PeerOffload:
 
     def _home(self, tensor: Tensor, home: Tensor | None = None) -> Tensor:
         """A copy in host memory, which a GPU reads directly; in ``home`` if that is such memory."""
-        pinned = self.device.type == "cuda"
+        pinned = self._pins()
         if home is None or home.is_pinned() != pinned:
             home = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         return home.copy_(tensor, non_blocking=True)
 
+    def _pins(self) -> bool:
+        """Whether peers wait in memory that a GPU reads directly."""
+        return self.device.type == "cuda"
 
-def check_method(method: Method, bilevel_every: int) -> None:
+
+def check_method(method: Method) -> None:
     """Raises ValueError where a method needs all peers on the device at a time."""
-    name = type(method).__name__
     if method.teacher:
         raise ValueError(
             "offload: expected none for a method with a moving average of the cohort, got peers "
-            f"with {name}"
-        )
-    if bilevel_every and method.meta_parameters():
-        raise ValueError(
-            f"bilevel_every: expected 0 with offload peers, got {bilevel_every} for {name}, whose "
-            "bilevel step needs all peers on the device"
+            f"with {type(method).__name__}"
         )
 
 

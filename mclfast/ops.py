@@ -54,9 +54,72 @@ def passed_on(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return call
 
 
+def with_statistics(name: str, tensors: int) -> Callable[..., Any]:
+    """The implementation ``name``, which takes the statistics after the networks.
+
+    Args:
+        name: of the implementation.
+        tensors: how many arguments stand before the statistics lse and kl_lse.
+    """
+
+    def call(*arguments: Any) -> Any:
+        *settings, backend = arguments[tensors + 2 :]
+        networks, *numbers = settings
+        found = implementation(backend, name)(
+            *arguments[:tensors], networks, *arguments[tensors : tensors + 2], *numbers
+        )
+        return found if isinstance(found, Tensor) else tuple(found)
+
+    return call
+
+
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """``(weights * rows).sum()`` in one call: small batches are bound by the number of calls."""
     return torch.dot(weights.reshape(-1), rows.reshape(-1))
+
+
+def fused_objective(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The loss before what the implementation ``name`` gives: rows, statistics and gradient.
+
+    The call takes the four row weights first, and the families and the backend last.
+    """
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        *values, backend = arguments
+        *rows, lse, kl_lse, grad = implementation(backend, name)(*values)
+        first, *rest = (
+            weighted_sum(g, row)
+            for bit, g, row in zip((VCL, SOFT_VCL, ICL, SOFT_ICL), values[:4], rows, strict=True)
+            if values[-1] & bit
+        )
+        return sum(rest, start=first), *rows, lse, kl_lse, grad
+
+    return call
+
+
+def gradient_of_fused(
+    g_loss: Tensor | None,
+    grad: Tensor,
+    v_grad: Tensor | None,
+    second: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    """Gradient for the nodes of an operator whose outputs are a loss and the loss's gradient.
+
+    Args:
+        g_loss: cotangent of the loss.
+        grad: its gradient [N, B, D], as the operator gave it.
+        v_grad: cotangent of that gradient.
+        second: from that cotangent to the gradient of its product with ``grad``.
+    """
+    total = None if g_loss is None else (g_loss * grad).to(grad.dtype)
+    if v_grad is None:
+        return total
+    return second(v_grad) if total is None else total + second(v_grad)
+
+
+def like(x: Tensor) -> Tensor:
+    """An empty contiguous tensor of the same shape, dtype and device."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _row_shapes(nodes: Tensor, rows: int) -> list[Tensor]:
@@ -98,29 +161,10 @@ def _rows_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 mcl_rows.register_autograd(_rows_backward, setup_context=_rows_context)
 
 
-def _mcl_rows_backward(
-    g_vcl: Tensor,
-    g_soft_vcl: Tensor,
-    g_icl: Tensor,
-    g_soft_icl: Tensor,
-    nodes: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    kl_lse: Tensor,
-    networks: list[int],
-    *settings: Any,
-) -> Tensor:
-    *numbers, backend = settings
-    result: Tensor = implementation(backend, "mcl_rows_backward")(
-        g_vcl, g_soft_vcl, g_icl, g_soft_icl, nodes, labels, networks, lse, kl_lse, *numbers
-    )
-    return result
-
-
 #: (four cotangents, nodes, labels, statistics, ...) -> gradient [N, B, D] in the dtype of nodes.
 mcl_rows_backward = torch.library.custom_op(
     "mclfast::mcl_rows_backward",
-    _mcl_rows_backward,
+    with_statistics("mcl_rows_backward", 6),
     mutates_args=(),
     schema=f"({_COTANGENTS}, Tensor nodes, Tensor labels, Tensor lse, Tensor kl_lse, "
     f"{_SETTINGS}, int row_start, int row_count, str backend) -> Tensor",
@@ -129,7 +173,7 @@ mcl_rows_backward = torch.library.custom_op(
 
 @mcl_rows_backward.register_fake
 def _(*inputs: Any) -> Tensor:
-    return torch.empty_like(inputs[4], memory_format=torch.contiguous_format)
+    return like(inputs[4])
 
 
 def _rows_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -145,33 +189,11 @@ def _rows_double_backward(ctx: Any, v_nodes: Tensor) -> tuple[Any, ...]:
 mcl_rows_backward.register_autograd(_rows_double_backward, setup_context=_rows_backward_context)
 
 
-def _mcl_rows_double_backward(
-    v_nodes: Tensor,
-    g_vcl: Tensor,
-    g_soft_vcl: Tensor,
-    g_icl: Tensor,
-    g_soft_icl: Tensor,
-    nodes: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    kl_lse: Tensor,
-    networks: list[int],
-    *settings: Any,
-) -> tuple[Tensor, ...]:
-    *numbers, backend = settings
-    return tuple(
-        implementation(backend, "mcl_rows_double_backward")(
-            v_nodes, g_vcl, g_soft_vcl, g_icl, g_soft_icl, nodes, labels, networks, lse, kl_lse,
-            *numbers,
-        )
-    )  # fmt: skip
-
-
 #: (v [N, B, D], four cotangents, nodes, ...) -> gradient of <v, backward(cotangents, nodes)> for
 #: nodes and the four cotangents.
 mcl_rows_double_backward = torch.library.custom_op(
     "mclfast::mcl_rows_double_backward",
-    _mcl_rows_double_backward,
+    with_statistics("mcl_rows_double_backward", 7),
     mutates_args=(),
     schema=f"(Tensor v_nodes, {_COTANGENTS}, Tensor nodes, Tensor labels, Tensor lse, "
     f"Tensor kl_lse, {_SETTINGS}, int row_start, int row_count, str backend)"
@@ -183,33 +205,7 @@ mcl_rows_double_backward = torch.library.custom_op(
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     nodes = inputs[5]
     row_count = inputs[-2]
-    like_nodes = torch.empty_like(nodes, memory_format=torch.contiguous_format)
-    return like_nodes, *_row_shapes(nodes, row_count)[:4]
-
-
-def _mcl_objective(
-    g_vcl: Tensor,
-    g_soft_vcl: Tensor,
-    g_icl: Tensor,
-    g_soft_icl: Tensor,
-    nodes: Tensor,
-    labels: Tensor,
-    networks: list[int],
-    temperature: float,
-    kl_temperature: float,
-    families: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    cotangents = (g_vcl, g_soft_vcl, g_icl, g_soft_icl)
-    *rows, lse, kl_lse, grad = implementation(backend, "mcl_rows_fused")(
-        *cotangents, nodes, labels, networks, temperature, kl_temperature, families
-    )
-    first, *rest = (
-        weighted_sum(g, row)
-        for bit, g, row in zip((VCL, SOFT_VCL, ICL, SOFT_ICL), cotangents, rows, strict=True)
-        if families & bit
-    )
-    return sum(rest, start=first), *rows, lse, kl_lse, grad
+    return like(nodes), *_row_shapes(nodes, row_count)[:4]
 
 
 #: (four row weights, nodes, labels, ...) -> loss = sum of weights times rows, the rows, lse, kl_lse
@@ -217,7 +213,7 @@ def _mcl_objective(
 #: differentiable for nodes, twice; the weights get no gradient and the rows give none.
 mcl_objective = torch.library.custom_op(
     "mclfast::mcl_objective",
-    _mcl_objective,
+    fused_objective("mcl_rows_fused"),
     mutates_args=(),
     schema=f"({_COTANGENTS}, Tensor nodes, Tensor labels, {_SETTINGS}, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -227,9 +223,8 @@ mcl_objective = torch.library.custom_op(
 @mcl_objective.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     nodes = inputs[4]
-    grad = torch.empty_like(nodes, memory_format=torch.contiguous_format)
     loss = nodes.new_empty((), dtype=statistics_dtype(nodes))
-    return loss, *_row_shapes(nodes, nodes.shape[1]), grad
+    return loss, *_row_shapes(nodes, nodes.shape[1]), like(nodes)
 
 
 def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -241,19 +236,14 @@ def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the loss is an output already; that output's own gradient is second order."""
-    *inputs, lse, kl_lse, grad_nodes = ctx.saved_tensors
-    g_loss, v_nodes = grads[0], grads[7]
-    total = None
-    if g_loss is not None:
-        total = (g_loss * grad_nodes).to(grad_nodes.dtype)
-    if v_nodes is not None:
-        networks, temperature, kl_temperature, families, backend = ctx.settings
-        batch = grad_nodes.shape[1]
-        second, *_ = mcl_rows_double_backward(
-            v_nodes, *inputs, lse, kl_lse, networks, temperature, kl_temperature, families, 0,
-            batch, backend,
-        )  # fmt: skip
-        total = second if total is None else total + second
+    *inputs, grad_nodes = ctx.saved_tensors
+    *settings, backend = ctx.settings
+
+    def second(v_nodes: Tensor) -> Tensor:
+        rows = 0, grad_nodes.shape[1]
+        return mcl_rows_double_backward(v_nodes, *inputs, *settings, *rows, backend)[0]
+
+    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second)
     return *(None,) * 4, total, *(None,) * 6
 
 
@@ -305,9 +295,7 @@ info_nce_backward = torch.library.custom_op(
 
 @info_nce_backward.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[3:5]
-    )
+    return tuple(like(x) for x in inputs[3:5])
 
 
 def _info_nce_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -338,7 +326,7 @@ info_nce_double_backward = torch.library.custom_op(
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     a, b = inputs[5:7]
     return (
-        torch.empty_like(a, memory_format=torch.contiguous_format),
-        torch.empty_like(b, memory_format=torch.contiguous_format),
+        like(a),
+        like(b),
         *(a.new_empty(a.shape[0], dtype=statistics_dtype(a)) for _ in range(3)),
     )

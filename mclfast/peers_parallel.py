@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mclfast._checks import shortened
 from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 
 #: Takes the networks and the images [B, C, H, W] of each.
@@ -41,8 +42,8 @@ def runner(
 
     Args:
         way: "off": one after another; "stack": equal networks as one; "streams": each on a CUDA
-            stream of its own; "auto": each way that works here is timed on the first training
-            batch, and the fastest is kept.
+            stream of its own; "auto": each way is timed on the first training batch, and the
+            fastest of those that work is kept.
         peers: those that will run; they share no modules.
         device: of their parameters.
         report: is told what "auto" chose, in words.
@@ -137,10 +138,10 @@ def _run_stack(peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> list[St
         one, in_dims=(0, 0, None if alike else 0), randomness="different"
     )(params, buffers, views[0] if alike else torch.stack(list(views)))
     # Batch norm has updated the stacked statistics in place.
+    values = {name: stack.unbind(0) for name, stack in buffers.items()}
     with torch.no_grad():
-        for name, stack in buffers.items():
-            for peer, value in zip(peers, stack.unbind(0), strict=True):
-                peer.get_buffer(name).copy_(value)
+        for i, peer in enumerate(peers):
+            _copy_all(dict(peer.named_buffers()), {name: own[i] for name, own in values.items()})
     return [
         StageOutputs(
             tuple(f[i] for f in together.features),
@@ -149,6 +150,13 @@ def _run_stack(peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> list[St
         )
         for i in range(len(peers))
     ]
+
+
+def _copy_all(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Writes values to the tensors of their names; on a GPU a kernel for each dtype."""
+    for dtype in {t.dtype for t in targets.values()}:
+        names = [name for name, t in targets.items() if t.dtype == dtype]
+        torch._foreach_copy_([targets[n] for n in names], [values[n] for n in names])
 
 
 def _stack(
@@ -197,26 +205,42 @@ class _Fastest:
             return separate(peers, views)
         if self.chosen is None:
             with _unchanged(peers):
-                times = self._times(peers, views)
+                times, failed = self._times(peers, views)
             self.chosen = min(times, key=times.__getitem__)
-            found = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in times.items())
-            self.report(f"peers_parallel: auto chose {self.chosen} ({found})")
+            found = [f"{name} {1e3 * t:.1f} ms" for name, t in times.items()]
+            found += [f"{name} fails: {reason}" for name, reason in failed.items()]
+            self.report(f"peers_parallel: auto chose {self.chosen} ({', '.join(found)})")
         return self.ways[self.chosen](peers, views)
 
-    def _times(self, peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> dict[str, float]:
-        """Seconds of forward and backward; medians of interleaved calls."""
+    def _times(
+        self, peers: Sequence[PeerNetwork], views: Sequence[Tensor]
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """Seconds of forward and backward, medians of interleaved calls; what fails, and why."""
         seconds: dict[str, list[float]] = {name: [] for name in self.ways}
+        failed: dict[str, str] = {}
         for trial in range(_TRIALS + 1):
             for name, way in self.ways.items():
-                spent = _timed(way, peers, views)
+                if name in failed:
+                    continue
+                try:
+                    spent = _timed(way, peers, views)
+                # Not all that a network may do can be stacked, nor does every way fit in memory.
+                except RuntimeError as error:
+                    if way is separate:
+                        raise
+                    failed[name] = shortened(" ".join(str(error).split()), 80)
+                    continue
                 if trial:
                     seconds[name].append(spent)
-        return {name: statistics.median(values) for name, values in seconds.items()}
+        times = {name: statistics.median(s) for name, s in seconds.items() if name not in failed}
+        return times, failed
 
 
 def _timed(way: RunPeers, peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> float:
     device = views[0].device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    # A way must not find the casts that another one has made.
+    torch.clear_autocast_cache()
     wait(device)
     begin = time.perf_counter()
     total = torch.stack([z.float().sum() for out in way(peers, views) for z in out.logits]).sum()
@@ -232,8 +256,10 @@ def _unchanged(peers: Sequence[PeerNetwork]) -> Iterator[None]:
     buffers = [b for peer in peers for b in peer.buffers()]
     before = [b.clone() for b in buffers]
     device = next(peers[0].parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

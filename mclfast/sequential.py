@@ -35,7 +35,7 @@ class _PartRun(NamedTuple):
 
     def remember(self, key: Hashable) -> None:
         """Something is run for the first time."""
-        self.random[key] = rng_state({self.views[0].device})
+        self.random[key] = rng_state()
 
     def restore(self, key: Hashable) -> None:
         """It is run again."""
@@ -82,8 +82,7 @@ class SequentialPeers(PeerRunner):
 
     def backward(self, outputs: PeerOutputs) -> None:
         """Pass 2, for the peers that got a gradient."""
-        device = outputs.logits[0][0].device
-        after = rng_state({device})
+        after = rng_state()
         for j in self._again:
             self.run_again(j, outputs)
         set_rng_state(after)

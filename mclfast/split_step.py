@@ -82,16 +82,16 @@ class SplitStep(Step):
         leaves = self.leaves()
         outputs = []
         for part in self.parts:
-            self.states.append(rng_state(self.devices))
+            self.states.append(rng_state())
             with torch.set_grad_enabled(graph), self._recording():
                 outputs.append(part(leaves if graph else self.params))
-        self.states.append(rng_state(self.devices))
+        self.states.append(rng_state())
         if graph:
             loss = self.checked(self._loss(outputs))
             return loss.detach(), self.used(grad([loss], leaves.values()))
         nests = [_Nest(values) for values in outputs]
         free, loss = self._loss_of(nests)
-        after = rng_state(self.devices)
+        after = rng_state()
         cotangents = _divided(grad([loss], _joined(free)), free)
         total: list[Tensor | None] = [None] * len(leaves)
         for part, state, own in zip(self.parts, self.states, cotangents, strict=False):

@@ -40,12 +40,20 @@ def arrange(cohort: Cohort, config: TrainConfig, device: torch.device) -> None:
                 f"{name}: expected independent networks, got ones that share modules; "
                 "use topology independent"
             )
-    if config.channels_last:
+    if wants_channels_last(config, device):
         # The layout of the weights decides that of all maps.
         cohort.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile_peers:
         cohort.run_alone = compiled_call(device)
     cohort.run_together = runner(config.peers_parallel, cohort.peers, device, report=_tell)
+
+
+def wants_channels_last(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the networks run with channels last in memory."""
+    if config.channels_last != "auto":
+        return config.channels_last == "on"
+    # Without mixed precision, cuDNN's convolutions take either layout.
+    return device.type == "cpu" or config.amp != "off"
 
 
 def check_memory(config: TrainConfig, memory: str) -> None:

@@ -9,87 +9,40 @@ or with your own parts: ``Trainer(cohort, method, data, config, run_dir).fit()``
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mclfast import checkpoint, env, memory_modes, metrics, models, plots, throughput
-from mclfast._checks import shortened
-from mclfast._files import write_json, write_text
+from mclfast import checkpoint, memory_modes, metrics, run_folder, run_state, throughput
 from mclfast.batch_parts import forward_in_parts, shuffled_order
 from mclfast.class_means import class_mean_images, set_class_means
 from mclfast.cohort import Cohort, PeerOutputs, detached
 from mclfast.cohort_functions import networks_for
 from mclfast.config import TrainConfig
 from mclfast.cuda_graphs import Gradients, GraphedStep, check_graphs
-from mclfast.data import load as load_data
-from mclfast.data.dataset import Dataset, class_ranks, select
+from mclfast.data.dataset import Dataset
 from mclfast.data.feed import TrainingFeed
-from mclfast.data.sampler import BalancedSampler, ShuffleSampler
-from mclfast.data.source import ImageSource
-from mclfast.evaluate import cohort_accuracy, evaluation_mode, peer_logits
-from mclfast.export import export_backbone
+from mclfast.data.subsets import hold_out
+from mclfast.device import select_device
+from mclfast.evaluate import CohortAccuracy, cohort_accuracy, evaluation_mode, peer_logits
+from mclfast.export import describe, export_backbone
+from mclfast.finite import all_finite
 from mclfast.meta import bilevel_gradient
-from mclfast.methods import Method, method_class
-from mclfast.models.staged import StagedNetwork
+from mclfast.methods import Method
+from mclfast.models.staged import class_name
 from mclfast.moving_average import frozen_copy, update_average
 from mclfast.offload import PeerOffload, check_method
+from mclfast.progress import progress_bar
+from mclfast.run_parts import load_images, make_parts, make_sampler, make_sgd
+from mclfast.run_result import RunResult, result_of
+from mclfast.run_state import EpochSoFar, Identity, Parts, Place, data_facts
 from mclfast.schedule import learning_rate
-from mclfast.topology import topology
 from mclfast.types import Batch, Setup
-
-CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.yaml", "metrics.csv"
-RESULT, CURVES, ENVIRONMENT = "result.json", "curves.png", "environment.json"
-#: Where a run computes, and where its data lie, may change; what it computes may not.
-FREE_SETTINGS = frozenset(
-    {
-        "device", "memory", "offload", "checkpoint_every", "eval_batch_size", "data_root",
-        "workers", "channels_last", "compile_peers", "cuda_graphs", "peers_parallel",
-    }  # fmt: skip
-)
-
-# Values of a part of _finite_sum.
-_SUM_AT_A_TIME = 2**22
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run reached.
-
-    Attributes:
-        peers: final test accuracy in percent of each peer's own classifier, at the last epoch.
-        ensemble: of the mean of the peers' logits, at the last epoch.
-        published_protocol: best accuracy of any classifier of any peer at any epoch on the test
-            set, as the published code reports it. It selects on the test set: for comparison only.
-        seconds: training and evaluation time, over all resumed parts.
-        history: one record per epoch.
-    """
-
-    peers: tuple[float, ...]
-    ensemble: float
-    published_protocol: float
-    seconds: float
-    history: list[dict[str, float]]
-
-
-@dataclass
-class EpochSoFar:
-    """What a checkpoint within an epoch keeps of it; empty between epochs.
-
-    Attributes:
-        totals: sums of the loss and its parts over the steps done, each 0-dim.
-        seconds: time taken.
-    """
-
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 def train(
@@ -97,17 +50,6 @@ def train(
 ) -> RunResult:
     """Builds everything that a config names and trains it, from the last checkpoint if any."""
     return build(config, run_dir).fit(progress=progress)
-
-
-def load_images(config: TrainConfig) -> Dataset:
-    """The data set that a config names."""
-    return load_data(
-        config.data,
-        root=config.data_root,
-        train_per_class=config.train_per_class,
-        image_size=config.image_size,
-        workers=config.workers,
-    )
 
 
 def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
@@ -120,29 +62,6 @@ def assemble(data: Dataset, config: TrainConfig, run_dir: Path | str | None = No
     torch.manual_seed(config.seed)
     cohort, method = make_parts(config, data)
     return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)
-
-
-def make_parts(config: TrainConfig, data: Dataset) -> tuple[Cohort, Method]:
-    """The cohort and the method of a config, for the classes and channels of a data set."""
-    cls = method_class(config.method)
-    networks = [
-        models.create(name, num_classes=data.num_classes, in_channels=data.in_channels)
-        for name in config.cohort
-    ]
-    cohort = Cohort(
-        networks,
-        auxiliary_heads=cls.auxiliary_heads,
-        projection_dim=config.projection_dim if cls.projections else None,
-        projection=cls.projection_kind(config.options),
-        topology=topology(
-            config.topology,
-            len(networks),
-            len(networks[0].stages),
-            split_stage=config.split_stage,
-            rescale_gradients=cls.rescale_gradients,
-        ),
-    )
-    return cohort, cls(cohort.feature_dims, config.options)
 
 
 class Trainer:
@@ -185,17 +104,19 @@ class Trainer:
                 f"sampler: expected shuffle for method {config.method}, which uses no labels, "
                 "got balanced"
             )
+
         self.config = config
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = select_device(config.device)
         self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
         self.cohort = cohort
         if config.offload == "peers":
-            check_method(method, config.bilevel_every)
+            check_method(method)
             PeerOffload(cohort, self.device)
         else:
             cohort.to(self.device)
         throughput.arrange(self.cohort, config, self.device)
+
         self.method = method
         self.method.check_device(self.device)
         self.method.prepare(
@@ -213,12 +134,14 @@ class Trainer:
         if self.average is not None:
             self.average.train(method.teacher_mode == "train")
         self.mean_images = None if method.supervised else class_mean_images(self.data)
+
         #: Where the weights come from, where not from the seed; kept with the settings, so that no
         #: run of other weights goes on with this one.
         self.origin: dict[str, str] = {}
         self.own_parts = network_names is None
         self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
-        self.sampler = self._sampler()
+
+        self.sampler = make_sampler(config, self.data.train, self.data.num_classes)
         self.feed = TrainingFeed(
             self.data,
             device=self.device,
@@ -227,6 +150,7 @@ class Trainer:
             views={"one": 1, "per_peer": len(self.cohort.peers), "query_key": 2}[method.views],
             contrastive=method.augmentation(),
         )
+
         self.history: list[dict[str, float]] = []
         self.step = 0
         self._so_far = EpochSoFar()
@@ -235,10 +159,11 @@ class Trainer:
         meta = self.method.meta_parameters()
         groups = [{"params": list(self.cohort.parameters())}, *self.method.parameter_groups()]
         self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = self._sgd(groups)
-        self.meta_optimizer = self._sgd(meta) if meta else None
+        self.optimizer = make_sgd(config, groups)
+        self.meta_optimizer = make_sgd(config, meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+
         self.compute: Gradients = self._gradients
         self.memory, self.memory_reason = memory_modes.resolve(config, self)
         self.runner = memory_modes.runner(self)
@@ -257,28 +182,6 @@ class Trainer:
             )
         return outputs
 
-    def _sampler(self) -> BalancedSampler | ShuffleSampler:
-        c, images = self.config, self.data.train
-        if c.sampler == "shuffle":
-            return ShuffleSampler(len(images), batch_size=c.batch_size, seed=c.seed)
-        return BalancedSampler(
-            images.labels,
-            batch_size=c.batch_size,
-            images_per_class=c.images_per_class,
-            num_classes=self.data.num_classes,
-            seed=c.seed,
-        )
-
-    def _sgd(self, parameters: list[Any]) -> torch.optim.SGD:
-        c = self.config
-        return torch.optim.SGD(
-            parameters,
-            lr=c.lr,
-            momentum=c.momentum,
-            nesterov=c.nesterov,
-            weight_decay=c.weight_decay,
-        )
-
     def fit(self, *, progress: bool = True, stop_after: int | None = None) -> RunResult:
         """Trains to the last epoch, from the checkpoint in ``run_dir`` if there is one.
 
@@ -290,12 +193,17 @@ class Trainer:
             FloatingPointError: the loss became infinite or NaN; the last checkpoint stays.
         """
         if self.run_dir is not None:
-            self._start_run_dir(self.run_dir)
+            self._resume_or_start(self.run_dir)
         if stop_after is not None and stop_after < 1:
             raise ValueError(f"stop_after: expected an integer >= 1 or None, got {stop_after!r}")
         first = len(self.history)
         last = self.config.epochs if stop_after is None else first + stop_after
-        bar = self._progress_bar(progress)
+        bar = progress_bar(
+            f"{self.config.method} seed {self.config.seed}",
+            steps=self.config.epochs * len(self.sampler),
+            done=self.step,
+            shown=progress,
+        )
         try:
             for epoch in range(first, min(last, self.config.epochs)):
                 self._started = time.perf_counter() - self._so_far.seconds
@@ -309,14 +217,22 @@ class Trainer:
                     f"loss {record['train_loss']:.3g}, test {record['acc_mean']:.1f} %"
                 )
                 if self.run_dir is not None:
-                    metrics.write_csv(self.run_dir / METRICS, self.history)
-                    checkpoint.save(self.run_dir / CHECKPOINT, self.state())
+                    run_folder.write_epoch(self.run_dir, self.history, self.state())
         finally:
             bar.close()
-        result = self._result()
+        result = result_of(self.history, len(self.cohort.peers))
         if self.run_dir is not None and len(self.history) == self.config.epochs:
-            self._finish_run_dir(self.run_dir, result)
+            self._finish(self.run_dir, result)
         return result
+
+    def _resume_or_start(self, run_dir: Path) -> None:
+        path = run_dir / run_folder.CHECKPOINT
+        if path.exists():
+            # In host memory: beside the modules, a second copy of the banks may not fit the GPU.
+            self.load_state(checkpoint.load(path))
+            return
+        memory = {"mode": self.memory, "reason": self.memory_reason}
+        run_folder.write_start(run_dir, self._identity().settings, memory)
 
     def _train_epoch(self, epoch: int, bar: Any) -> dict[str, float]:
         c = self.config
@@ -349,27 +265,6 @@ class Trainer:
         return {
             "epoch": epoch + 1, "step": self.step, "lr": lr, **means, **self.feed.throughput()
         }  # fmt: skip
-
-    def _save_within_epoch(self, done: int) -> None:
-        if self.run_dir is None:
-            return
-        self._check_finite(float(self._so_far.totals["loss"]) / done)
-        self._so_far.seconds = time.perf_counter() - self._started
-        checkpoint.save(self.run_dir / CHECKPOINT, self.state())
-
-    def _check_finite(self, loss: float) -> None:
-        """Raises before weights that are not finite get into a checkpoint."""
-        self._wait()
-        # The last step shows in no loss yet.
-        tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
-        sums = torch.stack([_finite_sum(t).to(self.device) for t in tensors])
-        if not (math.isfinite(loss) and bool(sums.isfinite().all())):
-            epoch = len(self.history)
-            raise FloatingPointError(
-                f"lr: expected a finite loss and weights, got loss {loss} in epoch {epoch + 1}; "
-                "try a smaller learning rate or clip_grad_norm "
-                f"(lr was {learning_rate(self.config, epoch):.3g})"
-            )
 
     def _tell_held_out(self) -> None:
         if self.held_out is None:
@@ -456,75 +351,78 @@ class Trainer:
         self.meta_optimizer.zero_grad(set_to_none=True)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of mixed precision that forward runs and losses are computed in."""
-        """The context of forward runs: mixed precision where the config asks for it."""
+        """The context that forward runs and losses are computed in: mixed precision if set."""
         if self.config.amp == "off":
             return nullcontext()
         dtype = torch.bfloat16 if self.config.amp == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
 
-    def _evaluate(self) -> dict[str, float]:
-        self.method.eval()
-        if self.mean_images is not None:
-            size = self.config.eval_batch_size
-            set_class_means(self.cohort, self.mean_images, self.data, batch_size=size)
-        found = cohort_accuracy(
-            self.cohort,
-            self.data,
-            batch_size=self.config.eval_batch_size,
-            ensemble=self.method.ensemble,
-        )
-        best = max([found.best_head, *(row["acc_best_head_so_far"] for row in self.history[-1:])])
-        return {
-            **{f"acc_peer{i}": accuracy for i, accuracy in enumerate(found.peers)},
-            "acc_mean": sum(found.peers) / len(found.peers),
-            "acc_ensemble": found.ensemble,
-            "acc_best_head_so_far": best,
-        }
+    def _save_within_epoch(self, done: int) -> None:
+        if self.run_dir is None:
+            return
+        self._check_finite(float(self._so_far.totals["loss"]) / done)
+        self._so_far.seconds = time.perf_counter() - self._started
+        checkpoint.save(self.run_dir / run_folder.CHECKPOINT, self.state())
 
-    def state(self) -> dict[str, Any]:
-        """Everything that training changes, as tensors and plain values."""
+    def _check_finite(self, loss: float) -> None:
+        """Raises before weights that are not finite get into a checkpoint."""
         self._wait()
-        return {
-            "settings": self._settings(),
-            "data": self._data_facts(),
-            "cohort": self.cohort.state_dict(),
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "meta_optimizer": self.meta_optimizer.state_dict() if self.meta_optimizer else None,
-            "own_optimizers": {k: o.state_dict() for k, o in self.method.own_optimizers().items()},
-            "average": self.average.state_dict() if self.average is not None else None,
-            "scaler": self.scaler.state_dict(),
-            "rng": checkpoint.rng_state(),
-            "step": self.step,
-            "epoch_so_far": asdict(self._so_far),
-            "history": self.history,
-        }
+        # The last step shows in no loss yet.
+        tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
+        if not (math.isfinite(loss) and all_finite(tensors, self.device)):
+            epoch = len(self.history)
+            raise FloatingPointError(
+                f"lr: expected a finite loss and weights, got loss {loss} in epoch {epoch + 1}; "
+                "try a smaller learning rate or clip_grad_norm "
+                f"(lr was {learning_rate(self.config, epoch):.3g})"
+            )
 
     def _wait(self) -> None:
         """Until the device has written what it writes to host memory."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _settings(self) -> dict[str, Any]:
-        """The settings by name, with the true names of the networks and of the data."""
-        names = {"cohort": list(self.names), "data": self.data.name}
-        return self.config.to_values() | names | self.origin
+    def _evaluate(self) -> dict[str, float]:
+        self.method.eval()
+        if self.mean_images is not None:
+            size = self.config.eval_batch_size
+            set_class_means(self.cohort, self.mean_images, self.data, batch_size=size)
+        return metrics.accuracies(self._accuracy(), self.history)
 
-    def _data_facts(self) -> dict[str, Any]:
-        """What tells one data set from another, wherever its files lie."""
-        d = self.data
-        facts = {
-            "training images": len(d.train),
-            "test images": len(d.test),
-            "class_names": list(d.class_names),
-            "mean": list(d.mean),
-            "std": list(d.std),
-        }
-        if d.train.fingerprint is not None:
-            # Their numbers mean the same images only while these are the same files.
-            facts["training files"] = d.train.fingerprint
-        return facts
+    def _accuracy(self) -> CohortAccuracy:
+        return cohort_accuracy(
+            self.cohort,
+            self.data,
+            batch_size=self.config.eval_batch_size,
+            ensemble=self.method.ensemble,
+        )
+
+    def _finish(self, run_dir: Path, result: RunResult) -> None:
+        title = f"{self.config.method} on {self.data.name}, seed {self.config.seed}"
+        run_folder.write_result(run_dir, result, self.names, title)
+        for i in range(len(self.cohort.peers)):
+            self.export(i, run_dir / f"peer{i}")
+
+    def export(self, peer: int, folder: Path) -> Path:
+        """Writes one peer's bare backbone, see :func:`mclfast.export.export_backbone`."""
+        self._wait()
+        backbone = self.cohort.peers[peer].backbone
+        description = describe(
+            backbone,
+            self.data,
+            self.config,
+            own_parts=self.own_parts,
+            epochs=len(self.history),
+            accuracy=self.history[-1][f"acc_peer{peer}"] if self.history else None,
+        )
+        network = None if self.own_parts else self.names[peer]
+        return export_backbone(backbone, folder, network=network, description=description)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training changes, as tensors and plain values."""
+        self._wait()
+        place = Place(self.step, self._so_far, self.history)
+        return run_state.gather(self._identity(), self._stateful(), place)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continues from what :meth:`state` gave.
@@ -532,152 +430,22 @@ class Trainer:
         Raises:
             ValueError: the state is of other settings, other data or other networks.
         """
-        try:
-            for kind, mine in (("settings", self._settings()), ("data", self._data_facts())):
-                for name, value in state[kind].items():
-                    if name not in FREE_SETTINGS and mine.get(name) != value:
-                        want, got = (shortened(repr(v), 80) for v in (value, mine.get(name)))
-                        raise ValueError(
-                            f"{name}: expected {want} as in the checkpoint being resumed, got {got}"
-                        )
-            self.cohort.load_state_dict(state["cohort"])
-            self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.meta_optimizer:
-                self.meta_optimizer.load_state_dict(state["meta_optimizer"])
-            for name, optimizer in self.method.own_optimizers().items():
-                optimizer.load_state_dict(state["own_optimizers"][name])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.scaler.load_state_dict(state["scaler"])
-            checkpoint.set_rng_state(state["rng"])
-            self.step, self.history = state["step"], state["history"]
-            # Older checkpoints were written between epochs only.
-            so_far = EpochSoFar(**state.get("epoch_so_far", {}))
-            totals = {name: total.to(self.device) for name, total in so_far.totals.items()}
-            self._so_far = replace(so_far, totals=totals)
-        except (KeyError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"checkpoint: expected the state of these networks and this method, got: {reason}"
-            ) from None
+        self._wait()
+        place = run_state.restore(state, self._identity(), self._stateful(), self.device)
+        self.step, self._so_far, self.history = place
 
-    def _start_run_dir(self, run_dir: Path) -> None:
-        import yaml
+    def _stateful(self) -> Parts:
+        """What holds the tensors of the run."""
+        return {
+            "cohort": self.cohort,
+            "method": self.method,
+            "optimizer": self.optimizer,
+            "meta_optimizer": self.meta_optimizer,
+            "own_optimizers": self.method.own_optimizers(),
+            "average": self.average,
+            "scaler": self.scaler,
+        }
 
-        if (run_dir / CHECKPOINT).exists():
-            # In host memory: beside the modules, a second copy of the banks may not fit the GPU.
-            self.load_state(checkpoint.load(run_dir / CHECKPOINT))
-            return
-        write_text(run_dir / CONFIG, yaml.safe_dump(self._settings(), sort_keys=False))
-        memory = {"mode": self.memory, "reason": self.memory_reason}
-        write_json(run_dir / ENVIRONMENT, env.report_dict() | {"memory": memory})
-
-    def _finish_run_dir(self, run_dir: Path, result: RunResult) -> None:
-        write_json(
-            run_dir / RESULT,
-            {
-                "peers": result.peers,
-                "ensemble": result.ensemble,
-                "published_protocol": result.published_protocol,
-                "seconds": round(result.seconds, 2),
-            },
-        )
-        title = f"{self.config.method} on {self.data.name}, seed {self.config.seed}"
-        plots.run_curves(self.history, self.names, run_dir / CURVES, title)
-        for i in range(len(self.cohort.networks)):
-            self.export(i, run_dir / f"peer{i}")
-
-    def export(self, peer: int, folder: Path) -> Path:
-        """Writes one peer's bare backbone, see :func:`mclfast.export.export_backbone`."""
-        c = self.config
-        return export_backbone(
-            self.cohort.peers[peer].backbone,
-            folder,
-            network=None if self.own_parts else self.names[peer],
-            description={
-                "class": class_name(self.cohort.peers[peer].backbone),
-                "num_classes": self.data.num_classes,
-                "in_channels": self.data.in_channels,
-                "image_size": self.data.image_size,
-                "mean": self.data.mean,
-                "std": self.data.std,
-                "class_names": self.data.class_names,
-                "data": None if self.own_parts else c.data,
-                "data_root": c.data_root,
-                "train_per_class": c.train_per_class,
-                "eval_batch_size": c.eval_batch_size,
-                "method": c.method,
-                "seed": c.seed,
-                "epochs_trained": len(self.history),
-                "accuracy": self.history[-1][f"acc_peer{peer}"] if self.history else None,
-            },
-        )
-
-    def _result(self) -> RunResult:
-        row = self.history[-1]
-        return RunResult(
-            peers=tuple(row[f"acc_peer{i}"] for i in range(len(self.cohort.networks))),
-            ensemble=row["acc_ensemble"],
-            published_protocol=row["acc_best_head_so_far"],
-            seconds=row["seconds"],
-            history=self.history,
-        )
-
-    def _progress_bar(self, shown: bool) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(
-            total=self.config.epochs * len(self.sampler),
-            initial=self.step,
-            disable=not shown,
-            desc=f"{self.config.method} seed {self.config.seed}",
-            unit="step",
-            # A line now and then where there is no terminal to redraw.
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        )
-
-
-def hold_out(data: Dataset, share: float) -> tuple[Dataset, ImageSource | None]:
-    """The data with a share of each class's training images taken out, and those images.
-
-    The split is one for all seeds, as that of the test images.
-    """
-    if share == 0:
-        return data, None
-    labels = data.train.labels
-    ranks = class_ranks(labels, data.num_classes, seed=0).to(labels.device)
-    counts = torch.bincount(labels, minlength=data.num_classes)
-    kept_out = ranks < (share * counts).ceil()[labels]
-    return replace(data, train=select(data.train, ~kept_out)), select(data.train, kept_out)
-
-
-def class_name(backbone: StagedNetwork) -> str:
-    """Class of a network; of the module inside one that ``staged`` adapted."""
-    return type(getattr(backbone, "module", backbone)).__name__
-
-
-def select_device(name: str) -> torch.device:
-    """The device a name stands for; "auto" takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: expected one of {torch.cuda.device_count()} GPUs here, got {name!r}"
-        )
-    return device
-
-
-def _finite_sum(tensor: Tensor) -> Tensor:
-    """A sum of all values in float64 that is not finite where one of them is not; 0-dim.
-
-    In parts: a sum in another dtype copies what it adds up, which a large bank leaves no room for.
-    """
-    parts = tensor.detach().reshape(-1).split(_SUM_AT_A_TIME)
-    return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()
+    def _identity(self) -> Identity:
+        names = {"cohort": list(self.names), "data": self.data.name}
+        return Identity(self.config.to_values() | names | self.origin, data_facts(self.data))

@@ -25,7 +25,9 @@ from mclfast.export import load_backbone
 from mclfast.linear_probe import linear_probe
 from mclfast.methods import method_class
 from mclfast.models.staged import StagedNetwork
-from mclfast.train import RunResult, Trainer, load_images
+from mclfast.run_parts import load_images
+from mclfast.run_result import RunResult
+from mclfast.train import Trainer
 
 Mode = Literal["linear", "finetune"]
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mclfast.train import FREE_SETTINGS, Trainer
+from mclfast.run_state import FREE_SETTINGS
+from mclfast.train import Trainer
 from small_cohort import batches
 
 
@@ -24,6 +25,22 @@ def steps_of(trainer: Trainer, count: int) -> dict[str, Any]:
         for name, p in module.named_parameters()
     }
     return {"losses": losses, "grads": grads, "state": trainer.state()}
+
+
+def meta_gradients(trainer: Trainer, count: int) -> list[Tensor]:
+    """Those of some bilevel steps, each after an ordinary step."""
+    found: list[Tensor] = []
+    assert trainer.meta_optimizer is not None
+    trainer.meta_optimizer.register_step_pre_hook(
+        lambda optimizer, *_: found.extend(
+            p.grad.clone() for group in optimizer.param_groups for p in group["params"]
+        )
+    )
+    torch.manual_seed(5)
+    for images, batch in batches(trainer, count):
+        trainer.train_step(images, batch)
+        trainer.bilevel_step(images, batch, 0.05)
+    return found
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

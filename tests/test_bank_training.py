@@ -13,7 +13,8 @@ from mclfast import Batch, Cohort, checkpoint, reference_bank
 from mclfast.config import TrainConfig
 from mclfast.methods import method_class
 from mclfast.normalize import unit_norm
-from mclfast.train import CHECKPOINT, Trainer, build
+from mclfast.run_folder import CHECKPOINT
+from mclfast.train import Trainer, build
 from mclfast.types import Setup
 
 pytestmark = pytest.mark.usefixtures("backend")

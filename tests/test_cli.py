@@ -406,8 +406,9 @@ def test_damaged_files_of_a_run(run_dir, capsys):
     for command in (["export", run_dir], ["train", "--resume", run_dir, "--no-progress"]):
         assert error_of(capsys, *command).startswith("checkpoint: expected an intact file")
     (run_dir / "config.yaml").write_text("a: [")
-    for command in (["export", run_dir], ["train", "--resume", run_dir]):
-        assert "expected YAML in" in error_of(capsys, *command)
+    for argument, command in (("run_dir", ["export"]), ("resume", ["train", "--resume"])):
+        message = error_of(capsys, *command, run_dir)
+        assert message.startswith(f"{argument}: expected YAML in")
     weights = run_dir / "peer0" / "backbone.safetensors"
     weights.write_bytes(weights.read_bytes()[:999])
     assert error_of(capsys, "eval", run_dir).startswith("export: expected intact weights")

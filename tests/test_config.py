@@ -41,7 +41,7 @@ CHANGED: dict[str, Any] = {
     "warmup_epochs": 4,
     "clip_grad_norm": 2.5,
     "amp": "bf16",
-    "channels_last": True,
+    "channels_last": "off",
     "compile_peers": False,
     "cuda_graphs": True,
     "peers_parallel": "stack",

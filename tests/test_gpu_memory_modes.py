@@ -30,9 +30,22 @@ def test_steps_equal_the_ordinary_ones(case: str, settings: dict[str, Any]):
         assert_same(got[part], want[part], 1e-8)
 
 
+def test_bilevel_steps_with_peers_in_host_memory():
+    found = []
+    for settings in ({}, OFFLOAD):
+        trainer = in_float64(on_gpu("lmcl", bilevel_every=1, **settings))
+        torch.manual_seed(5)
+        for images, batch in batches(trainer, 2):
+            trainer.train_step(images, batch)
+            trainer.bilevel_step(images, batch, 0.05)
+        found.append([p.detach().cpu() for p in trainer.method.meta_parameters()])
+    assert_same(found[1], found[0], 1e-7)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_peers_wait_in_pinned_memory(amp: str):
-    trainer = on_gpu("mcl", amp=amp, **OFFLOAD)
+def test_peers_wait_in_pinned_memory(amp: str, channels_last: bool):
+    trainer = on_gpu("mcl", amp=amp, channels_last=channels_last, **OFFLOAD)
     steps_of(trainer, 2)
     for p in trainer.cohort.parameters():
         assert p.is_pinned()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -88,6 +89,24 @@ def test_graphs_equal_plain_steps(name: str):
     check_same(plain, fast)
 
 
+def test_a_graph_is_recorded_beside_a_thread_that_pins_memory():
+    """As the loader of streamed images does."""
+    ended = threading.Event()
+
+    def pin() -> None:
+        while not ended.is_set():
+            torch.empty(2**20).pin_memory()
+
+    plain, fast = (on_gpu("mcl", cuda_graphs=on) for on in (False, True))
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        check_same(plain, fast)
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_graphs_with_bilevel_steps_and_a_falling_learning_rate():
     settings = {"epochs": 3, "bilevel_every": 2, "matcher_dim": 8}
     plain, fast = (on_gpu("lmcl", cuda_graphs=on, **settings) for on in (False, True))
@@ -105,7 +124,7 @@ def test_peers_in_parallel_equal_separate_ones(way: str, graphs: bool):
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_channels_last_equals_contiguous(amp: str):
-    plain, fast = (on_gpu("lmcl", amp=amp, channels_last=on) for on in (False, True))
+    plain, fast = (on_gpu("lmcl", amp=amp, channels_last=on) for on in ("off", "on"))
     check_same(plain, fast, count=2 if amp == "bf16" else 5)
 
 

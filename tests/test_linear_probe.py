@@ -85,6 +85,26 @@ def test_probe_is_sgd_on_frozen_features():
     assert got == pytest.approx(float(want)) and 40 < got
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"memory": "checkpoint"},
+        {"memory": "sequential"},
+        {"memory": "sequential", "offload": "peers"},
+        {"peers_parallel": "auto"},
+    ],
+    ids=str,
+)
+def test_settings_of_memory_and_speed_give_the_same_classifier(values: dict[str, Any]):
+    found = []
+    for own in ({}, values):
+        trainer = linear_probe(network(), small_data(), settings(epochs=2, **own))
+        trainer.fit(progress=False)
+        found.append(trainer.cohort.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_published_settings():
     config = settings(**published_settings(5))
     rates = [learning_rate(config, epoch) for epoch in range(5)]

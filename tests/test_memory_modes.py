@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equal_states import assert_same, steps_of, tensors
+from equal_states import assert_same, meta_gradients, steps_of, tensors
 from live_memory import peak_of
 from mclfast import checkpoint, methods
 from mclfast.cohort import Cohort, PeerOutputs
 from mclfast.models import staged
-from mclfast.train import CHECKPOINT, Trainer
+from mclfast.run_folder import CHECKPOINT
+from mclfast.run_parts import make_sgd
+from mclfast.train import Trainer
 from mclfast.types import Batch
 from small_cohort import CASES, SmallBlock, batches, in_float64, small_trainer
 
@@ -59,6 +61,20 @@ def test_a_step_equals_the_ordinary_one(case: str, mode: str):
 def test_steps_equal_the_ordinary_ones(case: str, mode: str):
     got = steps_of(in_float64(small_trainer(case, clip_grad_norm=0.5, memory=mode)), 3)
     assert_same(got, ordinary(case, 3), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("topology", "networks"), [("independent", 2), ("shared_stem", 2), ("tree", 3)]
+)
+def test_bilevel_steps_equal_the_ordinary_ones(topology: str, networks: int):
+    """With dropout in what the networks share; they run one at a time in all modes but one."""
+    settings = {"topology": topology, "networks": networks, "bilevel_every": 1}
+    want, got = (
+        meta_gradients(in_float64(small_trainer("lmcl", memory=memory, **settings)), 1)
+        for memory in ("ordinary", "sequential")
+    )
+    assert_same(got, want, 1e-10)
+    assert all(g.abs().max() > 1e-3 for g in want)
 
 
 def gradient_error(found: dict[str, Any], wanted: dict[str, Any]) -> float:
@@ -136,6 +152,23 @@ def test_adapted_networks(mode: str):
     assert_same(run(mode), run("ordinary"), 1e-10)
 
 
+def test_checkpointing_leaves_a_forward_of_an_object_where_it_was():
+    trainer = small_trainer("baseline", memory="checkpoint")
+    block = next(m for m in trainer.cohort.modules() if isinstance(m, SmallBlock))
+    forward, calls = block.forward, []
+
+    def own(x: Tensor) -> Tensor:
+        calls.append(1)
+        return forward(x)
+
+    block.forward = own
+    for step in range(2):
+        trainer.train_step(*batches(trainer, 1)[0])
+        # Forward and backward.
+        assert len(calls) == 2 * (step + 1)
+    assert block.forward is own
+
+
 @pytest.mark.parametrize("own_statistics", [True, False], ids=["spectral-norm", "frozen-norm"])
 @pytest.mark.parametrize("mode", MODES)
 def test_networks_with_buffers_of_other_kinds(mode: str, own_statistics: bool):
@@ -152,7 +185,7 @@ def test_networks_with_buffers_of_other_kinds(mode: str, own_statistics: bool):
                     block.norm.train = lambda _=True: None
                     block.norm.eval()
                     block.norm.running_mean.normal_()
-        trainer.optimizer = trainer._sgd([{"params": list(trainer.cohort.parameters())}])
+        trainer.optimizer = make_sgd(trainer.config, list(trainer.cohort.parameters()))
         return steps_of(in_float64(trainer), 2)
 
     assert_same(run(mode), run("ordinary"), 1e-10)

@@ -23,7 +23,8 @@ from mclfast.data.source import Views
 from mclfast.key_queue import KeyQueue
 from mclfast.methods.moco_mcl import _sums_of_rows, momentum_mcl_sums
 from mclfast.moving_average import frozen_copy, update_average
-from mclfast.train import CHECKPOINT, Trainer, build
+from mclfast.run_folder import CHECKPOINT
+from mclfast.train import Trainer, build
 
 TINY = {
     "method": "moco-mcl", "data": "digits-full", "train_per_class": 8, "cohort": "resnet8,resnet8",

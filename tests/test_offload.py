@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from two_places import DEVICE, HOST, Mixed, offloaded_in_two_places
 
-from equal_states import assert_same, steps_of, tensors
-from mclfast import methods
+from equal_states import assert_same, meta_gradients, steps_of, tensors
+from mclfast import meta, methods, param_vector
+from mclfast._rng import rng_restored
 from mclfast.config import TrainConfig
 from mclfast.export import WEIGHTS
 from mclfast.offload import PeerOffload
+from mclfast.param_vector import ParamVector
 from mclfast.train import Trainer
 from small_cohort import CASES, batches, in_float64, small_trainer
 
@@ -134,12 +138,151 @@ def test_what_excludes_peers_in_host_memory(values: dict[str, Any], message: str
     [
         ("pcl", {"topology": "independent"}, "^offload: expected none .* average .* with PCL"),
         ("moco-mcl", {}, "^offload: expected none .* got peers with MomentumMCL"),
-        ("lmcl", {"bilevel_every": 5}, "^bilevel_every: expected 0 .* got 5 for LayerwiseMCL"),
     ],
 )
 def test_methods_that_need_all_peers_at_a_time(case: str, values: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         small_trainer(case, **values, **OFFLOAD)
+
+
+# ---------------------------------------------------------------- the bilevel step
+
+BILEVEL = {"bilevel_every": 1, "networks": 3}
+
+
+@pytest.mark.parametrize("case", ["lmcl", "lmcl-bank"])
+def test_bilevel_steps_equal_the_ordinary_ones(case: str):
+    want = meta_gradients(in_float64(small_trainer(case, **BILEVEL)), 2)
+    trainer = in_float64(small_trainer(case, **BILEVEL, **OFFLOAD))
+    got = meta_gradients(trainer, 2)
+    assert_same(got, want, 1e-10)
+    assert all(g.abs().max() > 1e-3 for g in want)
+    assert all(p.grad is None for p in trainer.cohort.parameters())
+
+
+def test_a_bilevel_step_has_one_peer_on_the_device(monkeypatch: pytest.MonkeyPatch):
+    waits: list[int] = []
+    monkeypatch.setattr(PeerOffload, "wait", lambda _: waits.append(1))
+    trainer = small_trainer("lmcl", **BILEVEL, **OFFLOAD)
+    count, size = counted(trainer)
+    (images, batch), *_ = batches(trainer, 1)
+    trainer.train_step(images, batch)
+    before = {n: t.clone() for n, t in trainer.cohort.state_dict().items()}
+    homes = [p.data_ptr() for p in trainer.cohort.parameters()]
+    count.most = 0
+    waits.clear()
+    trainer.bilevel_step(images, batch, 0.05)
+    # For the parameters that the step before it sends home.
+    assert waits == [1]
+    assert count.now == 0 and count.most == size
+    assert [p.data_ptr() for p in trainer.cohort.parameters()] == homes
+    assert all(torch.equal(before[n], t) for n, t in trainer.cohort.state_dict().items())
+
+
+def test_random_numbers_are_those_of_all_devices(monkeypatch: pytest.MonkeyPatch):
+    """As if there were two GPUs: the parameters do not say which of them draws."""
+    states = [torch.tensor([1]), torch.tensor([2])]
+    for name, value in (
+        ("is_initialized", lambda: True),
+        ("device_count", lambda: 2),
+        ("get_rng_state", lambda gpu: states[gpu].clone()),
+        ("set_rng_state", lambda state, gpu: states[gpu].copy_(state)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    with rng_restored():
+        states[1] += 5
+        torch.rand(1)
+    assert torch.cat(states).tolist() == [1, 2]
+
+
+def test_nothing_but_copies_comes_from_the_host_to_the_device():
+    trainer = small_trainer("lmcl", **BILEVEL, **OFFLOAD)
+    places = offloaded_in_two_places(trainer)
+    (images, batch), *_ = batches(trainer, 1)
+    places.put(DEVICE, (images, batch.labels, batch.index))
+    vectors: list[ParamVector] = []
+
+    class Recorded(ParamVector):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            vectors.append(self)
+
+    with pytest.MonkeyPatch.context() as patch, places:
+        trainer.train_step(images, batch)
+        for module in (meta, param_vector):
+            patch.setattr(module, "ParamVector", Recorded)
+        trainer.bilevel_step(images, batch, 0.05)
+        # The watch sees what is not copied.
+        with pytest.raises(Mixed):
+            trainer.cohort.peers[0](images)
+    # Parameters, momentum, directions and adjoints; zeros that were only read have no place.
+    assert len(vectors) > 10
+    assert {places.place(t) for v in vectors for t in v.tensors} - {None} == {HOST}
+    assert all(places.place(p) == HOST for p in trainer.cohort.parameters())
+    assert all(places.place(p) == DEVICE for p in trainer.method.meta_parameters())
+
+
+def test_a_run_with_bilevel_steps():
+    """In mixed precision too, and with convolutions in another layout."""
+    runs = []
+    for where in ({"memory": "sequential"}, OFFLOAD):
+        settings = {"networks": 2, "epochs": 1, "bilevel_every": 5, "channels_last": True}
+        trainer = small_trainer("lmcl", **settings, **where)
+        trainer.fit(progress=False)
+        runs.append(dict(tensors(trainer.method.state_dict())))
+    for path, value in runs[0].items():
+        torch.testing.assert_close(runs[1][path], value, rtol=1e-3, atol=1e-4, msg=path)
+    trainer = small_trainer("lmcl", networks=2, bilevel_every=1, amp="bf16", **OFFLOAD)
+    assert all(g.isfinite().all() and g.any() for g in meta_gradients(trainer, 1))
+
+
+# ---------------------------------------------------------------- pinned memory, errors
+
+
+def test_parameters_and_momentum_move_to_pinned_memory(monkeypatch: pytest.MonkeyPatch):
+    """As if there were such memory here: a layout, a dtype or a checkpoint brings other memory."""
+    pinned: set[int] = set()
+    empty_like = torch.empty_like
+
+    def allocate(tensor: Tensor, *, pin_memory: bool = False, **where: Any) -> Tensor:
+        result = empty_like(tensor, **where)
+        if pin_memory:
+            pinned.add(result.data_ptr())
+        return result
+
+    monkeypatch.setattr(torch, "empty_like", allocate)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda t: t.data_ptr() in pinned)
+    monkeypatch.setattr(PeerOffload, "_pins", lambda _: True)
+    trainer = small_trainer("baseline", channels_last=True, **OFFLOAD)
+    steps_of(trainer, 1)
+    trainer.load_state(small_trainer("baseline").state())
+    steps_of(trainer, 1)
+    for p in trainer.cohort.parameters():
+        assert p.is_pinned()
+        assert trainer.optimizer.state[p]["momentum_buffer"].is_pinned()
+
+
+def test_a_step_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch):
+    trainer = small_trainer("baseline", **OFFLOAD)
+    (first, second) = batches(trainer, 2)
+    trainer.train_step(*first)
+    state = trainer.optimizer.state
+    own = [p for m in trainer.cohort.peer_modules(0) for p in m.parameters()]
+    before = [(p.detach().clone(), state[p]["momentum_buffer"]) for p in own]
+    values = [buffer.clone() for _, buffer in before]
+    step = torch.optim.SGD.step
+
+    def failing(optimizer: torch.optim.SGD, *args: Any) -> None:
+        if any(p.grad is not None for p in own):
+            step(optimizer, *args)
+            raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(trainer.optimizer, "step", functools.partial(failing, trainer.optimizer))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train_step(*second)
+    for p, (weight, buffer), value in zip(own, before, values, strict=True):
+        assert torch.equal(p, weight)
+        assert state[p]["momentum_buffer"] is buffer and torch.equal(buffer, value)
 
 
 def test_peers_that_share_modules_stay_on_the_device():

@@ -37,7 +37,8 @@ from mclfast.plan.free_memory import _group_rooms, free_memory
 from mclfast.plan.planner import make_plan
 from mclfast.plan.rehearsal import ACTIVATIONS, OPTIMIZER, rehearse
 from mclfast.plan.stand_in import facts, facts_of, stand_in_trainer
-from mclfast.train import ENVIRONMENT, Trainer, build
+from mclfast.run_folder import ENVIRONMENT
+from mclfast.train import Trainer, build
 from small_cohort import batches, small_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -235,8 +236,6 @@ def test_one_peer_at_a_time_more_peers_cost_a_bilevel_step_no_activations(monkey
     [
         ({"method": "pcl", "topology": "shared_stem"}, Choice("sequential", "peers"),
          "topology: expected independent"),
-        ({"method": "lmcl", "bilevel_every": 1}, Choice("sequential", "peers"),
-         "bilevel_every: expected 0 with offload peers"),
         ({"method": "moco-mcl"}, Choice("sequential", "peers"),
          "offload: expected none for a method with a moving average"),
         ({"method": "dml", "peers_parallel": "stack"}, Choice("sequential"),

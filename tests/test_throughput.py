@@ -12,6 +12,7 @@ import pytest
 import torch
 from every_method import METHODS, first_batch, trainer_of
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mclfast import Cohort, cuda_graphs, models, peers_parallel, throughput
 from mclfast.config import TrainConfig
@@ -132,6 +133,46 @@ def test_auto_really_times():
     assert list(alone.ways) == ["off"]
 
 
+def test_auto_goes_on_without_ways_that_fail():
+    told: list[str] = []
+    peers = [p.float() for p in peers_of("resnet8", "resnet8")]
+    for peer in peers:
+        for module in peer.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                # Its forward run reads the number of batches on the host.
+                module.momentum = None
+    x = torch.randn(4, 3, 8, 8)
+    run = peers_parallel.runner("auto", peers, CPU, report=told.append)
+    run(peers, [x, x])
+    assert run.chosen == "off" and "stack fails: vmap" in told[0]
+    assert all(int(b) == 1 for b in peers[0].buffers() if b.dtype == torch.int64)
+    # What is wrong with the networks themselves is an error.
+    run = peers_parallel.runner("auto", peers, CPU, report=told.append)
+    with pytest.raises(RuntimeError, match="channels"):
+        run(peers, [x[:, :2]] * 2)
+    assert all(int(b) == 1 for b in peers[0].buffers() if b.dtype == torch.int64)
+
+
+def test_auto_times_each_way_with_its_own_casts():
+    peers = [p.float() for p in peers_of("resnet8", "resnet8")]
+    x = torch.randn(4, 3, 8, 8)
+    casts = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            with CountCasts() as count:
+                peers_parallel._timed(separate, peers, [x, x])
+            casts.append(count.casts)
+    assert casts[0] == casts[1] > 0
+
+
+class CountCasts(TorchDispatchMode):
+    casts = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.casts += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -161,7 +202,7 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], message: str):
 
 
 def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
-    plain, fast = (doubled(trainer_of("mcl", channels_last=on)) for on in (False, True))
+    plain, fast = (doubled(trainer_of("mcl", channels_last=on)) for on in ("off", "on"))
     for trainer in (plain, fast):
         images, batch = first_batch(trainer)
         outputs, _ = trainer._gradients(images.double(), batch)
@@ -176,10 +217,23 @@ def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
     weight = fast.cohort.peers[0].backbone.layer2[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     # A checkpoint of one layout fits the other.
-    fast.load_state(trainer_of("mcl").state())
+    fast.load_state(trainer_of("mcl", channels_last="off").state())
     assert weight.is_contiguous(memory_format=torch.channels_last)
     exported = load_backbone(fast.export(0, tmp_path)).network
     assert torch.equal(exported.layer2[0].conv1.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "amp", "wanted"),
+    [
+        ("auto", "cpu", "off", True), ("auto", "cpu", "bf16", True),
+        ("auto", "cuda", "off", False), ("auto", "cuda", "bf16", True),
+        ("on", "cuda", "off", True), ("off", "cpu", "off", False),
+    ],
+)  # fmt: skip
+def test_where_channels_last_is_the_default(setting: str, device: str, amp: str, wanted: bool):
+    config = TrainConfig.from_values({"channels_last": setting, "amp": amp})
+    assert throughput.wants_channels_last(config, torch.device(device)) == wanted
 
 
 # ---------------------------------------------------------------- compiled peers
@@ -339,7 +393,7 @@ def same_modules(plain: Trainer, fast: Trainer, tolerance: float) -> None:
 
 def test_settings_of_speed_may_change_between_the_parts_of_a_run():
     slow = trainer_of("dml").state()
-    trainer_of("dml", peers_parallel="stack", channels_last=True).load_state(slow)
+    trainer_of("dml", peers_parallel="stack", channels_last="on").load_state(slow)
 
 
 def test_bilevel_steps_and_evaluation_run_plainly():

@@ -21,21 +21,15 @@ from mclfast.cohort import Cohort
 from mclfast.config import TrainConfig
 from mclfast.data import Dataset, ImageSet
 from mclfast.data.augment import prepare
+from mclfast.device import select_device
 from mclfast.evaluate import accuracy, cohort_accuracy
+from mclfast.finite import finite_sum
 from mclfast.meta import bilevel_gradient
 from mclfast.methods import Method, method_class
 from mclfast.models import StagedNetwork, staged
+from mclfast.run_folder import CHECKPOINT, METRICS, RESULT
 from mclfast.schedule import learning_rate
-from mclfast.train import (
-    CHECKPOINT,
-    METRICS,
-    RESULT,
-    Trainer,
-    _finite_sum,
-    build,
-    select_device,
-    train,
-)
+from mclfast.train import Trainer, build, train
 from mclfast.types import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -654,19 +648,19 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 6, 9])
 def test_finite_sums_find_every_value(monkeypatch, value, place):
-    monkeypatch.setattr("mclfast.train._SUM_AT_A_TIME", 3)
+    monkeypatch.setattr("mclfast.finite._SUM_AT_A_TIME", 3)
     # In its own dtype the sum of the largest values would be infinite.
     tensor = torch.full((2, 5), torch.finfo(torch.float16).max, dtype=torch.float16)
-    assert _finite_sum(tensor).isfinite()
+    assert finite_sum(tensor).isfinite()
     tensor.view(-1)[place] = value
-    assert not _finite_sum(tensor).isfinite()
-    assert _finite_sum(torch.zeros(0)) == 0 and _finite_sum(torch.tensor(7)) == 7
+    assert not finite_sum(tensor).isfinite()
+    assert finite_sum(torch.zeros(0)) == 0 and finite_sum(torch.tensor(7)) == 7
 
 
 def test_the_check_of_a_large_bank_needs_no_memory():
     bank = torch.zeros(1, 500_000, 128, dtype=torch.bfloat16)
     # A sum of the whole in float64 would copy it at four times its size.
-    assert peak.measure(lambda: _finite_sum(bank)) < bank.nbytes
+    assert peak.measure(lambda: finite_sum(bank)) < bank.nbytes
 
 
 def test_classes_of_cohort_and_data_must_agree():

@@ -1,4 +1,4 @@
-// Interface between the torch-facing files (mcl_ops.cpp, bank_ops.cpp) and the numeric kernels.
+// Interface between the torch-facing files (mcl_ops.cpp, bank_ops.cpp, norm_ops.cpp) and the numeric kernels.
 //
 // The kernels are compiled once per instruction set, so they see raw pointers only: an inline
 // function of a torch or standard container header compiled for AVX-512 could be the copy that the
@@ -159,6 +159,25 @@ struct SampleContrast {
   int64_t* negatives; // [B, K]
 };
 
+// Batch normalisation with a tangent; x, x_t, y and y_t are [outer, channels, inner], the statistics
+// [channels]. weight_t, bias_t and also weight and bias may be nullptr: zero, or one for weight.
+template <class T> struct DualNorm {
+  int64_t outer, channels, inner;
+  double eps;
+  const T *x, *x_t;
+  const T *weight, *weight_t, *bias, *bias_t;
+  T *y, *y_t;
+  T *mean, *var, *rstd, *mean_t;
+  T* q; // mean of (x - mean) rstd x_t
+};
+
+template <class T> struct DualNormGrad {
+  int64_t outer, channels, inner;
+  const T *g, *g_t; // of y, y_t
+  const T *x, *x_t, *weight, *weight_t, *mean, *rstd, *mean_t, *q;
+  T *g_x, *g_x_t, *g_weight, *g_bias;
+};
+
 struct Kernels {
   const char* name;
   void (*mcl_rows_float)(const MclRows<float>&, Mode);
@@ -172,6 +191,10 @@ struct Kernels {
   void (*bank_update_float)(const BankUpdate<float>&);
   void (*bank_update_double)(const BankUpdate<double>&);
   void (*sample_contrast)(const SampleContrast&);
+  void (*dual_batch_norm_float)(const DualNorm<float>&);
+  void (*dual_batch_norm_double)(const DualNorm<double>&);
+  void (*dual_batch_norm_backward_float)(const DualNormGrad<float>&);
+  void (*dual_batch_norm_backward_double)(const DualNormGrad<double>&);
 };
 
 // One per instruction set; nullptr where the compiler or the architecture has none.

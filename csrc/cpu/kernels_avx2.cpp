@@ -31,7 +31,10 @@ const Kernels* kernels_avx2() {
                                avx2::bank_rows<float>, avx2::bank_rows<double>,
                                avx2::bank_nce<float>, avx2::bank_nce<double>,
                                avx2::bank_update<float>, avx2::bank_update<double>,
-                               avx2::sample_contrast};
+                               avx2::sample_contrast,
+                               avx2::dual_batch_norm<float>, avx2::dual_batch_norm<double>,
+                               avx2::dual_batch_norm_backward<float>,
+                               avx2::dual_batch_norm_backward<double>};
   return &kernels;
 }
 

@@ -32,7 +32,10 @@ const Kernels* kernels_avx512() {
                                avx512::bank_rows<float>, avx512::bank_rows<double>,
                                avx512::bank_nce<float>, avx512::bank_nce<double>,
                                avx512::bank_update<float>, avx512::bank_update<double>,
-                               avx512::sample_contrast};
+                               avx512::sample_contrast,
+                               avx512::dual_batch_norm<float>, avx512::dual_batch_norm<double>,
+                               avx512::dual_batch_norm_backward<float>,
+                               avx512::dual_batch_norm_backward<double>};
   return &kernels;
 }
 

@@ -14,7 +14,10 @@ const Kernels* kernels_default() {
                                baseline::bank_rows<float>, baseline::bank_rows<double>,
                                baseline::bank_nce<float>, baseline::bank_nce<double>,
                                baseline::bank_update<float>, baseline::bank_update<double>,
-                               baseline::sample_contrast};
+                               baseline::sample_contrast,
+                               baseline::dual_batch_norm<float>, baseline::dual_batch_norm<double>,
+                               baseline::dual_batch_norm_backward<float>,
+                               baseline::dual_batch_norm_backward<double>};
   return &kernels;
 }
 

@@ -40,6 +40,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 #include "bank_nce.h"
 #include "bank_update.h"
 #include "philox.h"
+#include "dual_batch_norm.h"
 
 } // namespace MCLFAST_CAPABILITY
 } // namespace mclfast::cpu

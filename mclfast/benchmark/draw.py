@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 # Colour-blind safe (Okabe and Ito), with a marker each: lines stay apart in grey too.
 EAGER, FUSED, SPARE = ("#555555", "o"), ("#009E73", "D"), ("#0072B2", "v")
+COMPILED = ("#E69F00", "s")
 _STYLES = {
     "eager": EAGER,
-    "compiled": ("#E69F00", "s"),
+    "compiled": COMPILED,
     "reference": ("#56B4E9", "^"),
     "cpu-rows": SPARE,
     "cpu-fused": FUSED,

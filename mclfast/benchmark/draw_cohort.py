@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mclfast._files import replacing
-from mclfast.benchmark.draw import EAGER, FUSED, SPARE, machine
+from mclfast.benchmark.draw import COMPILED, EAGER, FUSED, SPARE, machine
 from mclfast.benchmark.train_step import PUBLISHED, Row
 
 # Name in the legend, colour and marker; those of the losses' pictures for the same things.
 _LINES = {
     PUBLISHED: ("plain loop", *EAGER),
-    "ours": ("fused loss alone", *SPARE),
-    "sequential": ("peer-sequential", *FUSED),
+    "contiguous": ("fused loss alone", *SPARE),
+    "ours": ("ours as it comes", *COMPILED),
+    "sequential": ("ours, peer-sequential", *FUSED),
 }
 
 

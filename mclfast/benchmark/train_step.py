@@ -32,7 +32,8 @@ PUBLISHED = "published"
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "sequential": {"memory": "sequential"},
-    "channels_last": {"channels_last": True},
+    "contiguous": {"channels_last": "off"},
+    "channels_last": {"channels_last": "on"},
     "compiled": {"compile_peers": True},
     "stack": {"peers_parallel": "stack"},
 }

@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mclfast.commands.parser import OneLineParser
-from mclfast.commands.settings import add_settings, dashed, value_too_many
+from mclfast.commands.settings import dashed, given_settings
 
 if TYPE_CHECKING:
     from mclfast.compare.plan import Plan
     from mclfast.compare.runner import Run
 
 HELP = "train several methods with several seeds and report them side by side"
+
+# Settings that differ between the runs of a comparison.
+_OF_EACH_RUN = {"method", "seed"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,36 +77,22 @@ def _settings(
     known: argparse.Namespace, rest: list[str], defaults: dict[str, Any]
 ) -> dict[str, Any]:
     """The settings of all methods given on the command line; ``defaults`` are shown in the help."""
-    from mclfast._settings import field_types
     from mclfast.config import TrainConfig
 
-    parser = OneLineParser(
-        prog="mclfast compare", add_help=False, parents=[known.parser], allow_abbrev=False,
-        conflict_handler="resolve", description=known.parser.description,
-        argument_default=argparse.SUPPRESS,
+    return given_settings(
+        known, rest, {"settings of all methods": TrainConfig}, defaults,
+        unknown_flag=_unknown_flag, leave_out=_OF_EACH_RUN,
     )  # fmt: skip
-    own = ("method", "seed")
-    add_settings(parser, "settings of all methods", TrainConfig, defaults, leave_out=own)
-    if known.help:
-        parser.print_help()
-        parser.exit(0)
-    given, unknown = parser.parse_known_args(rest)
-    types = field_types(TrainConfig)
-    if unknown:
-        raise _not_understood(rest, unknown, types)
-    return {name: value for name, value in vars(given).items() if name in types}
 
 
-def _not_understood(rest: list[str], unknown: list[str], types: dict[str, Any]) -> ValueError:
+def _unknown_flag(flag: str) -> ValueError:
     from mclfast._checks import unknown_name
     from mclfast._settings import field_types
+    from mclfast.config import TrainConfig
     from mclfast.methods import available, method_class
 
-    flags = [a.removeprefix("--").partition("=")[0] for a in unknown if a.startswith("--")]
-    if not flags:
-        return value_too_many(rest, unknown, types)
-    flag, name = flags[0], flags[0].replace("-", "_")
-    if name in ("method", "seed"):
+    name = flag.replace("-", "_")
+    if name in _OF_EACH_RUN:
         return ValueError(f"{name}: expected --{name}s in a comparison, got --{name}")
     owners = [m for m in available() if name in field_types(method_class(m).Options)]
     if owners:
@@ -112,7 +100,8 @@ def _not_understood(rest: list[str], unknown: list[str], types: dict[str, Any]) 
             f"{flag}: expected a setting of all methods, got one of method "
             f"{' or '.join(owners)}; use --set {owners[0]}.{name}=X"
         )
-    return unknown_name("setting", flag, map(dashed, types.keys() - {"method", "seed"}))
+    known = field_types(TrainConfig).keys() - _OF_EACH_RUN
+    return unknown_name("setting", flag, map(dashed, known))
 
 
 def _default_folder(plan: Plan) -> Path:

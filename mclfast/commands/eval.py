@@ -28,9 +28,9 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     from mclfast.data import has_image_size
     from mclfast.data import load as load_data
     from mclfast.data.channels import with_channels
+    from mclfast.device import select_device
     from mclfast.evaluate import accuracy
     from mclfast.export import DESCRIPTION, load_backbone
-    from mclfast.train import select_device
 
     device = select_device(known.device)
     folders = [known.path]

@@ -16,13 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
-    from mclfast import checkpoint, recipe
+    from mclfast import checkpoint
     from mclfast.config import TrainConfig
-    from mclfast.train import CHECKPOINT, CONFIG, build
+    from mclfast.run_folder import CHECKPOINT, read_settings
+    from mclfast.train import build
 
-    if not (known.run_dir / CONFIG).is_file():
-        raise FileNotFoundError(f"run_dir: expected a run with {CONFIG} in {known.run_dir}")
-    values = recipe.load(str(known.run_dir / CONFIG)) | {"device": "cpu"}
+    values = read_settings(known.run_dir, "run_dir") | {"device": "cpu"}
     if known.data_root:
         values["data_root"] = known.data_root
     config = TrainConfig.from_values(values)

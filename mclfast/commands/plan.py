@@ -94,9 +94,9 @@ def _device(name: str, memory: str | None) -> tuple[str, int]:
     """Type of the device, which need not be here, and bytes of its memory."""
     import torch
 
+    from mclfast.device import select_device
     from mclfast.plan.free_memory import free_memory
     from mclfast.plan.sizes import parse_bytes
-    from mclfast.train import select_device
 
     limit = None if memory is None else parse_bytes(memory, "device_memory")
     if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():

@@ -4,18 +4,84 @@ from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mclfast.commands.parser import OneLineParser
 
 
-def add_settings(
+def run_settings(
+    known: argparse.Namespace, rest: list[str], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of a run given on the command line; which exist depends on the method.
+
+    Args:
+        known: the arguments of the command read so far.
+        rest: those that are left.
+        values: settings of the recipe or of the run resumed, shown as defaults.
+    """
+    from mclfast.config import TrainConfig, unknown_setting
+    from mclfast.methods import method_class
+
+    first = OneLineParser(prog=f"mclfast {known.command}", add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default=values.get("method", TrainConfig.method))
+    method = first.parse_known_args(rest)[0].method
+    groups = {
+        "settings": TrainConfig,
+        f"settings of the method {method}": method_class(method).Options,
+    }
+    return given_settings(
+        known, rest, groups, values,
+        unknown_flag=lambda flag: unknown_setting("setting", flag, method, spell=dashed),
+    )  # fmt: skip
+
+
+def given_settings(
+    known: argparse.Namespace,
+    rest: list[str],
+    groups: Mapping[str, type],
+    values: Mapping[str, Any],
+    *,
+    unknown_flag: Callable[[str], ValueError],
+    leave_out: Collection[str] = (),
+) -> dict[str, Any]:
+    """The settings given on the command line, as text; shows the help and leaves if asked for.
+
+    Args:
+        known: the arguments of the command read so far.
+        rest: those that are left.
+        groups: settings dataclasses by the titles of their groups.
+        values: shown in place of the defaults.
+        unknown_flag: the error for an option that there is not, from its name without dashes.
+        leave_out: fields that become no options.
+    """
+    from mclfast._settings import field_types
+
+    parser = OneLineParser(
+        prog=f"mclfast {known.command}", add_help=False, parents=[known.parser],
+        conflict_handler="resolve", allow_abbrev=False, description=known.parser.description,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    types: dict[str, Any] = {}
+    for title, cls in groups.items():
+        _add_settings(parser, title, cls, values, leave_out)
+        types |= field_types(cls)
+    if known.help:
+        parser.print_help()
+        parser.exit(0)
+    given, unknown = parser.parse_known_args(rest)
+    if unknown:
+        flags = [a.removeprefix("--").partition("=")[0] for a in unknown if a.startswith("--")]
+        raise unknown_flag(flags[0]) if flags else _value_too_many(rest, unknown, types)
+    return {name: value for name, value in vars(given).items() if name in types}
+
+
+def _add_settings(
     parser: argparse.ArgumentParser,
     title: str,
     cls: type,
     values: Mapping[str, Any],
-    leave_out: Collection[str] = (),
+    leave_out: Collection[str],
 ) -> None:
     """Adds the fields of a settings dataclass as options, in a group of their own.
 
@@ -41,57 +107,7 @@ def add_settings(
         )
 
 
-def run_settings(
-    known: argparse.Namespace, rest: list[str], values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The settings of a run given on the command line; which exist depends on the method.
-
-    Args:
-        known: the arguments of the command read so far.
-        rest: those that are left.
-        values: settings of the recipe or of the run resumed, shown as defaults.
-    """
-    from mclfast._settings import field_types
-    from mclfast.config import TrainConfig
-    from mclfast.methods import method_class
-
-    first = OneLineParser(prog=f"mclfast {known.command}", add_help=False, allow_abbrev=False)
-    first.add_argument("--method", default=values.get("method", TrainConfig.method))
-    method = first.parse_known_args(rest)[0].method
-    options = method_class(method).Options
-
-    parser = OneLineParser(
-        prog=f"mclfast {known.command}", add_help=False, parents=[known.parser],
-        conflict_handler="resolve", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=known.parser.description, argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
-    add_settings(parser, "settings", TrainConfig, values)
-    add_settings(parser, f"settings of the method {method}", options, values)
-    if known.help:
-        parser.print_help()
-        parser.exit(0)
-    given, unknown = parser.parse_known_args(rest)
-    types = field_types(TrainConfig) | field_types(options)
-    if unknown:
-        raise _not_understood(rest, unknown, types, method)
-    return {k: v for k, v in vars(given).items() if k in types}
-
-
-def _not_understood(
-    rest: list[str], unknown: list[str], types: dict[str, Any], method: str
-) -> ValueError:
-    """The error for arguments that are no settings."""
-    from mclfast.config import unknown_setting
-
-    for argument in unknown:
-        if argument.startswith("--"):
-            flag = argument.removeprefix("--").partition("=")[0]
-            return unknown_setting("setting", flag, method, spell=dashed)
-    return value_too_many(rest, unknown, types)
-
-
-def value_too_many(
+def _value_too_many(
     rest: list[str], unknown: list[str], types: Mapping[str, Any]
 ) -> ValueError:
     """The error for a value that follows another one.

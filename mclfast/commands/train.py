@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mclfast.commands.settings import dashed, run_settings
+from mclfast.commands.run_options import (
+    add_run_options,
+    fit,
+    run_folder_of,
+    settings_to_resume,
+)
+from mclfast.commands.settings import run_settings
+
+if TYPE_CHECKING:
+    from mclfast.config import TrainConfig
+    from mclfast.run_result import RunResult
+    from mclfast.train import Trainer
 
 HELP = "train a cohort, or a lone network"
 
@@ -16,21 +26,18 @@ HELP = "train a cohort, or a lone network"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-h", "--help", action="store_true", help="show all settings and exit")
     parser.add_argument("--recipe", help="name of a recipe, or a YAML file with settings")
-    parser.add_argument("--run-dir", type=Path, help="folder of the run (default: under runs/)")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a run that is already in the folder"
-    )
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_run_options(parser, resume_help="go on with an interrupted run")
 
 
 def run(known: argparse.Namespace, rest: list[str]) -> int:
     from mclfast import recipe
     from mclfast.config import TrainConfig
+    from mclfast.run_folder import remove_old_run
+    from mclfast.train import build
 
     values: dict[str, Any] = {}
     if known.resume:
-        values = settings_to_resume(known, ("recipe", "run_dir", "overwrite"))
+        values = settings_to_resume(known, ("recipe",))
         if "transfer_from" in values:
             raise ValueError(
                 f"resume: expected a run of mclfast train in {known.resume}, got one of "
@@ -40,89 +47,44 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
         values = recipe.load(known.recipe)
     values |= run_settings(known, rest, values)
     config = TrainConfig.from_values(values)
-    run_dir = known.resume or known.run_dir or default_run_dir(config)
-    if not known.resume and not known.overwrite:
-        refuse_old_run(run_dir)
-    return _train_and_report(
-        config, run_dir, replace=not known.resume, progress=not known.no_progress
-    )
-
-
-def settings_to_resume(known: argparse.Namespace, refused: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of the run that ``--resume`` names.
-
-    Args:
-        known: the arguments of the command.
-        refused: those that cannot be given beside it.
-    """
-    from mclfast import recipe
-    from mclfast.train import CONFIG
-
-    for name in refused:
-        if getattr(known, name):
-            given = name if name == "path" else f"--{dashed(name)}"
-            raise ValueError(f"resume: expected no {given} beside --resume, got both")
-    if not (known.resume / CONFIG).is_file():
-        raise FileNotFoundError(f"resume: expected a run with {CONFIG} in {known.resume}")
-    return recipe.load(str(known.resume / CONFIG))
-
-
-def default_run_dir(config: Any) -> Path:
-    """``runs/<data>-<method>-<cohort>-seed<n>``."""
-    # A name of another package has a colon, that of a hub a slash.
-    cohort = "+".join(config.cohort).replace(":", "-").replace("/", "-")
-    return Path("runs") / f"{config.data}-{config.method}-{cohort}-seed{config.seed}"
-
-
-def refuse_old_run(run_dir: Path) -> None:
-    """Raises where there is a run in a folder that a new one is to be written into."""
-    from mclfast.train import CONFIG, RESULT
-
-    if (run_dir / CONFIG).exists():
-        finished = (run_dir / RESULT).exists()
-        remedy = "" if finished else f"--resume {run_dir}, "
-        raise ValueError(
-            f"run_dir: expected a new folder, got {run_dir} with "
-            f"{'a finished' if finished else 'an unfinished'} run; use {remedy}--overwrite or "
-            "another --run-dir"
-        )
-
-
-def remove_old_run(run_dir: Path) -> None:
-    """Removes what a run writes, so that a new one does not mix with it."""
-    from mclfast.export import DESCRIPTION, WEIGHTS
-    from mclfast.train import CHECKPOINT, CONFIG, CURVES, METRICS, RESULT
-
-    for name in (CHECKPOINT, RESULT, CURVES, METRICS, CONFIG):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in (DESCRIPTION, WEIGHTS):
-        for path in run_dir.glob(f"peer*/{name}"):
-            path.unlink()
-
-
-def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bool) -> int:
-    from mclfast.models import parameter_count
-    from mclfast.train import CHECKPOINT, CURVES, METRICS, build
-
+    run_dir = run_folder_of(known, default_name(config))
     trainer = build(config, run_dir)
-    if replace:
+    if not known.resume:
         # Only now: settings that cannot work cost no old run.
         remove_old_run(run_dir)
+    _say_what_is_trained(trainer)
+    result = fit(known, trainer)
+    if result is None:
+        return 130
+    _report(trainer, result, run_dir)
+    return 0
+
+
+def default_name(config: TrainConfig) -> str:
+    """``<data>-<method>-<cohort>-seed<n>``."""
+    # A name of another package has a colon, that of a hub a slash.
+    cohort = "+".join(config.cohort).replace(":", "-").replace("/", "-")
+    return f"{config.data}-{config.method}-{cohort}-seed{config.seed}"
+
+
+def _say_what_is_trained(trainer: Trainer) -> None:
     d = trainer.data
     print(
         f"{d.name}: {len(d.train)} training and {len(d.test)} test images, {d.num_classes} "
         f"classes, {d.in_channels} x {d.image_size} x {d.image_size}; device {trainer.device}"
     )
-    if config.memory == "auto":
+    if trainer.config.memory == "auto":
         print(f"memory {trainer.memory_reason}")
-    try:
-        result = trainer.fit(progress=progress)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: mclfast train --resume {run_dir}", file=sys.stderr)
-        return 130
-    width = max(11, *map(len, config.cohort))
+
+
+def _report(trainer: Trainer, result: RunResult, run_dir: Path) -> None:
+    from mclfast.models import parameter_count
+    from mclfast.run_folder import CHECKPOINT, CURVES, METRICS
+
+    names = trainer.names
+    width = max(11, *map(len, names))
     print(f"peer  {'network':<{width}} parameters  test accuracy (own classifier, last epoch)")
-    for i, (name, peer) in enumerate(zip(config.cohort, trainer.cohort.peers, strict=True)):
+    for i, (name, peer) in enumerate(zip(names, trainer.cohort.peers, strict=True)):
         count = parameter_count(peer.backbone)
         print(f"{i:<5} {name:<{width}} {count:>10,}  {result.peers[i]:.2f} %")
     if len(result.peers) > 1:
@@ -143,7 +105,6 @@ def _train_and_report(config: Any, run_dir: Path, *, replace: bool, progress: bo
     print(f"metrics     {run_dir / METRICS}")
     print(f"checkpoint  {run_dir / CHECKPOINT}")
     print("backbones   " + ", ".join(str(run_dir / f"peer{i}") for i in range(len(result.peers))))
-    return 0
 
 
 def _throughput(row: Mapping[str, float]) -> str:

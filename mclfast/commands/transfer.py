@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
+
+from mclfast.commands.run_options import (
+    add_run_options,
+    fit,
+    run_folder_of,
+    settings_to_resume,
+)
+from mclfast.commands.settings import dashed
 
 HELP = "fine-tune an exported backbone on another data set, or train a linear classifier on it"
 
@@ -26,34 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         help="linear: only a new classifier learns; finetune: all weights do (default: linear)",
     )  # fmt: skip
-    parser.add_argument("--run-dir", type=Path, help="folder of the run (default: under runs/)")
-    parser.add_argument(
-        "--resume", type=Path, metavar="DIR",
-        help="go on with an interrupted run; the backbone it began with must still be there",
-    )  # fmt: skip
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a run that is already in the folder"
+    add_run_options(
+        parser,
+        resume_help="go on with an interrupted run; the backbone it began with must still be there",
     )
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     for name in _SETTINGS:
         parser.add_argument(
-            f"--{name.replace('_', '-')}", metavar="X", default=argparse.SUPPRESS,
+            f"--{dashed(name)}", metavar="X", default=argparse.SUPPRESS,
             help=field_help(TrainConfig)[name],
         )  # fmt: skip
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
-    from mclfast.commands.train import refuse_old_run, remove_old_run
-    from mclfast.train import CURVES, METRICS
+    from mclfast.run_folder import CURVES, METRICS, remove_old_run
     from mclfast.transfer import build_transfer, transfer_config
 
     path, mode, values = _what(known)
     values |= {name: getattr(known, name) for name in _SETTINGS if name in known}
     config = transfer_config(path, mode, values)
     name = f"{config.data}-{mode}-{config.cohort[0]}-seed{config.seed}"
-    run_dir = known.resume or known.run_dir or Path("runs") / name
-    if not known.resume and not known.overwrite:
-        refuse_old_run(run_dir)
+    run_dir = run_folder_of(known, name)
     trainer = build_transfer(path, mode, config, run_dir)
     if not known.resume:
         remove_old_run(run_dir)
@@ -62,10 +61,8 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images, "
         f"{data.num_classes} classes; device {trainer.device}"
     )
-    try:
-        result = trainer.fit(progress=not known.no_progress)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: mclfast transfer --resume {run_dir}", file=sys.stderr)
+    result = fit(known, trainer)
+    if result is None:
         return 130
     print(
         f"{config.cohort[0]} of {path}, {mode}: {result.peers[0]:.2f} % of "
@@ -79,15 +76,13 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
 
 def _what(known: argparse.Namespace) -> tuple[Path, Any, dict[str, Any]]:
     """Exported backbone, mode and settings so far, given or of the run to resume."""
-    from mclfast.commands.train import settings_to_resume
-
     if not known.resume:
         if known.path is None:
             raise ValueError("path: expected the folder of an exported backbone, got none")
         if "data" not in known:
             raise ValueError("data: expected the set to transfer to (--data), got none")
         return known.path, known.mode or "linear", {}
-    values = settings_to_resume(known, ("path", "mode", "run_dir", "overwrite"))
+    values = settings_to_resume(known, ("path", "mode"))
     try:
         return Path(values.pop("transfer_from")), values.pop("transfer_mode"), values
     except KeyError:

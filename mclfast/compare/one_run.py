@@ -20,10 +20,11 @@ import torch
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast._memory import peak_resident
-from mclfast.commands.train import remove_old_run
 from mclfast.config import TrainConfig
+from mclfast.device import select_device
 from mclfast.models import parameter_count
-from mclfast.train import build, select_device
+from mclfast.run_folder import remove_old_run
+from mclfast.train import build
 
 #: Beside the files of every run: what it cost, or why it failed.
 COST, FAILURE = "cost.json", "failure.txt"

@@ -18,7 +18,7 @@ from mclfast.compare.published import Published, published
 from mclfast.compare.runner import Finished, Run
 from mclfast.compare.summary import Summary, summarize, summary_rows, tidy_rows
 from mclfast.config import TrainConfig
-from mclfast.train import FREE_SETTINGS
+from mclfast.run_state import FREE_SETTINGS
 
 TABLE, SUMMARY = "table.csv", "summary.csv"
 REPORT, PAGE = "report.md", "report.html"

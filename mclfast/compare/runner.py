@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mclfast import metrics
 from mclfast._checks import shortened
 from mclfast._files import read_json
 from mclfast.compare.one_run import COST, FAILURE, perform
 from mclfast.compare.plan import Plan
 from mclfast.config import TrainConfig
 from mclfast.recipe import read_yaml
-from mclfast.train import CONFIG, ENVIRONMENT, FREE_SETTINGS, METRICS, RESULT, RunResult
+from mclfast.run_folder import CONFIG, ENVIRONMENT, RESULT, read_result
+from mclfast.run_result import RunResult
+from mclfast.run_state import differences
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +75,9 @@ def changed(runs: Sequence[Run], *, overwrite: bool) -> set[Path]:
         if not (run.folder / CONFIG).is_file():
             continue
         before, now = read_yaml(run.folder / CONFIG, "out"), run.config.to_values()
-        for name, value in before.items():
-            if name in FREE_SETTINGS or now.get(name) == value:
-                continue
+        for name, *values in differences(before, now):
             if not overwrite:
-                old, new = (shortened(repr(v), 60) for v in (value, now.get(name)))
+                old, new = (shortened(repr(value), 60) for value in values)
                 raise ValueError(
                     f"{name}: expected {old} as in the run in {run.folder}, got {new}; use "
                     "--overwrite to replace runs with other settings, or another --out"
@@ -178,17 +177,10 @@ def _reason(run: Run) -> str:
 
 def load(run: Run) -> Finished:
     """What a finished run left in its folder."""
-    result = read_json(run.folder / RESULT, "run")
     cost = run.folder / COST
     return Finished(
         run,
-        RunResult(
-            peers=tuple(result["peers"]),
-            ensemble=result["ensemble"],
-            published_protocol=result["published_protocol"],
-            seconds=result["seconds"],
-            history=metrics.read_csv(run.folder / METRICS),
-        ),
+        read_result(run.folder),
         read_json(cost, "run") if cost.is_file() else {},
         read_json(run.folder / ENVIRONMENT, "run"),
     )

@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from mclfast._checks import unknown_name
 from mclfast.data.augment import Augmentation
-from mclfast.data.dataset import Dataset, ImageSet, channel_stats, limit_per_class
+from mclfast.data.dataset import Dataset, ImageSet, channel_stats
 from mclfast.data.sampler import BalancedSampler, ShuffleSampler
 from mclfast.data.source import ImageSource
+from mclfast.data.subsets import limit_per_class
 
 __all__ = [
     "Augmentation",

@@ -46,7 +46,7 @@ def prepare(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
         TypeError: images are not uint8.
         ValueError: images are not of rank 4, or mean or std has not C entries.
     """
-    _check(images, mean, std)
+    check_images(images, mean, std)
     out = images.to(torch.float32)
     # Python scalars: a tensor of the constants would have to be copied to the device, which makes
     # the host wait for it.
@@ -87,7 +87,7 @@ def augment(
         ValueError: images are not of rank 4, mean or std has not C entries, or the generator is
             on another kind of device.
     """
-    _check(images, mean, std)
+    check_images(images, mean, std)
     device = images.device
     if generator.device.type != device.type:
         raise ValueError(
@@ -119,7 +119,8 @@ def augment(
     return prepare(picked, mean, std)
 
 
-def _check(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+def check_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises where images are not uint8 [B, C, H, W], or mean or std has not C entries."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images: expected torch.uint8, got {images.dtype}")
     if images.ndim != 4:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from mclfast.data.augment import check_images
 from mclfast.data.decode import RATIO
 
 _ATTEMPTS = 10
@@ -85,13 +86,7 @@ def augment_contrastive(
         TypeError: images are not uint8.
         ValueError: images are not of rank 4, or mean or std has not C entries.
     """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images: expected torch.uint8, got {images.dtype}")
-    if images.ndim != 4:
-        raise ValueError(f"images: expected [B, C, H, W], got shape {list(images.shape)}")
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != images.shape[1]:
-            raise ValueError(f"{name}: expected C={images.shape[1]} entries, got {len(values)}")
+    check_images(images, mean, std)
     a, draw = augmentation, _Draw(seed, len(images), images.device)
     x = images.to(torch.float32) / 255
     if a.crop:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mclfast.data.augment import Augmentation
-from mclfast.data.source import ImageSource, LoaderTimes, Source, Views
+from mclfast.data.source import ImageSource, LoaderTimes, Views
 
 
 # eq=False: comparing tensors element by element has no truth value; identity is what is left.
@@ -161,8 +160,8 @@ class Dataset:
             raise ValueError(f"mean: expected finite values, got {self.mean}")
         if not all(math.isfinite(value) and value > 0 for value in self.std):
             raise ValueError(f"std: expected positive finite values, got {self.std}")
-        _check_labels("train.labels", self.train.labels, self.num_classes)
-        _check_labels("test.labels", self.test.labels, self.num_classes)
+        check_labels("train.labels", self.train.labels, self.num_classes)
+        check_labels("test.labels", self.test.labels, self.num_classes)
 
     @property
     def in_channels(self) -> int:
@@ -209,73 +208,6 @@ def channel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
     return tuple(means), tuple(stds)
 
 
-def class_ranks(labels: Tensor, num_classes: int, seed: int) -> Tensor:
-    """Position of every sample among those of its class, in a shuffled order fixed by `seed`.
-
-    Taking the samples with rank < k gives a stratified subset, and a smaller k gives a part of
-    the subset of a larger one.
-
-    Args:
-        labels: int64 [N], in [0, num_classes).
-        num_classes: number of classes.
-        seed: 0 to 2**32 - 1.
-
-    Returns:
-        int64 [N], on the CPU.
-
-    Raises:
-        ValueError: seed out of range.
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: expected a value in [0, 2**32), got {seed}")
-    labels = labels.cpu()
-    # NumPy promises that this legacy stream never changes; torch.randperm makes no such promise.
-    shuffled = torch.from_numpy(np.random.RandomState(seed).permutation(len(labels))).long()
-    order = shuffled[torch.argsort(labels[shuffled], stable=True)]
-    counts = torch.bincount(labels, minlength=num_classes)
-    starts = counts.cumsum(0) - counts
-    ranks = torch.empty_like(labels)
-    ranks[order] = torch.arange(len(labels)) - starts[labels[order]]
-    return ranks
-
-
-def limit_per_class(
-    image_set: Source, per_class: int, num_classes: int, seed: int = 0
-) -> Source:
-    """Keeps `per_class` images of every class, in their original order.
-
-    Args:
-        image_set: images [N, C, H, W], labels [N].
-        per_class: images to keep of each class, at least 1.
-        num_classes: number of classes.
-        seed: which images are kept; the same seed always keeps the same ones.
-
-    Returns:
-        A set of num_classes * per_class images.
-
-    Raises:
-        ValueError: per_class is not positive, a label is out of range, or a class has too few
-            images.
-    """
-    if per_class < 1:
-        raise ValueError(f"per_class: expected at least 1, got {per_class}")
-    _check_labels("labels", image_set.labels, num_classes)
-    counts = torch.bincount(image_set.labels.cpu(), minlength=num_classes)
-    smallest = int(counts.argmin())
-    if counts[smallest] < per_class:
-        raise ValueError(
-            f"per_class: expected at most {int(counts[smallest])}, the number of images of class "
-            f"{smallest}, got {per_class}"
-        )
-    keep = class_ranks(image_set.labels, num_classes, seed) < per_class
-    return select(image_set, keep)
-
-
-def select(image_set: Source, keep: Tensor) -> Source:
-    """The images with keep == True, in their order; keep is bool [N]."""
-    return image_set.subset(keep.nonzero().squeeze(1))
-
-
 def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, rank: int, shape: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a {dtype} tensor, got {type(value).__name__}")
@@ -285,7 +217,8 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, rank: int, shape
         raise ValueError(f"{name}: expected {shape}, got shape {list(value.shape)}")
 
 
-def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
+def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    """Raises ValueError where a label is not in [0, num_classes)."""
     wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(wrong):
         position = int(wrong[0])

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mclfast.data.augment import Augmentation
-from mclfast.data.dataset import Dataset, ImageSet, channel_stats, class_ranks, select
+from mclfast.data.dataset import Dataset, ImageSet, channel_stats
+from mclfast.data.subsets import class_ranks, select
 
 IMAGE_SIZE = 16
 _NUM_CLASSES = 10

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mclfast._checks import check_not_negative, check_positive
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import mutual_kd_loss
 from mclfast.methods.base import Method, prepared
@@ -55,17 +56,11 @@ class AFD(Method):
 
     @dataclass
     class Options(DistillOptions):
-        distill_weight: float = field(
-            default=1.0, metadata={"help": "weight of the distillation between logits"}
-        )
-        adversarial_weight: float = field(
-            default=0.1, metadata={"help": "weight of the networks' adversarial loss"}
-        )
-        discriminator_lr: float = field(
-            default=2e-5, metadata={"help": "Adam learning rate of the discriminators"}
-        )
-        discriminator_weight_decay: float = field(
-            default=0.1, metadata={"help": "decoupled weight decay of the discriminators"}
+        distill_weight: float = setting(1.0, "weight of the distillation between logits")
+        adversarial_weight: float = setting(0.1, "weight of the networks' adversarial loss")
+        discriminator_lr: float = setting(2e-5, "Adam learning rate of the discriminators")
+        discriminator_weight_decay: float = setting(
+            0.1, "decoupled weight decay of the discriminators"
         )
 
         def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mclfast import _backend
 from mclfast._checks import check_integer, check_temperature
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.contrast_sampler import ContrastIndices, ContrastSampler
 from mclfast.memory_bank import DTYPES, MemoryBank
@@ -26,25 +27,16 @@ class BankMethod(Method):
 
     @dataclass
     class Options(Method.Options):
-        temperature: float = field(
-            default=0.1, metadata={"help": "divides the cosine similarities"}
+        temperature: float = setting(0.1, "divides the cosine similarities")
+        num_negatives: int = setting(8192, "bank entries of other classes per anchor")
+        bank_momentum: float = setting(0.5, "share of the old entry when a bank is updated")
+        bank_dtype: Literal["float32", "bfloat16", "float16"] = setting(
+            "float32", "storage of the banks"
         )
-        num_negatives: int = field(
-            default=8192, metadata={"help": "bank entries of other classes per anchor"}
+        bank_storage: Literal["device", "pinned"] = setting(
+            "device", "banks on the device of the run, or in pinned host memory"
         )
-        bank_momentum: float = field(
-            default=0.5, metadata={"help": "share of the old entry when a bank is updated"}
-        )
-        bank_dtype: Literal["float32", "bfloat16", "float16"] = field(
-            default="float32", metadata={"help": "storage of the banks"}
-        )
-        bank_storage: Literal["device", "pinned"] = field(
-            default="device",
-            metadata={"help": "banks on the device of the run, or in pinned host memory"},
-        )
-        backend: str = field(
-            default="auto", metadata={"help": "backend of the contrastive losses, see mclfast env"}
-        )
+        backend: str = setting("auto", "backend of the contrastive losses, see mclfast env")
 
         def __post_init__(self) -> None:
             super().__post_init__()

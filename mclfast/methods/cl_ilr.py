@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
 from mclfast.methods.base import Method
@@ -32,12 +33,9 @@ class CLILR(Method):
 
     @dataclass
     class Options(DistillOptions):
-        distill_temperature: float = field(
-            default=2.0, metadata={"help": "softens the logits in logit distillation"}
-        )
-        distill_weight: float = field(
-            default=0.5,
-            metadata={"help": "weight of distillation, in [0, 1]; that of the labels is the rest"},
+        distill_temperature: float = setting(2.0, "softens the logits in logit distillation")
+        distill_weight: float = setting(
+            0.5, "weight of distillation, in [0, 1]; that of the labels is the rest"
         )
 
         def __post_init__(self) -> None:

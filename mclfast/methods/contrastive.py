@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from mclfast import bank_functional, functional
 from mclfast._checks import check_integer, check_not_negative, check_temperature
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.methods.banked import BankMethod
 from mclfast.types import Batch, MCLObjective, MCLTerms
@@ -25,31 +26,17 @@ class ContrastiveMethod(BankMethod):
 
     @dataclass
     class Options(BankMethod.Options):
-        loss: Literal["batch", "bank"] = field(
-            default="batch",
-            metadata={"help": "what anchors are contrasted with: the batch, or memory banks"},
+        loss: Literal["batch", "bank"] = setting(
+            "batch", "what anchors are contrasted with: the batch, or memory banks"
         )
-        kl_temperature: float = field(
-            default=3.0, metadata={"help": "softens the similarity distributions compared"}
-        )
-        vcl_weight: float = field(
-            default=0.1, metadata={"help": "weight of the term inside networks"}
-        )
-        soft_vcl_weight: float = field(
-            default=1.0, metadata={"help": "weight of the KL between intra-network similarities"}
-        )
-        icl_weight: float = field(
-            default=0.1, metadata={"help": "weight of the term between networks"}
-        )
-        soft_icl_weight: float = field(
-            default=1.0, metadata={"help": "weight of the KL between inter-network similarities"}
-        )
-        num_positives: int = field(
-            default=1, metadata={"help": "bank entries of the anchor's class per anchor"}
-        )
-        shared_negatives: bool = field(
-            default=False,
-            metadata={"help": "one set of negatives for the whole batch, of classes not in it"},
+        kl_temperature: float = setting(3.0, "softens the similarity distributions compared")
+        vcl_weight: float = setting(0.1, "weight of the term inside networks")
+        soft_vcl_weight: float = setting(1.0, "weight of the KL between intra-network similarities")
+        icl_weight: float = setting(0.1, "weight of the term between networks")
+        soft_icl_weight: float = setting(1.0, "weight of the KL between inter-network similarities")
+        num_positives: int = setting(1, "bank entries of the anchor's class per anchor")
+        shared_negatives: bool = setting(
+            False, "one set of negatives for the whole batch, of classes not in it"
         )
 
         def __post_init__(self) -> None:

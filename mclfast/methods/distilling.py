@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mclfast._checks import check_integer, check_temperature
+from mclfast._settings import setting
 from mclfast.methods.base import Method
 from mclfast.schedule import sigmoid_rampup
 from mclfast.types import Setup
@@ -14,9 +15,7 @@ from mclfast.types import Setup
 class DistillOptions(Method.Options):
     """Options of a method that distils logits."""
 
-    distill_temperature: float = field(
-        default=3.0, metadata={"help": "softens the logits in logit distillation"}
-    )
+    distill_temperature: float = setting(3.0, "softens the logits in logit distillation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,9 +26,8 @@ class DistillOptions(Method.Options):
 class RampedDistillOptions(DistillOptions):
     """Options of a method whose distillation starts gently."""
 
-    rampup_epochs: int = field(
-        default=80,
-        metadata={"help": "epochs over which the weight of distillation rises to one; 0 for none"},
+    rampup_epochs: int = setting(
+        80, "epochs over which the weight of distillation rises to one; 0 for none"
     )
 
     def __post_init__(self) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import mutual_kd_loss
 from mclfast.methods.base import Method
@@ -28,9 +29,7 @@ class DML(Method):
 
     @dataclass
     class Options(DistillOptions):
-        distill_temperature: float = field(
-            default=2.0, metadata={"help": "softens the logits in logit distillation"}
-        )
+        distill_temperature: float = setting(2.0, "softens the logits in logit distillation")
 
     def prepare(self, setup: Setup) -> None:
         check_peers(setup, "dml", 2)

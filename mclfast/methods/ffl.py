@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mclfast._checks import check_not_negative
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
 from mclfast.methods.base import Method, prepared
@@ -71,9 +72,7 @@ class FFL(Method):
 
     @dataclass
     class Options(RampedDistillOptions):
-        fusion_weight_decay: float = field(
-            default=1e-5, metadata={"help": "weight decay of the fusion module"}
-        )
+        fusion_weight_decay: float = setting(1e-5, "weight decay of the fusion module")
 
         def __post_init__(self) -> None:
             super().__post_init__()

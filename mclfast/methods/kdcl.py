@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from mclfast._checks import check_not_negative, check_positive
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
 from mclfast.methods.base import Method
@@ -46,22 +47,15 @@ class KDCL(Method):
 
     @dataclass
     class Options(DistillOptions):
-        teacher: Literal["naive", "linear", "minlogit", "general"] = field(
-            default="linear",
-            metadata={"help": "how the networks' logits make the teacher's"},
+        teacher: Literal["naive", "linear", "minlogit", "general"] = setting(
+            "linear", "how the networks' logits make the teacher's"
         )
-        distill_temperature: float = field(
-            default=2.0, metadata={"help": "softens the logits in logit distillation"}
+        distill_temperature: float = setting(2.0, "softens the logits in logit distillation")
+        distill_weight: float = setting(1.0, "weight of distillation")
+        holdout_share: float = setting(
+            0.1, "general: share of the training images kept back for the weights"
         )
-        distill_weight: float = field(default=1.0, metadata={"help": "weight of distillation"})
-        holdout_share: float = field(
-            default=0.1,
-            metadata={"help": "general: share of the training images kept back for the weights"},
-        )
-        ridge: float = field(
-            default=1e-3,
-            metadata={"help": "general: added to the correlation's diagonal, times its mean"},
-        )
+        ridge: float = setting(1e-3, "general: added to the correlation's diagonal, times its mean")
 
         def __post_init__(self) -> None:
             super().__post_init__()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mclfast._checks import check_integer, check_temperature
+from mclfast._settings import setting
 from mclfast.aggregation import LogitAggregator
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
@@ -33,12 +34,8 @@ class LayerwiseMCL(ContrastiveMethod):
 
     @dataclass
     class Options(ContrastiveMethod.Options):
-        distill_temperature: float = field(
-            default=3.0, metadata={"help": "softens the logits in logit distillation"}
-        )
-        matcher_dim: int = field(
-            default=128, metadata={"help": "width of the space the matcher compares stages in"}
-        )
+        distill_temperature: float = setting(3.0, "softens the logits in logit distillation")
+        matcher_dim: int = setting(128, "width of the space the matcher compares stages in")
 
         def __post_init__(self) -> None:
             super().__post_init__()

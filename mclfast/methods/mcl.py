@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mclfast._checks import check_temperature
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs, mean_logits
 from mclfast.distillation import kd_loss
 from mclfast.methods.baseline import sum_cross_entropy
@@ -26,13 +27,10 @@ class MCL(ContrastiveMethod):
 
     @dataclass
     class Options(ContrastiveMethod.Options):
-        logit_distill: Literal["none", "all", "last"] = field(
-            default="none",
-            metadata={"help": "networks that also learn from the mean logits: none, all or last"},
+        logit_distill: Literal["none", "all", "last"] = setting(
+            "none", "networks that also learn from the mean logits: none, all or last"
         )
-        distill_temperature: float = field(
-            default=3.0, metadata={"help": "softens the logits in logit distillation"}
-        )
+        distill_temperature: float = setting(3.0, "softens the logits in logit distillation")
 
         def __post_init__(self) -> None:
             super().__post_init__()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mclfast._checks import check_not_negative
+from mclfast._settings import setting
 from mclfast.bank_functional import bank_nce_loss
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss
@@ -33,16 +34,10 @@ class MCLOKD(BankMethod):
 
     @dataclass
     class Options(BankMethod.Options, DistillOptions):
-        num_negatives: int = field(
-            default=256, metadata={"help": "bank entries of other classes per anchor"}
-        )
-        ce_weight: float = field(default=1.0, metadata={"help": "weight of the cross entropies"})
-        distill_weight: float = field(
-            default=1.0, metadata={"help": "weight of the distillation into the last network"}
-        )
-        nce_weight: float = field(
-            default=0.025, metadata={"help": "weight of the noise-contrastive loss"}
-        )
+        num_negatives: int = setting(256, "bank entries of other classes per anchor")
+        ce_weight: float = setting(1.0, "weight of the cross entropies")
+        distill_weight: float = setting(1.0, "weight of the distillation into the last network")
+        nce_weight: float = setting(0.025, "weight of the noise-contrastive loss")
 
         def __post_init__(self) -> None:
             super().__post_init__()

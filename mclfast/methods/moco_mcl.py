@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mclfast._checks import check_integer, check_not_negative, check_temperature
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.data.augment_contrastive import CONTRASTIVE, ContrastiveAugmentation
 from mclfast.key_queue import KeyQueue, check_queue_size
@@ -50,41 +51,20 @@ class MomentumMCL(Method):
 
     @dataclass
     class Options(Method.Options):
-        temperature: float = field(
-            default=0.07, metadata={"help": "divides the cosine similarities"}
+        temperature: float = setting(0.07, "divides the cosine similarities")
+        kl_temperature: float = setting(3.0, "softens the similarity distributions compared")
+        vcl_weight: float = setting(1.0, "weight of the term inside networks")
+        soft_vcl_weight: float = setting(1.0, "weight of the KL between intra-network similarities")
+        icl_weight: float = setting(1.0, "weight of the term between networks")
+        soft_icl_weight: float = setting(1.0, "weight of the KL between inter-network similarities")
+        queue_size: int = setting(3840, "keys kept of each network, a multiple of batch_size")
+        key_momentum: float = setting(0.999, "share of the old parameters of the key networks")
+        norm_parts: int = setting(4, "parts of a batch, each with batch-norm statistics of its own")
+        head: Literal["linear", "mlp"] = setting(
+            "linear", "projection heads: linear, or a layer more (mlp)"
         )
-        kl_temperature: float = field(
-            default=3.0, metadata={"help": "softens the similarity distributions compared"}
-        )
-        vcl_weight: float = field(
-            default=1.0, metadata={"help": "weight of the term inside networks"}
-        )
-        soft_vcl_weight: float = field(
-            default=1.0, metadata={"help": "weight of the KL between intra-network similarities"}
-        )
-        icl_weight: float = field(
-            default=1.0, metadata={"help": "weight of the term between networks"}
-        )
-        soft_icl_weight: float = field(
-            default=1.0, metadata={"help": "weight of the KL between inter-network similarities"}
-        )
-        queue_size: int = field(
-            default=3840,
-            metadata={"help": "keys kept of each network, a multiple of batch_size"},
-        )
-        key_momentum: float = field(
-            default=0.999, metadata={"help": "share of the old parameters of the key networks"}
-        )
-        norm_parts: int = field(
-            default=4,
-            metadata={"help": "parts of a batch, each with batch-norm statistics of its own"},
-        )
-        head: Literal["linear", "mlp"] = field(
-            default="linear", metadata={"help": "projection heads: linear, or a layer more (mlp)"}
-        )
-        augmentation: Literal["moco-v1", "moco-v2"] = field(
-            default="moco-v1",
-            metadata={"help": "crops and colours as in MoCo; v2 blurs and shifts hues less"},
+        augmentation: Literal["moco-v1", "moco-v2"] = setting(
+            "moco-v1", "crops and colours as in MoCo; v2 blurs and shifts hues less"
         )
 
         def __post_init__(self) -> None:

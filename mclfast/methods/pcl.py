@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mclfast._checks import check_not_negative
+from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.distillation import kd_loss, mutual_kd_loss
 from mclfast.methods.base import Method, prepared
@@ -40,12 +41,8 @@ class PCL(Method):
 
     @dataclass
     class Options(RampedDistillOptions):
-        distill_weight: float = field(
-            default=1.0, metadata={"help": "full weight of the distillation from both teachers"}
-        )
-        average_decay: float = field(
-            default=0.999, metadata={"help": "largest share of the old values in the average"}
-        )
+        distill_weight: float = setting(1.0, "full weight of the distillation from both teachers")
+        average_decay: float = setting(0.999, "largest share of the old values in the average")
 
         def __post_init__(self) -> None:
             super().__post_init__()

@@ -74,27 +74,13 @@ __all__ = [
 ]
 
 _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
-    "resnet8": resnet8,
-    "resnet20": resnet20,
-    "resnet32": resnet32,
-    "resnet56": resnet56,
-    "resnet110": resnet110,
-    "wrn_16_2": wrn_16_2,
-    "wrn_40_2": wrn_40_2,
-    "wrn_28_4": wrn_28_4,
-    "wrn_20_8": wrn_20_8,
-    "shufflenet_v2_x0_5_cifar": shufflenet_v2_x0_5_cifar,
-    "shufflenet_v2_x1_0_cifar": shufflenet_v2_x1_0_cifar,
-    "vgg16": vgg16,
-    "densenet_40_12": densenet_40_12,
-    "hcgnet_a1": hcgnet_a1,
-    "hcgnet_a2": hcgnet_a2,
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "shufflenet_v2_x0_5": shufflenet_v2_x0_5,
-    "shufflenet_v2_x1_0": shufflenet_v2_x1_0,
-}
+    network.__name__: network
+    for network in (
+        resnet8, resnet20, resnet32, resnet56, resnet110, wrn_16_2, wrn_40_2, wrn_28_4, wrn_20_8,
+        shufflenet_v2_x0_5_cifar, shufflenet_v2_x1_0_cifar, vgg16, densenet_40_12, hcgnet_a1,
+        hcgnet_a2, resnet18, resnet34, resnet50, shufflenet_v2_x0_5, shufflenet_v2_x1_0,
+    )
+}  # fmt: skip
 
 
 def available() -> list[str]:

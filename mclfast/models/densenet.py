@@ -64,10 +64,6 @@ class CifarDenseNet(StagedNetwork):
     def tail(self) -> nn.Module:
         return self.norm
 
-    @property
-    def classifier(self) -> nn.Linear:
-        return self.fc
-
     def init_weights(self, module: nn.Module) -> None:
         init_conv(module)
 

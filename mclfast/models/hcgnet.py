@@ -158,10 +158,6 @@ class HcgNet(StagedNetwork):
     def tail(self) -> nn.Module:
         return self.norm
 
-    @property
-    def classifier(self) -> nn.Linear:
-        return self.fc
-
     def stem_forward(self, x: Tensor) -> Tensor:
         return self.conv1(x)
 

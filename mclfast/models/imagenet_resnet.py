@@ -66,10 +66,6 @@ class ImageNetResNet(StagedNetwork):
     def stages(self) -> tuple[nn.Module, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
 
-    @property
-    def classifier(self) -> nn.Linear:
-        return self.fc
-
     def init_weights(self, module: nn.Module) -> None:
         init_conv(module)
 

@@ -140,10 +140,6 @@ class CifarResNet(StagedNetwork):
     def stages(self) -> tuple[nn.Module, ...]:
         return self.layer1, self.layer2, self.layer3
 
-    @property
-    def classifier(self) -> nn.Linear:
-        return self.fc
-
     def init_weights(self, module: nn.Module) -> None:
         init_conv(module)
 

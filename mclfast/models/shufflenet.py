@@ -140,9 +140,5 @@ class ShuffleNetV2(StagedNetwork):
     def tail(self) -> nn.Module:
         return self.conv5
 
-    @property
-    def classifier(self) -> nn.Linear:
-        return self.fc
-
     def stem_forward(self, x: Tensor) -> Tensor:
         return self.conv1(x)

@@ -89,10 +89,10 @@ def fresh_blocks(
 class StagedNetwork(nn.Module):
     """Backbone = stem, ordered stages, tail, global average pool, one linear classifier.
 
-    A subclass defines :meth:`stem_forward` and the properties :attr:`stages` and
-    :attr:`classifier`, and where needed :attr:`tail`, :meth:`init_weights` and
-    :meth:`refinement`. The submodules behind them may have any names, so that a network can
-    keep the state-dict keys of published checkpoints.
+    A subclass defines :meth:`stem_forward` and the property :attr:`stages`, and where needed
+    :attr:`classifier`, :attr:`tail`, :meth:`init_weights` and :meth:`refinement`. The submodules
+    behind them may have any names, so that a network can keep the state-dict keys of published
+    checkpoints.
     """
 
     def stem_forward(self, x: Tensor) -> Tensor:
@@ -112,8 +112,13 @@ class StagedNetwork(nn.Module):
 
     @property
     def classifier(self) -> nn.Linear:
-        """The layer from the pooled feature [B, D] to the logits [B, C]."""
-        raise NotImplementedError(f"{type(self).__name__} must define classifier as a property")
+        """The layer from the pooled feature [B, D] to the logits [B, C]; ``fc`` by default."""
+        fc = self._modules.get("fc")
+        if not isinstance(fc, nn.Linear):
+            raise NotImplementedError(
+                f"{type(self).__name__} must define classifier as a property, or a Linear as fc"
+            )
+        return fc
 
     @property
     def feature_dim(self) -> int:
@@ -378,3 +383,8 @@ def staged(
             f"classifier: expected {classifier!r} to be a Linear, got {type(found).__name__}"
         )
     return _AdaptedNetwork(module, chains, classifier, tuple(tail))
+
+
+def class_name(backbone: StagedNetwork) -> str:
+    """Class of a network; of the module inside one that :func:`staged` adapted."""
+    return type(getattr(backbone, "module", backbone)).__name__

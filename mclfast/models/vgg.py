@@ -50,10 +50,6 @@ class Vgg(StagedNetwork):
     def stages(self) -> tuple[nn.Module, ...]:
         return self.stage1, self.stage2, self.stage3
 
-    @property
-    def classifier(self) -> nn.Linear:
-        return self.fc
-
     def init_weights(self, module: nn.Module) -> None:
         init_conv(module)
 

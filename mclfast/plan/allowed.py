@@ -31,7 +31,7 @@ def refusal(
         config = dataclasses.replace(config, **choice._asdict())
         throughput.check_memory(config, config.memory)
         if config.offload == "peers":
-            offload.check_method(method, config.bilevel_every)
+            offload.check_method(method)
         if config.cuda_graphs:
             check_graphs(config, method, config.memory, device)
     except ValueError as error:

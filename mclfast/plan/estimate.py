@@ -208,7 +208,10 @@ def estimate(
         return found
     alone = choice.memory != "ordinary"
     return found.with_bilevel(
-        rehearse_bilevel(trainer, one_at_a_time=alone, amp=choice.amp, batch_size=batch_size)
+        rehearse_bilevel(
+            trainer, one_at_a_time=alone, amp=choice.amp, batch_size=batch_size,
+            offload=choice.offload,
+        )  # fmt: skip
     )
 
 

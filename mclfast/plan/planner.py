@@ -145,7 +145,11 @@ class _Planner:
         return Row(here, fits, batch // step * step, cohort)
 
     def _bilevel_bytes(self, trainer: Trainer, choice: Choice) -> int:
-        """The same for each memory mode but the ordinary one."""
+        """The same for each memory mode but the ordinary one.
+
+        So with offload too, which is too much by the gradients and the momentum, but not by what
+        a bilevel step has of the length of all parameters.
+        """
         key = trainer, choice.memory != "ordinary", choice.amp
         if key not in self._bilevel:
             self._bilevel[key] = rehearse_bilevel(

@@ -74,7 +74,7 @@ def rehearse(
         ValueError: settings that do not go together.
     """
     settings = {"memory": memory, "offload": offload, "amp": amp}
-    with rng_restored({trainer.device}):
+    with rng_restored():
         try:
             return _rehearsed(trainer, settings, batch_size, foreach, whole_loss=True)
         except DataDependentOutputException:
@@ -87,9 +87,11 @@ def has_bilevel(trainer: Trainer) -> bool:
 
 
 def rehearse_bilevel(
-    trainer: Trainer, *, one_at_a_time: bool, amp: str, batch_size: int
+    trainer: Trainer, *, one_at_a_time: bool, amp: str, batch_size: int, offload: str = "none"
 ) -> int:
     """Bytes at the peak of a bilevel step, gradients and optimiser state included; 0 without one.
+
+    With offload it leaves out optimiser state in host memory, and nothing else.
 
     Args:
         trainer: stays as it is.
@@ -97,13 +99,14 @@ def rehearse_bilevel(
             ordinary one.
         amp: value of the setting of this name in ``TrainConfig``.
         batch_size: images per step.
+        offload: value of the setting of this name; needs peers that run one at a time.
     """
     if not has_bilevel(trainer):
         return 0
     memory = "sequential" if one_at_a_time else "ordinary"
-    with rng_restored({trainer.device}):
+    with rng_restored():
         twin, batch, mode, live = _prepared(
-            trainer, {"memory": memory, "offload": "none", "amp": amp}, batch_size
+            trainer, {"memory": memory, "offload": offload, "amp": amp}, batch_size
         )
         c = twin.config
         # The peak is that of the last of two SGD steps; a step more keeps a copy of the parameters
@@ -115,9 +118,11 @@ def rehearse_bilevel(
         with mode, live:
             images = _images(twin, batch_size, live)
             _settle(twin, images, batch)
+            _name_state(twin, live)
             live.reset()
             twin.bilevel_step(images, batch, c.lr)
-    return live.total() + more * sum(p.nbytes for p in trainer.cohort.parameters())
+    here = live.total() - live.peak.get(HOST, 0)
+    return here + more * sum(p.nbytes for p in trainer.cohort.parameters())
 
 
 def _rehearsed(

@@ -78,7 +78,7 @@ def facts(config: TrainConfig) -> DataFacts:
         side = config.image_size or IMAGE_SIZE
         known = DataFacts("ImageNet", 1_281_167, 50_000, 1000, (3, side, side), False, assumed=True)
     if known is None:
-        from mclfast.train import load_images
+        from mclfast.run_parts import load_images
 
         return facts_of(load_images(config))
     if per_class is not None:
@@ -139,7 +139,8 @@ def stand_in_trainer(config: TrainConfig, known: DataFacts) -> Trainer:
     Raises:
         ValueError: a config that no trainer could be built from.
     """
-    from mclfast.train import Trainer, make_parts
+    from mclfast.run_parts import make_parts
+    from mclfast.train import Trainer
 
     config = dataclasses.replace(
         config,

@@ -1,0 +1,66 @@
+"""What the commands that train a run into a folder have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mclfast.commands.settings import dashed
+
+if TYPE_CHECKING:
+    from mclfast.run_result import RunResult
+    from mclfast.train import Trainer
+
+
+def add_run_options(parser: argparse.ArgumentParser, resume_help: str) -> None:
+    """Adds the options that say where a run is written, and what of a run that is there."""
+    parser.add_argument("--run-dir", type=Path, help="folder of the run (default: under runs/)")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help=resume_help)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a run that is already in the folder"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def settings_to_resume(known: argparse.Namespace, refused: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of the run that ``--resume`` names.
+
+    Args:
+        known: the arguments of the command.
+        refused: those that cannot be given beside it, besides ``--run-dir`` and ``--overwrite``.
+    """
+    from mclfast.run_folder import read_settings
+
+    for name in (*refused, "run_dir", "overwrite"):
+        if getattr(known, name):
+            given = name if name == "path" else f"--{dashed(name)}"
+            raise ValueError(f"resume: expected no {given} beside --resume, got both")
+    return read_settings(known.resume, "resume")
+
+
+def run_folder_of(known: argparse.Namespace, default: str) -> Path:
+    """The folder that a run is written into; ``default`` names one under ``runs``.
+
+    Raises:
+        ValueError: another run is there, and is not to be replaced.
+    """
+    from mclfast.run_folder import refuse_old_run
+
+    folder: Path = known.resume or known.run_dir or Path("runs") / default
+    if not known.resume and not known.overwrite:
+        refuse_old_run(folder)
+    return folder
+
+
+def fit(known: argparse.Namespace, trainer: Trainer) -> RunResult | None:
+    """Trains a run to its end; None where it was interrupted, after saying how to go on."""
+    try:
+        return trainer.fit(progress=not known.no_progress)
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; go on with: mclfast {known.command} --resume {trainer.run_dir}",
+            file=sys.stderr,
+        )
+        return None

@@ -1,0 +1,28 @@
+"""The progress bar of a run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def progress_bar(label: str, *, steps: int, done: int, shown: bool) -> Any:
+    """A bar of tqdm with the time left.
+
+    Args:
+        label: what stands before it.
+        steps: of the whole run.
+        done: how many of them are behind.
+        shown: whether there is anything to see.
+    """
+    from tqdm import tqdm
+
+    return tqdm(
+        total=steps,
+        initial=done,
+        disable=not shown,
+        desc=label,
+        unit="step",
+        # A line now and then where there is no terminal to redraw.
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )

@@ -29,7 +29,7 @@ from mclfast.benchmark.resident import (
 )
 from mclfast.config import TrainConfig
 from mclfast.plan import choose as choosing
-from mclfast.plan import format_bytes, parse_bytes
+from mclfast.plan import format_bytes, parse_bytes, report
 from mclfast.plan import planner as planning
 from mclfast.plan.choose import BILEVEL_AT_MOST, MODES, SHARE, Need, choose
 from mclfast.plan.estimate import BANK, DATA, PARAMETERS, Choice, Estimate, estimate
@@ -247,15 +247,19 @@ def test_one_peer_at_a_time_more_peers_cost_a_bilevel_step_no_activations(monkey
     ],
     ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else "",
 )  # fmt: skip
-def test_what_training_refuses_is_left_out_with_its_reason(monkeypatch, settings, choice, reason):
-    monkeypatch.setattr(planning, "rehearse_bilevel", lambda *_, **__: 0)
+def test_what_training_refuses_is_refused_with_its_reason(settings, choice, reason):
     c = config(cohort="resnet8,resnet8", batch_size=8, **settings)
-    plan = make_plan(c, "cuda", 1 << 30, [Choice("ordinary"), choice])
-    ((left_out, why),) = plan.left_out
-    assert left_out == choice and why.startswith(reason)
-    assert [row.estimate.choice.memory for row in plan.rows] == ["ordinary"]
     with pytest.raises(ValueError, match=f"^{reason}"):
         make_plan(c, "cuda", 1 << 30, [choice])
+
+
+def test_what_is_refused_beside_what_is_not_is_left_out():
+    c = config(method="dml", cohort="resnet8,resnet8", batch_size=8, peers_parallel="stack")
+    plan = make_plan(c, "cuda", 1 << 30, [Choice("ordinary"), Choice("sequential")])
+    assert [row.estimate.choice.memory for row in plan.rows] == ["ordinary"]
+    ((left_out, why),) = plan.left_out
+    assert left_out == Choice("sequential") and "peers_parallel" in why
+    assert f"sequential: left out; {why}" in report.text(plan)
 
 
 def test_what_a_recorded_step_uses_is_not_there_for_evaluation():

@@ -109,6 +109,32 @@ def unpacked(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return value, None if tangent is None else tangent.to(value.dtype)
 
 
+def _made_dual(value: Tensor, tangent: Tensor) -> Tensor:
+    """A dual tensor that is no view of the value, which nothing else may hold.
+
+    Autograd writes the gradient of a view that is changed in place, by the ReLU that often follows,
+    through a copy of the gradient of its base.
+    """
+    result: Tensor = _NoView.apply(forward_ad.make_dual(value, tangent))
+    return result
+
+
+class _NoView(torch.autograd.Function):
+    """The same memory as a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.new_empty(0).set_(x.detach())
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad
+
+    @staticmethod
+    def jvp(ctx, tangent):  # type: ignore[no-untyped-def]
+        return tangent
+
+
 def _unpacked(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if x is None else unpacked(x)
 
@@ -140,7 +166,7 @@ def _convolution(
     )
     pairs = *_unpacked(input), *_unpacked(weight), *_unpacked(bias)
     value, tangent = _DualConvolution.apply(*pairs, settings, recorded)
-    return forward_ad.make_dual(value, tangent)
+    return _made_dual(value, tangent)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any) -> Tensor:
@@ -226,7 +252,7 @@ def _batch_norm(
     value, tangent = dual_batch_norm(
         x, x_t, *_unpacked(weight), *_unpacked(bias), running, eps
     )
-    return forward_ad.make_dual(value, tangent)
+    return _made_dual(value, tangent)
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:

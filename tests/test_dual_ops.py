@@ -47,6 +47,28 @@ def test_relu_in_place(name: str):
         assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_relu_after_a_norm_passes_gradients_on_as_they_are():
+    """No copy by way of a base tensor: the layout stays, and no other node comes between."""
+    x, x_t, g = (
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(3)
+    )
+    x.requires_grad_()
+    norm = nn.BatchNorm2d(3)
+    with forward_ad.dual_level(), DualOps():
+        y = norm(forward_ad.make_dual(x, x_t))
+        assert not y._is_view()
+        value, tangent = forward_ad.unpack_dual(F.relu(y, inplace=True))
+    assert "CopySlices" not in value.grad_fn.next_functions[0][0].name()
+    seen = []
+    handle = value.grad_fn.register_hook(lambda _, grads: seen.append(grads[0]))
+    value.backward(g)
+    handle.remove()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    plain = F.relu(F.batch_norm(x, None, None, training=True))
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(x.grad, torch.autograd.grad(plain, x, g)[0])
+
+
 def test_relu_in_place_without_tangent_or_graph():
     x = torch.tensor([-1.0, 2.0])
     with DualOps(), torch.no_grad():

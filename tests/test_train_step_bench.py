@@ -34,7 +34,7 @@ def test_published_steps_equal_ours():
         want = ours.train_step(images.double(), batch)
         found = plain(images.double(), batch.labels)
         for name, value in want.items():
-            assert found[name] == pytest.approx(float(value), rel=1e-9, abs=1e-9), name
+            assert found[name] == pytest.approx(float(value.detach()), rel=1e-9, abs=1e-9), name
         assert {name for name in found if name not in want} == {f"accuracy{i}" for i in range(12)}
     ours.bilevel_step(images.double(), batch, ours.config.lr)
     plain.bilevel(images.double(), batch.labels)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from functools import partial
 from typing import Any
 
 from mclfast.commands.settings import run_settings
@@ -35,7 +37,14 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     values: dict[str, Any] = recipe.load(known.recipe) if known.recipe else {}
     values |= run_settings(known, rest, values)
     if known.batch is not None:
+        if any(given.partition("=")[0] == "--batch-size" for given in rest):
+            raise ValueError("batch: expected one of --batch and --batch-size, got both")
         values["batch_size"] = known.batch
+    if values.get("offload") == "peers":
+        # Where it is not said otherwise: there is no other mode for it.
+        values.setdefault("memory", "sequential")
+
+    from tqdm import tqdm
 
     from mclfast.config import TrainConfig
     from mclfast.plan import report
@@ -50,11 +59,12 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     if asked.get("memory") == ["auto"]:
         asked["memory"] = list(MODES)
     config = TrainConfig.from_values(values)
-    device, limit = _device(config.device, known.device_memory)
+    device, memory = _device(config.device, known.device_memory)
     if device == "cpu":
         # Few CPUs are fast in it.
         asked.setdefault("amp", ["off"])
-    plan = make_plan(config, device, limit, choices(**asked))
+    bar = partial(tqdm, desc="rehearsing", leave=False, disable=not sys.stderr.isatty())
+    plan = make_plan(config, device, memory, choices(**asked), track=bar)
     if known.json:
         print(json.dumps(report.as_values(plan), indent=2))
     else:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from mclfast._checks import shortened
-from mclfast.plan.estimate import Choice, Estimate, combine, kept
+from mclfast.plan.allowed import refusal
+from mclfast.plan.estimate import Choice, estimate
 from mclfast.plan.free_memory import free_memory
-from mclfast.plan.rehearsal import rehearse
+from mclfast.plan.rehearsal import has_bilevel, rehearse_bilevel
 from mclfast.plan.sizes import format_bytes
 from mclfast.plan.stand_in import facts_of
 
@@ -16,9 +17,13 @@ if TYPE_CHECKING:
 
 #: From the fastest to the one that needs least.
 MODES = ("ordinary", "checkpoint", "sequential")
-#: Share of the free memory that a mode may take: estimates are off by a few percent, and other
+#: Share of a device's memory that a run may take: estimates are off by a few percent, and other
 #: processes and the libraries' own workspaces want some.
 SHARE = 0.85
+#: In the ordinary mode a bilevel step adds less than this many times what an ordinary step does:
+#: 2.1 to 2.5 times by forward mode, 3.4 times by gradients of gradients, on which networks without
+#: forward mode fall back.
+BILEVEL_AT_MOST = 5
 
 
 class Chosen(NamedTuple):
@@ -33,6 +38,21 @@ class Chosen(NamedTuple):
     reason: str
 
 
+class Need(NamedTuple):
+    """Bytes that steps add to what is there before them.
+
+    Attributes:
+        size: the number of bytes.
+        bound: "under" or "over" it, where more need not be known; "" where it is the number.
+    """
+
+    size: int
+    bound: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.bound} {format_bytes(self.size)}".lstrip()
+
+
 def choose(trainer: Trainer, free: int | None = None) -> Chosen:
     """Chooses by a rehearsal of a trainer's steps, see :mod:`mclfast.plan.rehearsal`.
 
@@ -42,50 +62,81 @@ def choose(trainer: Trainer, free: int | None = None) -> Chosen:
 
     Raises:
         OSError: a system that does not say how much memory is free.
-        ValueError: networks or a method that cannot be rehearsed.
+        ValueError: networks or a method that cannot be rehearsed, or settings that no mode allows.
     """
     room = free_memory(trainer.device) if free is None else free
     limit = int(SHARE * room)
-    needs: dict[str, int] = {}
-    for mode in MODES:
+    refused = {mode: _refusal(trainer, mode) for mode in MODES}
+    modes = [mode for mode in MODES if refused[mode] is None]
+    if not modes:
+        raise ValueError(refused[MODES[0]])
+    needs: dict[str, Need] = {}
+    steps = _Steps(trainer, limit)
+    for mode in modes:
         try:
-            needs[mode] = still_needed(trainer, mode)
+            needs[mode] = steps.need(mode)
         except Exception as error:
             # Networks of one's own may do what tensors without values cannot.
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"memory: expected one of {', '.join(MODES)} for a run that cannot be rehearsed, "
+                f"memory: expected one of {', '.join(modes)} for a run that cannot be rehearsed, "
                 f"got auto ({shortened(reason, 200)})"
             ) from error
-        if needs[mode] <= limit:
+        if needs[mode].size <= limit:
             break
-    fits = needs[mode] <= limit
-    chosen = mode if fits else min(needs, key=lambda name: needs[name])
-    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in needs.items())
+    fits = needs[mode].size <= limit
+    # The ordinary mode never needs less than another one.
+    chosen = mode if fits else min(modes[1:] or modes, key=lambda name: needs[name].size)
+    listed = ", ".join(f"{name} {need}" for name, need in needs.items())
     reason = (
         f"{chosen}: its steps {'fit' if fits else 'need least, but do not fit'} into {SHARE:.0%} "
         f"of the {format_bytes(room)} free on {trainer.device} (needed: {listed})"
     )
     if not fits:
         reason += "; try fewer peers, a smaller batch_size, or offload peers"
+        reason += "".join(f"; not tried: {why}" for why in dict.fromkeys(refused.values()) if why)
     return Chosen(chosen, reason)
 
 
-def still_needed(trainer: Trainer, memory: str) -> int:
-    """Bytes that a trainer's steps add to what it holds already.
+def _refusal(trainer: Trainer, mode: str) -> str | None:
+    choice = Choice(mode, "none", trainer.config.amp)
+    return refusal(trainer.config, trainer.method, trainer.device, choice)
+
+
+class _Steps:
+    """The steps of a trainer; a bilevel step, slow to rehearse, is rehearsed where it must be.
 
     Args:
         trainer: stays as it is.
-        memory: name of a memory mode.
+        limit: of what the steps may add, in bytes.
     """
-    c = trainer.config
-    cpu = trainer.device.type == "cpu"
-    came = rehearse(
-        trainer, memory=memory, offload="none", amp=c.amp, batch_size=c.batch_size,
-        foreach=not cpu,
-    )  # fmt: skip
-    held = kept(trainer, facts_of(trainer.data), c.batch_size, offload=False)
-    full: Estimate = combine(
-        held, came, Choice(memory, "none", c.amp), len(trainer.cohort.peers), c.batch_size, heap=cpu
-    )
-    return full.total - held.on_device
+
+    def __init__(self, trainer: Trainer, limit: int) -> None:
+        self._trainer, self._limit = trainer, limit
+        self._bilevel: dict[bool, int] = {}
+
+    def need(self, mode: str) -> Need:
+        """What the steps add in a mode, as far as it takes to tell whether that fits."""
+        t, c = self._trainer, self._trainer.config
+        found = estimate(
+            t, facts_of(t.data), Choice(mode, "none", c.amp), c.batch_size, device=t.device.type,
+            bilevel=False, graphed=c.cuda_graphs,
+        )  # fmt: skip
+        size = found.total - found.kept
+        if not has_bilevel(t):
+            return Need(size)
+        if size > self._limit:
+            return Need(size, "over")
+        if mode == "ordinary" and BILEVEL_AT_MOST * size <= self._limit:
+            return Need(BILEVEL_AT_MOST * size, "under")
+        found = found.with_bilevel(self._bilevel_bytes(one_at_a_time=mode != "ordinary"))
+        return Need(found.total - found.kept)
+
+    def _bilevel_bytes(self, *, one_at_a_time: bool) -> int:
+        """The same for each mode but the ordinary one."""
+        if one_at_a_time not in self._bilevel:
+            c = self._trainer.config
+            self._bilevel[one_at_a_time] = rehearse_bilevel(
+                self._trainer, one_at_a_time=one_at_a_time, amp=c.amp, batch_size=c.batch_size
+            )
+        return self._bilevel[one_at_a_time]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,8 +16,8 @@ from mclfast.plan.rehearsal import (
     GRADIENTS,
     LOSS,
     OPTIMIZER,
-    Rehearsed,
     rehearse,
+    rehearse_bilevel,
 )
 from mclfast.plan.stand_in import DataFacts, scaled_bytes
 
@@ -58,20 +59,22 @@ class Estimate:
         networks: number of peers.
         batch_size: images per step.
         parts: of an ordinary step, by the names of :data:`PARTS`; they add up to ``step``.
-        bilevel: of a bilevel step in all, 0 where there is none.
-        evaluation: of an evaluation batch in all.
         host: in host memory beside a GPU.
         whole_loss: see :class:`mclfast.plan.rehearsal.Rehearsed`.
+        graphed: the step is recorded as a CUDA graph, whose memory nothing else can use.
+        evaluation: of an evaluation batch in all.
+        bilevel: of a bilevel step in all, 0 where there is none.
     """
 
     choice: Choice
     networks: int
     batch_size: int
     parts: Mapping[str, int]
-    bilevel: int
-    evaluation: int
     host: int = 0
     whole_loss: bool = True
+    graphed: bool = False
+    evaluation: int = 0
+    bilevel: int = 0
 
     @property
     def step(self) -> int:
@@ -81,7 +84,31 @@ class Estimate:
     @property
     def total(self) -> int:
         """The most that the run needs at any time."""
-        return max(self.step, self.bilevel, self.evaluation)
+        return max(self.peaks)
+
+    @property
+    def peaks(self) -> tuple[int, int, int]:
+        """What the run needs in ordinary steps, in bilevel steps and in evaluation."""
+        beside = self.step - self.lasting if self.graphed else 0
+        return self.step, self.bilevel + beside, self.evaluation + beside
+
+    @property
+    def kept(self) -> int:
+        """What is there before the first step."""
+        return sum(self.parts.get(part, 0) for part in (PARAMETERS, BANK, DATA))
+
+    @property
+    def lasting(self) -> int:
+        """What is there between steps."""
+        return self.kept + self.parts.get(OPTIMIZER, 0)
+
+    def adding(self, size: int) -> int:
+        """What there is in all while something adds some bytes to what the run keeps."""
+        return self.kept + size + (_gaps(size, self.parts) if HEAP in self.parts else 0)
+
+    def with_bilevel(self, size: int) -> Estimate:
+        """The same with a bilevel step that adds some bytes; 0 where there is none."""
+        return dataclasses.replace(self, bilevel=self.adding(size) if size else 0)
 
 
 class Kept(NamedTuple):
@@ -98,10 +125,6 @@ class Kept(NamedTuple):
     bank: int
     data: int
     host: int = 0
-
-    @property
-    def on_device(self) -> int:
-        return self.parameters + self.bank + self.data
 
 
 def kept(
@@ -140,39 +163,6 @@ def _drawn_bytes(method: nn.Module, batch_size: int) -> int:
     return 2 * count * 8
 
 
-def combine(
-    kept_: Kept, came: Rehearsed, choice: Choice, networks: int, batch_size: int, *, heap: bool
-) -> Estimate:
-    """One estimate of what a run keeps and of what its steps were seen to add.
-
-    Args:
-        kept_: what it keeps.
-        came: what its steps add.
-        choice, networks, batch_size: as in :class:`Estimate`.
-        heap: add the share of :data:`HEAP_SHARE`.
-    """
-    held = {PARAMETERS: kept_.parameters, BANK: kept_.bank, DATA: kept_.data}
-    host = came.step.get(HOST, 0)
-    share = HEAP_SHARE if heap else 0.0
-    lasting = sum(came.step.get(kind, 0) for kind in (OPTIMIZER, GRADIENTS))
-
-    def with_gaps(size: int) -> int:
-        return size + int(share * max(0, size - lasting))
-
-    step = sum(came.step.values()) - host
-    parts = came.step | held | {HEAP: with_gaps(step) - step}
-    return Estimate(
-        choice,
-        networks,
-        batch_size,
-        {name: parts[name] for name in PARTS if parts.get(name)},
-        bilevel=kept_.on_device + with_gaps(came.bilevel) if came.bilevel else 0,
-        evaluation=kept_.on_device + with_gaps(came.evaluation),
-        host=kept_.host + host,
-        whole_loss=came.whole_loss,
-    )
-
-
 def estimate(
     trainer: Trainer,
     known: DataFacts,
@@ -181,6 +171,7 @@ def estimate(
     *,
     device: str,
     bilevel: bool = True,
+    graphed: bool = False,
     pinned: bool = False,
 ) -> Estimate:
     """What a run needs at its peak.
@@ -191,17 +182,39 @@ def estimate(
         choice: the settings.
         batch_size: images per step.
         device: type of the device that the run is for, "cpu" or "cuda".
-        bilevel: count the bilevel step.
+        bilevel: rehearse the bilevel step too, which takes as long as some ten ordinary ones.
+        graphed: as in :class:`Estimate`.
         pinned: memory banks lie in host memory.
     """
-    came = rehearse(
-        trainer,
-        **choice._asdict(),
-        batch_size=batch_size,
-        foreach=device != "cpu",
-        bilevel=bilevel,
+    came = rehearse(trainer, **choice._asdict(), batch_size=batch_size, foreach=device != "cpu")
+    away = choice.offload == "peers"
+    held = kept(trainer, known, batch_size, pinned=pinned, offload=away)
+    parts = came.step | {PARAMETERS: held.parameters, BANK: held.bank, DATA: held.data}
+    host = parts.pop(HOST, 0)
+    if device == "cpu":
+        parts[HEAP] = _gaps(sum(came.step.values()) - host, parts)
+    found = Estimate(
+        choice,
+        len(trainer.cohort.peers),
+        batch_size,
+        {name: parts[name] for name in PARTS if parts.get(name)},
+        host=held.host + host,
+        whole_loss=came.whole_loss,
+        graphed=graphed,
     )
-    offload = choice.offload == "peers"
-    held = kept(trainer, known, batch_size, pinned=pinned, offload=offload)
-    networks = len(trainer.cohort.peers)
-    return combine(held, came, choice, networks, batch_size, heap=device == "cpu")
+    found = dataclasses.replace(found, evaluation=found.adding(came.evaluation))
+    if not bilevel:
+        return found
+    alone = choice.memory != "ordinary"
+    return found.with_bilevel(
+        rehearse_bilevel(
+            trainer, one_at_a_time=alone, amp=choice.amp, batch_size=batch_size,
+            offload=choice.offload,
+        )  # fmt: skip
+    )
+
+
+def _gaps(size: int, parts: Mapping[str, int]) -> int:
+    """Of a step on a CPU that adds some bytes to what the run keeps."""
+    lasting = parts.get(OPTIMIZER, 0) + parts.get(GRADIENTS, 0)
+    return int(HEAP_SHARE * max(0, size - lasting))

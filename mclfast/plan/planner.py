@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from mclfast.config import TrainConfig
-from mclfast.plan.choose import MODES
+from mclfast.plan.allowed import refusal
+from mclfast.plan.choose import MODES, SHARE
 from mclfast.plan.estimate import Choice, Estimate, estimate
+from mclfast.plan.rehearsal import rehearse_bilevel
 from mclfast.plan.search import Line, largest
 from mclfast.plan.stand_in import DataFacts, facts, stand_in_trainer
 
@@ -41,14 +45,16 @@ class Plan:
     config: the run; its batches and networks are those of the estimates.
     data: what memory depends on in its data.
     device: type of the device, "cpu" or "cuda".
-    limit: bytes of its memory.
+    memory: bytes of its memory.
+    limit: bytes of these to plan with, see :data:`mclfast.plan.choose.SHARE`.
     rows: one for each choice, in the order asked for.
-    left_out: choices that cannot be, with the reasons.
+    left_out: choices that training would refuse, with the reasons.
     """
 
     config: TrainConfig
     data: DataFacts
     device: str
+    memory: int
     limit: int
     rows: Sequence[Row]
     left_out: Sequence[tuple[Choice, str]]
@@ -66,30 +72,37 @@ def choices(
     ]  # fmt: skip
 
 
-def make_plan(config: TrainConfig, device: str, limit: int, asked: Sequence[Choice]) -> Plan:
+def make_plan(
+    config: TrainConfig,
+    device: str,
+    memory: int,
+    asked: Sequence[Choice],
+    *,
+    track: Callable[[Sequence[Choice]], Iterable[Choice]] = iter,
+) -> Plan:
     """Rehearses a run under each choice.
 
     Args:
         config: the run; its memory, offload and amp do not matter.
         device: type of the device that it is for, "cpu" or "cuda"; it need not be here.
-        limit: bytes of memory there.
+        memory: bytes of memory there.
         asked: the choices.
+        track: goes through the choices that a run can have and shows how far it got.
 
     Raises:
         ValueError, OSError, ImportError: a run that cannot be, as training it would raise.
     """
     known = facts(config)
+    limit = int(SHARE * memory)
     planner = _Planner(config, known, device, limit)
-    rows, left_out = [], []
-    for choice in asked:
-        try:
-            # Settings that do not go together, with the reason in the words of the config.
-            dataclasses.replace(config, **choice._asdict())
-        except ValueError as error:
-            left_out.append((choice, str(error)))
-            continue
-        rows.append(planner.row(choice))
-    return Plan(config, known, device, limit, rows, left_out)
+    # Settings that do not go together, with the reason in the words of the training run.
+    refused = {choice: planner.refusal(choice) for choice in asked}
+    left_out = [(choice, reason) for choice, reason in refused.items() if reason]
+    if len(left_out) == len(asked):
+        raise ValueError(left_out[0][1])
+    possible = [choice for choice in asked if refused[choice] is None]
+    rows = [planner.row(choice) for choice in track(possible)]
+    return Plan(config, known, device, memory, limit, rows, left_out)
 
 
 class _Planner:
@@ -98,6 +111,7 @@ class _Planner:
         self._device, self._limit = device, limit
         self._trainer = stand_in_trainer(config, known)
         self._larger = self._with_one_more()
+        self._bilevel: dict[tuple[Trainer, bool, str, str], int] = {}
 
     def _with_one_more(self) -> Trainer | None:
         cohort = (*self._config.cohort, self._config.cohort[-1])
@@ -106,35 +120,52 @@ class _Planner:
         except ValueError:
             return None
 
+    def refusal(self, choice: Choice) -> str | None:
+        return refusal(self._config, self._trainer.method, torch.device(self._device), choice)
+
     def row(self, choice: Choice) -> Row:
         c = self._config
-        here = self._estimate(self._trainer, choice, c.batch_size)
-        twice = self._estimate(self._trainer, choice, 2 * c.batch_size, bilevel=False)
-        step = c.images_per_class if c.sampler == "balanced" else 1
+        bilevel = self._bilevel_bytes(self._trainer, choice)
+        here = self._estimate(self._trainer, choice, c.batch_size, bilevel)
+        # Slow to rehearse: taken to grow in proportion, which is never too little.
+        twice = self._estimate(self._trainer, choice, 2 * c.batch_size, 2 * bilevel)
         batch = largest(_lines(c.batch_size, here, 2 * c.batch_size, twice), self._limit)
+        step = c.images_per_class if c.sampler == "balanced" else 1
         cohort = None
         if self._larger is not None:
-            more = self._estimate(self._larger, choice, c.batch_size, bilevel=False)
-            cohort = largest(_lines(here.networks, here, more.networks, more), self._limit)
+            count = here.networks
+            if choice.memory == "ordinary":
+                bilevel = bilevel * (count + 1) // count
+            else:
+                # One peer's activations, whatever their number: far less than in proportion.
+                bilevel = self._bilevel_bytes(self._larger, choice)
+            more = self._estimate(self._larger, choice, c.batch_size, bilevel)
+            cohort = largest(_lines(count, here, count + 1, more), self._limit)
         fits = here.total <= self._limit
         return Row(here, fits, batch // step * step, cohort)
 
+    def _bilevel_bytes(self, trainer: Trainer, choice: Choice) -> int:
+        """The same for each memory mode but the ordinary one."""
+        key = trainer, choice.memory != "ordinary", choice.amp, choice.offload
+        if key not in self._bilevel:
+            self._bilevel[key] = rehearse_bilevel(
+                trainer, one_at_a_time=key[1], amp=key[2], batch_size=self._config.batch_size,
+                offload=key[3],
+            )  # fmt: skip
+        return self._bilevel[key]
+
     def _estimate(
-        self, trainer: Trainer, choice: Choice, batch_size: int, *, bilevel: bool = True
+        self, trainer: Trainer, choice: Choice, batch_size: int, bilevel: int
     ) -> Estimate:
         pinned = getattr(self._config.options, "bank_storage", "device") == "pinned"
-        return estimate(
-            trainer, self._known, choice, batch_size, device=self._device, bilevel=bilevel,
-            pinned=pinned,
+        found = estimate(
+            trainer, self._known, choice, batch_size, device=self._device, bilevel=False,
+            graphed=self._config.cuda_graphs, pinned=pinned,
         )  # fmt: skip
+        return found.with_bilevel(bilevel)
 
 
 def _lines(size: int, here: Estimate, other: int, there: Estimate) -> list[Line]:
     """How each kind of step grows from one size to another one."""
-    # A bilevel step is slow to rehearse: taken to grow in proportion, which is never too little.
-    bilevel = here.bilevel * other // size
-    return [
-        ((size, here.step), (other, there.step)),
-        ((size, here.evaluation), (other, there.evaluation)),
-        ((size, here.bilevel), (other, bilevel)),
-    ]
+    pairs = zip(here.peaks, there.peaks, strict=True)
+    return [((size, need), (other, more)) for need, more in pairs]

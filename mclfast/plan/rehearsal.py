@@ -12,7 +12,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeCopyMode,
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from mclfast import memory_modes, throughput
+from mclfast._rng import rng_restored
 from mclfast.cohort import PeerOutputs
 from mclfast.evaluate import evaluation_mode
 from mclfast.methods.banked import BankMethod
@@ -40,14 +41,12 @@ class Rehearsed(NamedTuple):
     Attributes:
         step: of each kind at the peak of an ordinary step, gradients and optimiser state included.
             :data:`mclfast.plan.live_bytes.HOST` stands for what lies in host memory.
-        bilevel: in all on the device at the peak of a bilevel step; 0 where there is none.
-        evaluation: the same of an evaluation batch.
+        evaluation: in all on the device at the peak of an evaluation batch.
         whole_loss: False where the method's loss looks at values, of which there are none here:
             counted is a cross entropy in its place.
     """
 
     step: dict[str, int]
-    bilevel: int
     evaluation: int
     whole_loss: bool = True
 
@@ -60,30 +59,72 @@ def rehearse(
     amp: str,
     batch_size: int,
     foreach: bool = False,
-    bilevel: bool = True,
 ) -> Rehearsed:
-    """What the steps of a trainer need.
+    """What the ordinary steps and the evaluation of a trainer need.
 
     Args:
         trainer: stays as it is.
         memory, offload, amp: values of the settings of these names in ``TrainConfig``.
         batch_size: images per step.
         foreach: count the optimiser's step in its form for GPUs, all parameters at a time.
-        bilevel: rehearse the bilevel step too, where the run has one; it takes as long as some
-            twenty ordinary ones.
 
     Raises:
         ValueError: settings that do not go together.
     """
     settings = {"memory": memory, "offload": offload, "amp": amp}
-    rng = torch.get_rng_state()
-    try:
+    with rng_restored():
         try:
-            return _rehearsed(trainer, settings, batch_size, foreach, bilevel, whole_loss=True)
+            return _rehearsed(trainer, settings, batch_size, foreach, whole_loss=True)
         except DataDependentOutputException:
-            return _rehearsed(trainer, settings, batch_size, foreach, bilevel, whole_loss=False)
-    finally:
-        torch.set_rng_state(rng)
+            return _rehearsed(trainer, settings, batch_size, foreach, whole_loss=False)
+
+
+def has_bilevel(trainer: Trainer) -> bool:
+    """Whether a trainer's run has bilevel steps."""
+    return trainer.meta_optimizer is not None and trainer.config.bilevel_every > 0
+
+
+def rehearse_bilevel(
+    trainer: Trainer, *, one_at_a_time: bool, amp: str, batch_size: int, offload: str = "none"
+) -> int:
+    """Bytes at the peak of a bilevel step, gradients and optimiser state included; 0 without one.
+
+    What lies in host memory with offload is not among them.
+
+    Args:
+        trainer: stays as it is.
+        one_at_a_time: the activations of one peer live at a time, as in each memory mode but the
+            ordinary one.
+        amp: value of the setting of this name in ``TrainConfig``.
+        batch_size: images per step.
+        offload: value of the setting of this name; needs peers that run one at a time.
+    """
+    if not has_bilevel(trainer):
+        return 0
+    memory = "sequential" if one_at_a_time else "ordinary"
+    with rng_restored():
+        twin, batch, mode, live = _prepared(
+            trainer, {"memory": memory, "offload": offload, "amp": amp}, batch_size
+        )
+        c = twin.config
+        # The peak is that of the last of two SGD steps; a step more keeps a copy of the parameters
+        # besides. Rehearsed are no more than two, as each takes seconds.
+        asked = c.inner_steps + c.outer_steps
+        c.outer_steps = min(c.outer_steps, 1)
+        c.inner_steps = min(c.inner_steps, 2 - c.outer_steps)
+        more = asked - c.inner_steps - c.outer_steps
+        with mode, live:
+            images = _images(twin, batch_size, live)
+            _settle(twin, images, batch)
+            _name_state(twin, live)
+            if offload == "peers":
+                # Setting ``data`` leaves a fake parameter on the device that it was made for.
+                for parameter in twin.cohort.parameters():
+                    parameter.fake_device = HOST_MEMORY  # type: ignore[attr-defined]
+                more = 0
+            live.reset()
+            twin.bilevel_step(images, batch, c.lr)
+    return live.total() + more * sum(p.nbytes for p in trainer.cohort.parameters())
 
 
 def _rehearsed(
@@ -91,23 +132,15 @@ def _rehearsed(
     settings: dict[str, Any],
     batch_size: int,
     foreach: bool,
-    bilevel: bool,
     *,
     whole_loss: bool,
 ) -> Rehearsed:
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=trainer.device)
-    batch = Batch(labels, torch.zeros_like(labels), 0, 0)
-    if isinstance(trainer.method, BankMethod) and trainer.method.uses_banks:
-        # Drawn here, as draws depend on values. They are counted with the banks.
-        trainer.method.contrast(batch)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = _fake_copy(trainer, mode, batch, settings)
+    twin, batch, mode, live = _prepared(trainer, settings, batch_size)
     if foreach:
         for group in twin.optimizer.param_groups:
             group["foreach"] = True
     if not whole_loss:
         twin.method.loss = _cross_entropy  # type: ignore[method-assign]
-    live = LiveBytes()
     _mark(twin, live)
     with mode, live:
         images = _images(twin, batch_size, live)
@@ -117,8 +150,28 @@ def _rehearsed(
         twin.train_step(images, batch)
         step = {kind: size for kind, size in live.peak.items() if size}
         evaluation = _evaluation(twin, live)
-        second_order = _bilevel(twin, images, batch, live) if bilevel else 0
-    return Rehearsed(step, second_order, evaluation, whole_loss)
+    return Rehearsed(step, evaluation, whole_loss)
+
+
+def _prepared(
+    trainer: Trainer, settings: dict[str, Any], batch_size: int
+) -> tuple[Trainer, Batch, FakeTensorMode, LiveBytes]:
+    """A fake copy of a trainer and a batch for it; what the run keeps is left out of the count."""
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=trainer.device)
+    batch = Batch(labels, torch.zeros_like(labels), 0, 0)
+    if isinstance(trainer.method, BankMethod) and trainer.method.uses_banks:
+        # Drawn here, as draws depend on values. They are counted with the banks.
+        trainer.method.contrast(batch)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = _fake_copy(trainer, mode, batch, settings)
+    live = LiveBytes()
+    for module in _modules(twin):
+        live.leave_out((*module.parameters(), *module.buffers()))
+    return twin, batch, mode, live
+
+
+def _modules(twin: Trainer) -> list[nn.Module]:
+    return [twin.cohort, twin.method, *([twin.average] if twin.average else ())]
 
 
 def _fake_copy(
@@ -151,9 +204,7 @@ def _cross_entropy(outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
 
 
 def _mark(twin: Trainer, live: LiveBytes) -> None:
-    """Tells activations, loss and gradients apart; leaves out what the run keeps."""
-    for module in (twin.cohort, twin.method, *([twin.average] if twin.average else ())):
-        live.leave_out((*module.parameters(), *module.buffers()))
+    """Tells activations, loss and gradients apart."""
     live.watch(twin.cohort, ACTIVATIONS)
     if twin.average is not None:
         live.watch(twin.average, ACTIVATIONS)
@@ -209,21 +260,6 @@ def _images(twin: Trainer, batch_size: int, live: LiveBytes) -> Tensor | list[Te
     with live.kind(ACTIVATIONS):
         images = [torch.empty(shape, device=twin.device) for _ in range(views)]
     return images[0] if views == 1 else images
-
-
-def _bilevel(
-    twin: Trainer, images: Tensor | list[Tensor], batch: Batch, live: LiveBytes
-) -> int:
-    """The peak of a bilevel step, 0 without one; the last that the twin does."""
-    if twin.meta_optimizer is None or not twin.config.bilevel_every:
-        return 0
-    if twin.config.offload == "peers":
-        # Setting ``data`` leaves a fake parameter on the device that it was made for.
-        for parameter in twin.cohort.parameters():
-            parameter.fake_device = HOST_MEMORY  # type: ignore[attr-defined]
-    live.reset()
-    twin.bilevel_step(images, batch, twin.config.lr)
-    return live.total()
 
 
 def _evaluation(twin: Trainer, live: LiveBytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mclfast.plan.choose import SHARE
 from mclfast.plan.estimate import HEAP, HEAP_SHARE, PARTS
 from mclfast.plan.planner import Plan, Row
 from mclfast.plan.search import MOST
@@ -20,6 +21,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "data": plan.data.name,
         "data_assumed": plan.data.assumed,
         "device": plan.device,
+        "device_memory": plan.memory,
         "limit": plan.limit,
         "choices": [_row_values(row) for row in plan.rows],
         "left_out": [{**choice._asdict(), "reason": reason} for choice, reason in plan.left_out],
@@ -57,7 +59,8 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"method {c.method}, cohort {','.join(c.cohort)}, batch_size {c.batch_size}",
         f"data {d.name}: {d.train} training and {d.test} test images of {shape}{source}",
-        f"memory: {format_bytes(plan.limit)} on a {plan.device} device",
+        f"memory: {format_bytes(plan.memory)} on a {plan.device} device; {SHARE:.0%} to plan with, "
+        f"{format_bytes(plan.limit)}",
     ]
 
 
@@ -94,6 +97,13 @@ def _count(number: int) -> str:
 
 def _notes(plan: Plan) -> list[str]:
     notes = [f"{choice}: left out; {reason}" for choice, reason in plan.left_out]
+    if any(row.largest_cohort is not None for row in plan.rows):
+        notes.append(f"largest cohort: with {plan.config.cohort[-1]} repeated, same batch")
+    for name in ("compile_peers", "peers_parallel"):
+        if getattr(plan.config, name) not in (False, "off"):
+            notes.append(f"{name}: not counted; the networks are taken to run one by one as is")
+    if plan.config.cuda_graphs:
+        notes.append("cuda_graphs: memory of the recorded step is free for nothing else")
     if any(not row.estimate.whole_loss for row in plan.rows):
         notes.append(
             f"loss: that of {plan.config.method} depends on values; counted is a cross entropy"

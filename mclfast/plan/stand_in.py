@@ -147,6 +147,10 @@ def stand_in_trainer(config: TrainConfig, known: DataFacts) -> Trainer:
         device="cpu",
         memory="ordinary",
         offload="none",
+        # Only a GPU has graphs and streams, and nothing is run.
+        cuda_graphs=False,
+        compile_peers=False,
+        peers_parallel="auto" if config.peers_parallel == "streams" else config.peers_parallel,
         # Batches are not drawn, and how does not matter for their size.
         sampler="shuffle",
         options=_for_cpu(config.options),

@@ -37,7 +37,7 @@ def call(kind: str, options: argparse.Namespace) -> Callable[[], object]:
         variant, options.network, batch=options.batch, side=options.side, device=options.device
     )
     images, batch = make_batch(case)
-    trainer = make_trainer(case, amp=options.amp)
+    trainer = make_trainer(case, amp=options.amp, channels_last=options.channels_last)
     trainer.cohort.train()
     trainer.method.train()
     lr = trainer.config.lr
@@ -101,9 +101,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="times each is timed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--amp", default="off", choices=("off", "bf16"))
+    parser.add_argument("--channels-last", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND")
     parser.add_argument("--quick", action="store_true", help="tiny networks, to see that it works")
-    parser.add_argument("--out", type=Path, help="folder for bilevel.json")
+    parser.add_argument("--out", type=Path, help="folder for bilevel.json, with --channels-last "
+        "off for bilevel-contiguous.json")
     parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if ORDINARY not in options.kinds:
@@ -126,7 +128,8 @@ def main() -> None:
         )
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "bilevel.json", results)
+        name = "bilevel-contiguous" if options.channels_last == "off" else "bilevel"
+        write_json(options.out / f"{name}.json", results)
 
 
 if __name__ == "__main__":

@@ -109,13 +109,13 @@ def test_the_commands_run(
         assert (tmp_path / f"{name}.png").exists()
 
 
-@pytest.mark.parametrize("name", ["train-step", "cohort-size", "bilevel"])
+@pytest.mark.parametrize("name", ["train-step", "cohort-size", "bilevel", "bilevel-contiguous"])
 def test_committed_results_still_load(name: str, tmp_path: Path):
     paths = sorted((ROOT / "bench" / "results").glob(f"*/train-step/{name}.json"))
     assert paths
     for path in paths:
         results = json.loads(path.read_text())
-        if name == "bilevel":
+        if name.startswith("bilevel"):
             steps = results["steps"]
             assert steps["bilevel"]["peak_over_ordinary"] == pytest.approx(
                 steps["bilevel"]["peak_bytes"] / steps["ordinary"]["peak_bytes"]

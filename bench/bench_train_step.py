@@ -18,6 +18,7 @@ from mclfast._files import write_json
 from mclfast.benchmark.report import environment
 from mclfast.benchmark.train_step import (
     OURS,
+    PLAIN,
     PUBLISHED,
     Row,
     StepCase,
@@ -35,8 +36,10 @@ def parse() -> argparse.Namespace:
     add("--peers", type=int, nargs="+", default=[2, 4], help="sizes of the cohort")
     add("--bilevel-peers", type=int, nargs="*", default=[2],
         help="sizes at which the bilevel step is measured too")
-    add("--variants", nargs="+", default=[PUBLISHED, "ours", "contiguous"],
-        choices=[PUBLISHED, *OURS])
+    add("--variants", nargs="+", default=[*PLAIN, "ours", "contiguous"],
+        choices=[*PLAIN, *OURS])
+    add("--bilevel-variants", nargs="+", default=[PUBLISHED, "ours", "contiguous"],
+        choices=[*PLAIN, *OURS], help="of which the bilevel step is measured too")
     add("--network", default="resnet32", help="every peer")
     add("--batch", type=int, default=128, help="images, two of each class")
     add("--device", default="cpu", choices=["cpu", "cuda"])
@@ -56,7 +59,7 @@ def main() -> None:
     if options.quick:
         case = dataclasses.replace(case, network="resnet8", batch=8, side=16, classes=10)
         options.peers, options.bilevel_peers, rounds = [2], [2], {False: 1, True: 1}
-        options.variants = options.variants[:2]
+        options.variants = options.bilevel_variants[:2]
     rows: list[Row] = []
     for bilevel, peers in itertools.product((False, True), options.peers):
         if bilevel and peers not in options.bilevel_peers:
@@ -64,6 +67,7 @@ def main() -> None:
         cases = [
             dataclasses.replace(case, variant=variant, peers=peers, bilevel=bilevel)
             for variant in options.variants
+            if not bilevel or variant in options.bilevel_variants
         ]
         number = rounds[bilevel]
         found = run_cases(cases, budget=0, rounds=(number, number), memory=not options.no_memory)

@@ -35,6 +35,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds per method (default: 3)")
     parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)
     parser.add_argument("--lr", type=float, default=TrainConfig.lr)
+    parser.add_argument(
+        "--channels-last", default=TrainConfig.channels_last, choices=["auto", "on", "off"],
+        help="memory layout; rounds in another order, so single runs differ (default: auto)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs")
     parser.add_argument("--results", type=Path, help="folder of table and picture (default: OUT)")
     options = parser.parse_args()
@@ -42,7 +46,10 @@ def main() -> None:
         parser.error(f"--seeds: expected a number >= 1, got {options.seeds}")
     results_dir = options.results or options.out
 
-    shared = {"data": options.data, "epochs": options.epochs, "lr": options.lr}
+    shared = {
+        "data": options.data, "epochs": options.epochs, "lr": options.lr,
+        "channels_last": options.channels_last,
+    }  # fmt: skip
     plan = [(label, seed) for label in METHODS for seed in range(options.seeds)]
     results: dict[str, list[RunResult]] = {label: [] for label in METHODS}
     run_dirs: list[Path] = []

@@ -46,7 +46,7 @@ def test_published_steps_equal_ours():
 
 
 def test_every_variant_is_a_trainer():
-    for name, settings in train_step.OURS.items():
+    for name, settings in (train_step.PLAIN | train_step.OURS).items():
         if name != "compiled":
             config = make_trainer(dataclasses.replace(SMALL, variant=name)).config
             assert {key: getattr(config, key) for key in settings} == settings

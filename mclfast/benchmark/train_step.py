@@ -28,6 +28,11 @@ Row = dict[str, Any]
 Call = Callable[[], object]
 
 PUBLISHED = "published"
+#: The plain loop in PyTorch's own layout, as published, and with channels last.
+PLAIN: dict[str, dict[str, Any]] = {
+    PUBLISHED: {"channels_last": "off"},
+    "published_channels_last": {"channels_last": "on"},
+}
 #: Ours by name, each with the settings that it adds.
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -46,7 +51,7 @@ class StepCase:
     """What is trained, and how.
 
     Attributes:
-        variant: "published", or a name in :data:`OURS`.
+        variant: a name in :data:`PLAIN` or :data:`OURS`.
         network: every peer.
         peers: number of networks M.
         batch: images B, two of each class.
@@ -80,7 +85,7 @@ def make_trainer(case: StepCase, **settings: Any) -> Trainer:
             "batch_size": case.batch, "images_per_class": 2, "lr": 0.1, "weight_decay": 5e-4,
             "bilevel_every": BILEVEL_EVERY, "device": case.device, "augment": False,
         }
-        | OURS.get(case.variant, {}) | settings
+        | (PLAIN | OURS)[case.variant] | settings
     )  # fmt: skip
     return assemble(noise(case), config)
 
@@ -119,7 +124,7 @@ class Steps:
         trainer = make_trainer(self.case)
         trainer.cohort.train()
         trainer.method.train()
-        if self.case.variant != PUBLISHED:
+        if self.case.variant not in PLAIN:
             return (
                 lambda: trainer.train_step(images, batch),
                 lambda: trainer.bilevel_step(images, batch, trainer.config.lr),

@@ -29,8 +29,8 @@ PARAMETERS, BANK, DATA, HEAP = "parameters", "bank", "data set", "heap"
 PARTS = (ACTIVATIONS, PARAMETERS, GRADIENTS, OPTIMIZER, LOSS, BANK, DATA, WORKSPACE, HEAP)
 
 #: On a CPU, gaps between freed blocks that the C library's allocator does not give back, as a share
-#: of what a step allocates and frees. Measured with glibc for eleven cases of networks, peers and
-#: batches: 0.28 to 0.76.
+#: of what a step allocates and frees. A middle value: ``bench/bench_resident.py`` measured 0.06 to
+#: 1.46 with glibc for six cases of networks, peers and batches.
 HEAP_SHARE = 0.45
 
 

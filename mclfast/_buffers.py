@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 # In training mode these normalise by the batch, and do without statistics to update.
@@ -42,6 +44,19 @@ class BufferSnapshot:
     def __exit__(self, *_: object) -> None:
         for (module, name), buffer in self._own.items():
             module._buffers[name] = buffer
+
+
+@contextmanager
+def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards the buffers of modules have the values of before, in the same memory."""
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 def _only_writes(module: nn.Module) -> bool:

@@ -8,13 +8,12 @@ for the learning rate changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mclfast._buffers import buffers_kept
 from mclfast.cohort import PeerOutputs
 from mclfast.config import TrainConfig
 from mclfast.methods import Method
@@ -101,7 +100,7 @@ class GraphedStep:
             self._outputs, parts = self._gradients(views[0] if single else views, fixed)
             self._parts = {name: value.detach() for name, value in parts.items()}
 
-        with _buffers_kept(self._modules):
+        with buffers_kept(self._modules):
             self._replay = self._record(run)
         self._grads = [parameter.grad for parameter in self._parameters]
 
@@ -129,16 +128,3 @@ class CudaRecorder:
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 call()
         return graph.replay
-
-
-@contextmanager
-def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Afterwards the buffers have the values of before, in the same memory."""
-    buffers: list[Any] = [buffer for module in modules for buffer in module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)

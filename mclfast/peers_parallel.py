@@ -11,13 +11,13 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mclfast._buffers import buffers_kept
 from mclfast._checks import shortened
 from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 
@@ -204,7 +204,9 @@ class _Fastest:
         if not torch.is_grad_enabled():
             return separate(peers, views)
         if self.chosen is None:
-            with _unchanged(peers):
+            device = views[0].device
+            rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            with buffers_kept(peers), rng:
                 times, failed = self._times(peers, views)
             self.chosen = min(times, key=times.__getitem__)
             found = [f"{name} {1e3 * t:.1f} ms" for name, t in times.items()]
@@ -248,18 +250,3 @@ def _timed(way: RunPeers, peers: Sequence[PeerNetwork], views: Sequence[Tensor])
     torch.autograd.grad(total, wanted, allow_unused=True)
     wait(device)
     return time.perf_counter() - begin
-
-
-@contextmanager
-def _unchanged(peers: Sequence[PeerNetwork]) -> Iterator[None]:
-    """Buffers and random generators as before."""
-    buffers = [b for peer in peers for b in peer.buffers()]
-    before = [b.clone() for b in buffers]
-    device = next(peers[0].parameters()).device
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)

@@ -147,7 +147,7 @@ class Trainer:
             device=self.device,
             seed=config.seed,
             augmented=config.augment,
-            views={"one": 1, "per_peer": len(self.cohort.peers), "query_key": 2}[method.views],
+            views=method.view_count(len(self.cohort.peers)),
             contrastive=method.augmentation(),
         )
 

@@ -45,16 +45,16 @@ def make_trainer(values: Mapping[str, Any], side: int) -> Trainer:
 
 def step_of(trainer: Trainer) -> Callable[[], None]:
     """One step of training on images drawn at random, with a bilevel step where the run has one."""
-    c, views = trainer.config, {"one": 1, "per_peer": len(trainer.cohort.peers), "query_key": 2}
+    c, views = trainer.config, trainer.method.view_count(len(trainer.cohort.peers))
     index = torch.arange(c.batch_size) % len(trainer.data.train)
     shape = c.batch_size, *trainer.data.train.image_shape
-    images = [torch.randn(shape) for _ in range(views[trainer.method.views])]
+    images = [torch.randn(shape) for _ in range(views)]
     batch = Batch(trainer.data.train.labels[index], index, 0, 0)
     trainer.cohort.train()
     trainer.method.train()
 
     def step() -> None:
-        trainer.train_step(images if len(images) > 1 else images[0], batch)
+        trainer.train_step(images if views > 1 else images[0], batch)
         if trainer.meta_optimizer is not None and c.bilevel_every:
             trainer.bilevel_step(images[0], batch, c.lr)
 

@@ -88,6 +88,10 @@ class Method(nn.Module):
         """What is done to training images in place of the data set's own augmentation, if any."""
         return None
 
+    def view_count(self, networks: int) -> int:
+        """Views of an image that a cohort of so many networks is fed, see :attr:`views`."""
+        return {"one": 1, "per_peer": networks, "query_key": 2}[self.views]
+
     def batch_parts(self) -> int:
         """Equal parts that the networks run a batch in: batch norm sees one at a time."""
         return 1

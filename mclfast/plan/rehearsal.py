@@ -255,7 +255,7 @@ def _name_state(twin: Trainer, live: LiveBytes) -> None:
 
 def _images(twin: Trainer, batch_size: int, live: LiveBytes) -> Tensor | list[Tensor]:
     """A batch, in as many views as the method wants."""
-    views = {"one": 1, "per_peer": len(twin.cohort.peers), "query_key": 2}[twin.method.views]
+    views = twin.method.view_count(len(twin.cohort.peers))
     shape = batch_size, *twin.data.train.image_shape
     with live.kind(ACTIVATIONS):
         images = [torch.empty(shape, device=twin.device) for _ in range(views)]

@@ -9,10 +9,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mclfast import bank_functional, functional
-from mclfast._checks import check_integer, check_not_negative, check_temperature
+from mclfast._checks import check_integer, check_temperature
 from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.methods.banked import BankMethod
+from mclfast.methods.term_weights import check_term_weights, term_weights
 from mclfast.types import Batch, MCLObjective, MCLTerms
 
 
@@ -42,8 +43,7 @@ class ContrastiveMethod(BankMethod):
         def __post_init__(self) -> None:
             super().__post_init__()
             check_temperature("kl_temperature", self.kl_temperature)
-            for name in ("vcl_weight", "soft_vcl_weight", "icl_weight", "soft_icl_weight"):
-                check_not_negative(name, getattr(self, name))
+            check_term_weights(self)
             check_integer("num_positives", self.num_positives, 1)
 
     @property
@@ -76,8 +76,7 @@ class ContrastiveMethod(BankMethod):
 
     def coefficients(self) -> tuple[float, float, float, float]:
         """Weights of vcl, soft_vcl, icl, soft_icl."""
-        o = self.options
-        return o.vcl_weight, o.soft_vcl_weight, o.icl_weight, o.soft_icl_weight
+        return term_weights(self.options)
 
     def _call(
         self,

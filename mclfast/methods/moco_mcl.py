@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mclfast._checks import check_integer, check_not_negative, check_temperature
+from mclfast._checks import check_integer, check_temperature
 from mclfast._settings import setting
 from mclfast.cohort import PeerOutputs
 from mclfast.data.augment_contrastive import CONTRASTIVE, ContrastiveAugmentation
 from mclfast.key_queue import KeyQueue, check_queue_size
 from mclfast.methods.base import Method
+from mclfast.methods.term_weights import check_term_weights, term_weights
 from mclfast.reference import distribution_kl_rows, wide
 from mclfast.types import Batch, MCLTerms, Setup
 
@@ -71,8 +72,7 @@ class MomentumMCL(Method):
             super().__post_init__()
             for name in ("temperature", "kl_temperature"):
                 check_temperature(name, getattr(self, name))
-            for name in ("vcl_weight", "soft_vcl_weight", "icl_weight", "soft_icl_weight"):
-                check_not_negative(name, getattr(self, name))
+            check_term_weights(self)
             for name in ("queue_size", "norm_parts"):
                 check_integer(name, getattr(self, name), 1)
             if not 0 <= self.key_momentum < 1:
@@ -124,8 +124,7 @@ class MomentumMCL(Method):
         queries, keys = _stacked(outputs), _stacked(outputs.teacher)
         sums = momentum_mcl_sums(queries, keys, self.queue.keys, o.temperature, o.kl_temperature)
         terms = MCLTerms(*(sums / queries.shape[1]))
-        weights = o.vcl_weight, o.soft_vcl_weight, o.icl_weight, o.soft_icl_weight
-        return {"loss": terms.weighted_sum(*weights), **terms._asdict()}
+        return {"loss": terms.weighted_sum(*term_weights(o)), **terms._asdict()}
 
     def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
         assert self.queue is not None and outputs.teacher is not None

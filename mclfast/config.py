@@ -95,6 +95,9 @@ class TrainConfig:
     )
     inner_steps: int = setting(2, "SGD steps on the inner loss in a bilevel step")
     outer_steps: int = setting(1, "SGD steps on the outer loss in a bilevel step")
+    eval_every: int = setting(
+        1, "epochs between evaluations on the test set; the last epoch is always evaluated"
+    )
     eval_batch_size: int = setting(256, "images per evaluation batch")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     options: Any = field(default=None)
@@ -140,7 +143,7 @@ class TrainConfig:
             raise unknown_name("data", self.data, data.available())
         for name in (
             "epochs", "batch_size", "images_per_class", "projection_dim", "inner_steps",
-            "eval_batch_size",
+            "eval_every", "eval_batch_size",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
         for name in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +16,30 @@ if TYPE_CHECKING:
 
 
 def accuracies(
-    found: CohortAccuracy, history: Sequence[Mapping[str, float]]
+    found: CohortAccuracy | None, history: Sequence[Mapping[str, float]], peers: int
 ) -> dict[str, float]:
-    """The accuracies of an epoch's record, in percent; ``history`` has the records before it."""
-    best = max([found.best_head, *(row["acc_best_head_so_far"] for row in history[-1:])])
+    """The accuracies of an epoch's record, in percent.
+
+    Args:
+        found: those of the epoch; None where it was not evaluated, which gives NaN.
+        history: the records before it.
+        peers: number of networks.
+    """
+    best = [row["acc_best_head_so_far"] for row in history[-1:]]
+    if found is None:
+        names = [*(f"acc_peer{i}" for i in range(peers)), "acc_mean", "acc_ensemble"]
+        return dict.fromkeys(names, math.nan) | {"acc_best_head_so_far": max(best, default=0.0)}
     return {
         **{f"acc_peer{i}": accuracy for i, accuracy in enumerate(found.peers)},
         "acc_mean": sum(found.peers) / len(found.peers),
         "acc_ensemble": found.ensemble,
-        "acc_best_head_so_far": best,
+        "acc_best_head_so_far": max([found.best_head, *best]),
     }
+
+
+def evaluated(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The records of the epochs that were evaluated."""
+    return [row for row in history if not math.isnan(row["acc_mean"])]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

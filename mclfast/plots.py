@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mclfast._files import replacing
+from mclfast.metrics import evaluated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,14 +55,16 @@ def run_curves(history: History, names: Sequence[str], path: Path, title: str) -
     # The legend of the losses takes the width of some more.
     figure, (left, right) = _figure(2, extra=1.2)
     figure.suptitle(title, fontsize=10)
-    epochs = [row["epoch"] for row in history]
+    tested = evaluated(history)
+    epochs = [row["epoch"] for row in tested]
     for i, name in enumerate(names):
         label = f"peer {i}: {name}" if len(names) > 1 else name
-        left.plot(epochs, [row[f"acc_peer{i}"] for row in history], label=label)
+        left.plot(epochs, [row[f"acc_peer{i}"] for row in tested], label=label)
     if len(names) > 1:
-        ensemble = [row["acc_ensemble"] for row in history]
+        ensemble = [row["acc_ensemble"] for row in tested]
         left.plot(epochs, ensemble, "k--", lw=1, label="ensemble")
     _finish(left, "test accuracy (%)")
+    epochs = [row["epoch"] for row in history]
     for i, key in enumerate(k for k in history[0] if k.startswith("train_")):
         values = [row[key] for row in history]
         # Parts can lie on one another: dashes let the one below be seen.
@@ -94,8 +97,9 @@ def accuracy_bands(groups: Mapping[str, Sequence[History]], path: Path, title: s
     late = longest - longest // 3
     shown: list[float] = []
     for i, (label, histories) in enumerate(groups.items()):
-        epochs = [row["epoch"] for row in histories[0]]
-        runs = np.array([[row["acc_mean"] for row in history] for history in histories])
+        tested = [evaluated(history) for history in histories]
+        epochs = [row["epoch"] for row in tested[0]]
+        runs = np.array([[row["acc_mean"] for row in rows] for rows in tested])
         mean = runs.mean(0)
         spread = runs.std(0, ddof=1) if len(runs) > 1 else np.zeros_like(mean)
         shown += [v for e, m, s in zip(epochs, mean, spread, strict=True) if e >= late

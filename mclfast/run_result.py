@@ -12,8 +12,9 @@ class RunResult:
     Attributes:
         peers: final test accuracy in percent of each peer's own classifier, at the last epoch.
         ensemble: of the mean of the peers' logits, at the last epoch.
-        published_protocol: best accuracy of any classifier of any peer at any epoch on the test
-            set, as the published code reports it. It selects on the test set: for comparison only.
+        published_protocol: best accuracy of any classifier of any peer at any evaluated epoch on
+            the test set, as the published code reports it. It selects on the test set: for
+            comparison only.
         seconds: training and evaluation time, over all resumed parts.
         history: one record per epoch.
     """

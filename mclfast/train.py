@@ -208,13 +208,15 @@ class Trainer:
             for epoch in range(first, min(last, self.config.epochs)):
                 self._started = time.perf_counter() - self._so_far.seconds
                 record = self._train_epoch(epoch, bar)
-                record |= self._evaluate()
+                record |= self._evaluate(epoch)
                 before = self.history[-1]["seconds"] if self.history else 0.0
                 record["seconds"] = before + time.perf_counter() - self._started
                 self.history.append(record)
                 self._so_far = EpochSoFar()
+                tested = metrics.evaluated(self.history)[-1:]
                 bar.set_postfix_str(
-                    f"loss {record['train_loss']:.3g}, test {record['acc_mean']:.1f} %"
+                    f"loss {record['train_loss']:.3g}"
+                    + "".join(f", test {row['acc_mean']:.1f} %" for row in tested)
                 )
                 if self.run_dir is not None:
                     run_folder.write_epoch(self.run_dir, self.history, self.state())
@@ -382,12 +384,15 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        count, c = len(self.cohort.peers), self.config
+        if (epoch + 1) % c.eval_every and epoch + 1 < c.epochs:
+            return metrics.accuracies(None, self.history, count)
         self.method.eval()
         if self.mean_images is not None:
             size = self.config.eval_batch_size
             set_class_means(self.cohort, self.mean_images, self.data, batch_size=size)
-        return metrics.accuracies(self._accuracy(), self.history)
+        return metrics.accuracies(self._accuracy(), self.history, count)
 
     def _accuracy(self) -> CohortAccuracy:
         return cohort_accuracy(
@@ -407,13 +412,14 @@ class Trainer:
         """Writes one peer's bare backbone, see :func:`mclfast.export.export_backbone`."""
         self._wait()
         backbone = self.cohort.peers[peer].backbone
+        tested = metrics.evaluated(self.history[-1:])
         description = describe(
             backbone,
             self.data,
             self.config,
             own_parts=self.own_parts,
             epochs=len(self.history),
-            accuracy=self.history[-1][f"acc_peer{peer}"] if self.history else None,
+            accuracy=tested[-1][f"acc_peer{peer}"] if tested else None,
         )
         network = None if self.own_parts else self.names[peer]
         return export_backbone(backbone, folder, network=network, description=description)

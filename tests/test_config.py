@@ -52,6 +52,7 @@ CHANGED: dict[str, Any] = {
     "bilevel_every": 5,
     "inner_steps": 3,
     "outer_steps": 2,
+    "eval_every": 4,
     "eval_batch_size": 100,
     "device": "cpu",
     "temperature": 0.2,
@@ -205,7 +206,8 @@ def test_wrong_values(values, message):
     ("name", "value"),
     [
         *((n, 0) for n in ("epochs", "batch_size", "images_per_class", "projection_dim")),
-        *((n, 0) for n in ("inner_steps", "eval_batch_size", "image_size", "train_per_class")),
+        *((n, 0) for n in ("inner_steps", "eval_every", "eval_batch_size", "image_size")),
+        ("train_per_class", 0),
         *((n, -1) for n in ("bilevel_every", "outer_steps", "weight_decay", "seed")),
         ("warmup_epochs", -1),
         *((n, v) for n in ("lr", "lr_decay") for v in (0, -0.1, *NOT_FINITE)),

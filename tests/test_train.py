@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -249,6 +250,32 @@ def test_history_and_result(tmp_path):
     assert best == sorted(best) and result.published_protocol == best[-1] >= found.best_head
     seconds = [row["seconds"] for row in result.history]
     assert seconds == sorted(seconds) and result.seconds == seconds[-1] > 0
+
+
+def test_eval_every_leaves_epochs_out_and_changes_no_step(tmp_path):
+    """Of four epochs the third and the last are evaluated, across an interruption as well."""
+    whole = build(settings(epochs=4)).fit(progress=False)
+    config = settings(epochs=4, eval_every=3)
+    first = build(config, tmp_path)
+    first.fit(progress=False, stop_after=2)
+    exported = json.loads((first.export(0, tmp_path / "early") / "backbone.json").read_text())
+    assert exported["accuracy"] is None
+    result = build(config, tmp_path).fit(progress=False)
+
+    assert (result.peers, result.ensemble) == (whole.peers, whole.ensemble)
+    seldom, always = result.history, whole.history
+    assert [row["train_loss"] for row in seldom] == [row["train_loss"] for row in always]
+    assert [math.isnan(row["acc_mean"]) for row in seldom] == [True, True, False, False]
+    for name in ("acc_peer0", "acc_peer1", "acc_mean", "acc_ensemble"):
+        assert [row[name] for row in seldom][2:] == [row[name] for row in always][2:]
+        assert all(math.isnan(row[name]) for row in seldom[:2])
+    best = [row["acc_best_head_so_far"] for row in seldom]
+    assert best[:2] == [0, 0] and best == sorted(best) and best[-1] <= whole.published_protocol
+
+    read = metrics.read_csv(tmp_path / METRICS)
+    assert list(read[0]) == list(always[0]) and math.isnan(read[0]["acc_mean"])
+    assert metrics.evaluated(read) == seldom[2:]
+    assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 # ---------------------------------------------------------------- steps

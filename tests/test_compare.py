@@ -22,7 +22,7 @@ from command import call, contents, error_of
 from mclfast import models, plots, recipe
 from mclfast.compare import report, runner
 from mclfast.compare.plan import Plan, make_plan, write_plan
-from mclfast.compare.published import _LMCL_TABLE, _MCL_TABLE, _OKD_TABLE, published
+from mclfast.compare.published import published
 from mclfast.compare.runner import Finished, Run
 from mclfast.compare.summary import spread, summarize, summary_rows
 from mclfast.config import TrainConfig
@@ -512,110 +512,23 @@ def test_curves_of_many_methods(figures, tmp_path):
     assert whole.get_legend() is None and len(late.get_legend().get_texts()) == 12
 
 
-# ---------------------------------------------------------------- published numbers
-
-
-CIFAR = {"data": "cifar100", "epochs": 300}
-
-
-def shown(method: str, cohort: str, **values: Any) -> str:
-    values = {**CIFAR, "method": method, "cohort": cohort, **values}
-    return report._published(published(TrainConfig.from_values(values)))
-
-
-def test_published_where_the_setting_is_the_same():
-    four = ",".join(["wrn_16_2"] * 4)
-    shared = {"topology": "shared_stem"}
-    assert shown("baseline", "resnet32,resnet32") == "70.91 ± 0.14"
-    assert shown("baseline", "resnet32,resnet110") == "70.91 & 75.29"
-    assert shown("lmcl", "resnet56,resnet56") == "77.51 (alone 73.15)"
-    assert shown("lmcl", "resnet32,resnet110") == "75.82 & 79.71"
-    assert shown("mcl", "wrn_16_2,wrn_16_2") == "74.56 ± 0.11 (alone 72.55)"
-    assert shown("mcl", four, **shared) == "75.79 ± 0.07 (alone 72.55)"
-    assert shown("mcl", four, **shared, logit_distill="last") == "76.34 ± 0.22 (alone 72.55)"
-    wide = ",".join(["hcgnet_a2"] * 4)
-    assert shown("mcl", wide, **shared, logit_distill="last") == "82.47 ± 0.20 (alone 79.00)"
-    shuffle = "shufflenet_v2_x1_0_cifar"
-    assert shown("lmcl", f"{shuffle},{shuffle}") == "77.25 (alone 70.93)"
-    assert shown("lmcl", f"{shuffle},resnet110") == "76.85 & 79.17"
-    # What MCL does not have is taken from MCL-OKD, but not both side by side.
-    assert shown("baseline", "densenet_40_12,vgg16") == "70.83 & 74.82"
-    for other in (
-        shown("mcl", wide, **shared),
-        shown("baseline", "vgg16,resnet56"),
-        shown("lmcl", "resnet56,resnet56", loss="bank", sampler="shuffle"),
-        shown("mcl", four),
-        shown("mcl", four, **shared, logit_distill="all"),
-        shown("mcl", "wrn_16_2", **shared),
-        shown("mcl", "resnet8,resnet8"),
-        shown("lmcl", "resnet110,resnet32"),
-        shown("lmcl", "resnet32,resnet32", **shared),
-        shown("baseline", "resnet8,resnet32"),
-        shown("lmcl", "resnet32,resnet32", data="cifar10"),
-    ):
-        assert other == "-"
-
-
-def test_published_of_methods_by_their_names():
-    config = TrainConfig.from_values({**CIFAR, "method": "baseline", "cohort": ["resnet32"] * 4})
-
-    def of(
-        method: str, topology: str, size: int = 4, split: int = 1, network: str = "resnet32"
-    ) -> str:
-        # Registered or not: only names are read.
-        copy = dataclasses.replace(config)
-        copy.method, copy.topology, copy.split_stage = method, topology, split
-        copy.cohort = (network,) * size
-        return report._published(published(copy))
-
-    assert of("dml", "shared_stem") == "75.08 (ensemble 77.03, alone 71.09)"
-    assert of("cl-ilr", "tree") == "74.60 (ensemble 75.97, alone 71.09)"
-    assert of("mcl-okd", "shared_stem") == "75.48 (ensemble 78.00, alone 71.09)"
-    assert of("pcl", "shared_stem", 3, 2) == "74.14 ± 0.16"
-    assert of("pcl", "shared_stem", 3, 2, "wrn_20_8") == "80.51 ± 0.49"
-    assert of("one", "shared_stem", 4, 2, "vgg16") == "74.78 (ensemble 74.88, alone 74.82)"
-    assert of("okddip", "shared_stem", 4, 2, "hcgnet_a1") == "78.46 (ensemble 79.03, alone 77.54)"
-    assert of("dml", "independent") == of("dml", "shared_stem", 2) == of("dml", "tree") == "-"
-    assert of("pcl", "shared_stem", 3, 1) == of("kdcl", "independent") == "-"
-    assert of("one", "shared_stem", 4, 1) == of("pcl", "shared_stem", 3, 2, "vgg16") == "-"
-
-
-def test_published_numbers_agree_with_the_recipes():
-    text = (recipe.folder() / "lmcl-cifar100.yaml").read_text()
-    pairs = dict(re.findall(r"(\w+,\w+) +[\d.]+ -> ([\d.]+)", text))
-    pairs |= dict(re.findall(r"(\w+,\w+) +([\d.]+ & [\d.]+)", text))
-    assert len(pairs) == len(_LMCL_TABLE) == 17
-    for cohort, numbers in _LMCL_TABLE.items():
-        assert pairs[",".join(cohort)] == " & ".join(f"{n:.2f}" for n in numbers)
-    for column, name in ((1, "mcl-cifar100"), (2, "mcl-x4-cifar100")):
-        text = (recipe.folder() / f"{name}.yaml").read_text().partition("# With the logits")[0]
-        shown = re.findall(r"(\w+) +([\d.]+) -> ([\d.]+) \+- (\.\d+)", text)
-        assert {n: (float(a), (float(mean), float(sd))) for n, a, mean, sd in shown} == {
-            network: (row[0][0], row[column]) for network, row in _MCL_TABLE.items()
-        }
-    for method in ("dml", "cl-ilr", "one", "okddip", "mcl-okd"):
-        text = (recipe.folder() / f"{method}-cifar100.yaml").read_text()
-        shown = re.findall(r"(\w+) +([\d.]+) -> ([\d.]+) \(([\d.]+)\)", text)
-        assert {n: [round(100 - float(x), 2) for x in values] for n, *values in shown} == {
-            network: [alone, *rows[method]] for network, (alone, rows) in _OKD_TABLE.items()
-        }
-    text = (recipe.folder() / "baseline-cifar100.yaml").read_text()
-    alone = re.findall(r"(\w+) +([\d.]+) \+- (\.\d+)", text)
-    assert {network: (float(mean), float(sd)) for network, mean, sd in alone} == {
-        network: row[0] for network, row in _MCL_TABLE.items()
-    }
-
-
 def test_published_column_in_a_report(tmp_path):
+    settings, alone = recipe.load("lmcl-cifar100"), recipe.load("baseline-cifar100")
     runs = [
-        finished("baseline", 0, [70.0, 71.0], method="baseline", **CIFAR),
-        finished("lmcl", 0, [75.0, 76.0], method="lmcl", **CIFAR | {"epochs": 3}),
-        finished("other", 0, [75.0, 76.0], method="mcl", **CIFAR, topology="shared_stem"),
+        finished("baseline", 0, [70.0, 71.0], **alone | {"cohort": ["resnet32"] * 2}),
+        finished("lmcl", 0, [75.0, 76.0], **settings),
+        finished("short", 0, [75.0, 76.0], **settings | {"epochs": 3}),
     ]
     report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
     text = (tmp_path / "report.md").read_text()
     assert "| published protocol | published |" in text
+    assert "| baseline | 1 | 70.50 | 72.00 | 73.00 | 70.91 ± 0.14 |" in text.replace("| - |", "|")
     assert "| lmcl | 1 | 75.50 | +5.00 | 77.00 | 78.00 | 75.82 (alone 70.91) |" in text
-    assert "| other | 1 | 75.50 | +5.00 | 77.00 | 78.00 | - |" in text
-    assert "300 epochs; here: 300, 3." in text
+    assert "| short | 1 | 75.50 | +5.00 | 77.00 | 78.00 | - |" in text
+    assert "Only where all settings that decide the outcome are those of the published" in text
     assert "lmcl: layer-wise MCL (arXiv 2207.11518)" in text
+    several = published(TrainConfig.from_values(recipe.load("dml-cifar100")))
+    assert report._published(several) == "75.08 (ensemble 77.03, alone 71.09)"
+    pair = {"cohort": ["resnet32", "resnet110"]}
+    assert report._published(published(TrainConfig.from_values(settings | pair))) == "75.82 & 79.71"
+    assert report._published(None) == "-"

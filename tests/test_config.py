@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -340,7 +341,17 @@ BANKS = SGD_IMAGENET | MCL_TERMS | {
     "epochs": 90, "milestones": [30, 60], "loss": "bank", "num_positives": 1,
     "num_negatives": 8192, "bank_momentum": 0.5, "temperature": 0.07, "kl_temperature": 3.0,
 }  # fmt: skip
-PCL = {"distill_temperature": 3.0, "rampup_epochs": 80, "average_decay": 0.999}
+RAMP = {"distill_temperature": 3.0, "rampup_epochs": 80}
+PCL = RAMP | {"distill_weight": 1.0, "average_decay": 0.999}
+STEPS = SGD_CIFAR | {
+    "sampler": "shuffle", "schedule": "multistep", "milestones": [150, 225], "lr_decay": 0.1,
+}  # fmt: skip
+LOGIT = {"distill_temperature": 3.0}
+LAST_STAGE = {"topology": "shared_stem", "split_stage": 2}
+OKD = {
+    "nce_weight": 0.025, "ce_weight": 1.0, "distill_weight": 1.0, "distill_temperature": 3.0,
+    "bank_momentum": 0.5, "projection_dim": 128, "nesterov": True, "topology": "shared_stem",
+}  # fmt: skip
 # Settings of the published runs, and the parameters of their networks in training.
 PUBLISHED = {
     "mcl-cifar100": (IN_BATCH, 2 * 472_756),
@@ -353,13 +364,63 @@ PUBLISHED = {
     ),
     "mcl-okd-imagenet": (
         SGD_IMAGENET
+        | OKD
         | {"epochs": 100, "batch_size": 128, "lr": 0.05, "schedule": "cosine"}
-        | {"num_negatives": 16384, "temperature": 0.07, "nce_weight": 0.025},
+        | {"num_negatives": 16384, "temperature": 0.07},
         83_146_976,
+    ),
+    "mcl-okd-cifar100": (
+        SGD_CIFAR
+        | OKD
+        | {"batch_size": 64, "lr": 0.05, "schedule": "cosine", "sampler": "shuffle"}
+        | {"num_negatives": 256, "temperature": 0.1},
+        1_819_552,
+    ),
+    "mcl-logit-cifar100": (IN_BATCH | LOGIT | {"logit_distill": "all"}, 2 * 472_756),
+    "mcl-x4-logit-cifar100": (IN_BATCH | LOGIT | {"logit_distill": "last"}, 2_712_864),
+    "mcl-x4-logit-imagenet": (BANKS | LOGIT | {"logit_distill": "last"}, 44_708_832),
+    "lmcl-imagenet": (
+        BANKS
+        | {"epochs": 100, "milestones": [30, 60, 90], "vcl_weight": 0.01, "icl_weight": 0.01}
+        | {"bilevel_every": 500, "inner_steps": 2, "outer_steps": 1, "distill_temperature": 3.0},
+        2 * 21_797_672,
+    ),
+    "baseline-cifar100": (SGD_CIFAR | {"sampler": "shuffle", "schedule": "cosine"}, 472_756),
+    "pcl-cifar100": (STEPS | PCL | LAST_STAGE, 1_212_384 - (3 * 64 * 100 + 100)),
+    "ffl-cifar100": (
+        STEPS | RAMP | LAST_STAGE | {"weight_decay": 1e-4, "fusion_weight_decay": 1e-5}, 832_920
+    ),
+    "afd-cifar100": (
+        STEPS
+        | {"weight_decay": 1e-4, "discriminator_lr": 2e-5, "discriminator_weight_decay": 0.1},
+        2 * 472_756,
+    ),
+    # Without the gate, of 4 x (32 + 1) + 8 parameters, and without the two projections.
+    "one-x4-cifar100": (
+        SGD_CIFAR | LAST_STAGE | {"schedule": "cosine", "rampup_epochs": 0, "sampler": "shuffle"},
+        1_553_388 - 140,
+    ),
+    "okddip-cosine-cifar100": (
+        SGD_CIFAR | LAST_STAGE | RAMP | {"schedule": "cosine", "sampler": "shuffle"},
+        1_554_272 - 2 * 64 * 8,
+    ),
+    "okddip-networks-cifar100": (STEPS | RAMP | {"topology": "independent"}, 4 * 472_756),
+    "kdcl-imagenet": (
+        {"epochs": 100, "batch_size": 2048, "lr": 0.8, "warmup_epochs": 5, "weight_decay": 1e-4}
+        | {"teacher": "linear", "topology": "independent"},
+        25_557_032 + 11_689_512,
+    ),
+    "moco-mcl-imagenet": (
+        {"epochs": 200, "batch_size": 256, "lr": 0.03, "momentum": 0.9, "nesterov": False}
+        | {"weight_decay": 1e-4, "schedule": "multistep", "milestones": [120, 160]}
+        | {"queue_size": 65536, "key_momentum": 0.999, "temperature": 0.07, "head": "linear"}
+        | {"kl_temperature": 3.0, "projection_dim": 128, "augmentation": "moco-v1"}
+        | dict.fromkeys(MCL_TERMS, 1.0),
+        2 * 11_689_512,
     ),
     # Beside the three peers there is the classifier of all of them: 3 x 64 x 10 and 10.
     "pcl-cifar10": (
-        SGD_CIFAR | PCL | {"schedule": "multistep", "milestones": [150, 225]},
+        STEPS | PCL | LAST_STAGE,
         1_212_384 - 6 * 64 * 90 - 4 * 90 - 1_930,
     ),
     # Each peer after the first adds a last stage and a classifier.
@@ -368,6 +429,21 @@ PUBLISHED = {
         11_689_512 + 2 * (8_393_728 + 513_000),
     ),
 }
+
+
+def test_the_settings_of_every_recipe_are_tested():
+    # These five beside the logit methods, the sixth above.
+    others = {f"{m}-cifar100" for m in ("dml", "cl-ilr", "one", "okddip", "kdcl", "lmcl")}
+    assert PUBLISHED.keys() | others == set(recipe.available())
+
+
+@pytest.mark.parametrize("name", recipe.available())
+def test_recipe_names_a_source(name):
+    text = (recipe.folder() / f"{name}.yaml").read_text()
+    comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    assert re.search(r"arXiv \d{4}\.\d{5}|CVPR 2020", comment)
+    # A number, or that there is none.
+    assert re.search(r"\d\d\.\d|No (number|published accuracy)|no published accuracy", comment)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

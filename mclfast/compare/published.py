@@ -1,16 +1,20 @@
-"""Published CIFAR-100 accuracies, for the settings in which a comparison can run here.
+"""Published CIFAR-100 accuracies, for runs whose settings are those of the published runs.
 
-All are from 300 epochs with the recipe of the respective paper, and most from a protocol that
-selects on the test set (see ``source``): the column "published protocol" is the one to compare.
+The settings are those of a recipe. Most figures are from a protocol that selects on the test set
+(see ``source``): the column "published protocol" is the one to compare.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
+from mclfast import recipe
 from mclfast.config import TrainConfig
-
-DATA = "cifar100"
+from mclfast.methods import Method, method_class
+from mclfast.run_state import FREE_SETTINGS
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,21 @@ class Published:
     source: str
 
 
+@dataclass(frozen=True)
+class Table:
+    """The results of one published setting.
+
+    Attributes:
+        recipe: name of the recipe that holds the setting.
+        rows: results by cohort.
+        changes: what differs from the recipe for these networks.
+    """
+
+    recipe: str
+    rows: Mapping[tuple[str, ...], Published]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
 _MCL = (
     "MCL (arXiv 2104.12565), published code's README: mean of 3 runs, best of all networks and "
     "epochs on the test set"
@@ -42,8 +61,8 @@ _LMCL = (
 )
 _OKD = (
     "MCL-OKD (arXiv 2006.04093): four branches; best of branches, ensemble and epochs on the test "
-    "set; MCL-OKD itself with batch 64 and learning rate 0.05, the others 128 and 0.1; ONE without "
-    "a ramp-up"
+    "set; MCL-OKD itself with batch 64 and learning rate 0.05, the others 128 and 0.1; the "
+    "ensemble of CL-ILR is of three branches"
 )
 _PCL = "PCL (AAAI 2021, arXiv 2006.04147): three branches that share all but the last stage"
 
@@ -66,9 +85,11 @@ _MCL_LOGIT = {
     "shufflenet_v2_x1_0_cifar": (77.02, 0.32),
     "hcgnet_a2": (82.47, 0.20),
 }
-_ALONE = {n: alone for n, (alone, *_) in _MCL_TABLE.items()} | {
-    "wrn_28_4": (79.17, None), "hcgnet_a2": (79.00, None)
-}  # fmt: skip
+_ALONE: dict[str, tuple[float, float | None]] = {
+    **{n: alone for n, (alone, *_) in _MCL_TABLE.items()},
+    "wrn_28_4": (79.17, None),
+    "hcgnet_a2": (79.00, None),
+}
 _LMCL_TABLE: dict[tuple[str, ...], tuple[float, ...]] = {
     ("resnet32", "resnet32"): (75.82,),
     ("resnet56", "resnet56"): (77.51,),
@@ -117,44 +138,82 @@ _OKD_TABLE = {
 _PCL_TABLE = {"resnet32": (74.14, 0.16), "resnet110": (79.98, 0.55), "wrn_20_8": (80.51, 0.49)}
 
 
+# Their number of negatives is larger (MCL-OKD, published code).
+_MANY_NEGATIVES = ("vgg16", "hcgnet_a1")
+_OKD_RECIPES = {
+    "dml": "dml-cifar100", "cl-ilr": "cl-ilr-cifar100", "one": "one-x4-cifar100",
+    "okddip": "okddip-cosine-cifar100", "mcl-okd": "mcl-okd-cifar100",
+}  # fmt: skip
+
+
+def _mcl(column: int, count: int) -> dict[tuple[str, ...], Published]:
+    return {
+        (n,) * count: Published((row[column][0],), row[column][1], None, row[0][0], _MCL)
+        for n, row in _MCL_TABLE.items()
+    }
+
+
+def _okd(method: str, networks: Iterable[str]) -> dict[tuple[str, ...], Published]:
+    rows: dict[tuple[str, ...], Published] = {}
+    for n in networks:
+        alone, errors = _OKD_TABLE[n]
+        student, ensemble, baseline = (round(100 - e, 2) for e in (*errors[method], alone))
+        rows[(n,) * 4] = Published((student,), None, ensemble, baseline, _OKD)
+    return rows
+
+
+#: All but those of networks trained alone.
+TABLES = (
+    Table("mcl-cifar100", _mcl(1, 2)),
+    Table("mcl-x4-cifar100", _mcl(2, 4)),
+    Table(
+        "mcl-x4-logit-cifar100",
+        {
+            (n,) * 4: Published((mean,), spread, None, _ALONE[n][0], _MCL)
+            for n, (mean, spread) in _MCL_LOGIT.items()
+        },
+    ),
+    Table(
+        "lmcl-cifar100",
+        {
+            c: Published(peers, None, None, _ALONE[c[0]][0] if c[0] == c[1] else None, _LMCL)
+            for c, peers in _LMCL_TABLE.items()
+        },
+    ),
+    *(Table(_OKD_RECIPES[m], _okd(m, _OKD_TABLE)) for m in ("dml", "cl-ilr", "one", "okddip")),
+    Table("mcl-okd-cifar100", _okd("mcl-okd", _OKD_TABLE.keys() - set(_MANY_NEGATIVES))),
+    Table("mcl-okd-cifar100", _okd("mcl-okd", _MANY_NEGATIVES), {"num_negatives": 16384}),
+    Table(
+        "pcl-cifar100",
+        {
+            (n,) * 3: Published((mean,), spread, None, None, _PCL)
+            for n, (mean, spread) in _PCL_TABLE.items()
+        },
+    ),
+)
+_ALONE_RECIPE = "baseline-cifar100"
+#: Where, and by which operations, a run computes.
+_FREE = FREE_SETTINGS | {"backend", "bank_storage"}
+
+
 def published(config: TrainConfig) -> Published | None:
-    """The published result for a setting; None where data, cohort or topology are others."""
-    if config.data != DATA:
-        return None
-    first, alike = config.cohort[0], len(set(config.cohort)) == 1
+    """The published result for a setting; None where anything that decides the outcome differs.
+
+    That is every setting but the seed and those that say where and by which operations a run
+    computes; ``amp`` counts, as the published runs have full precision. Settings of the loop that
+    a run does not use, such as the milestones of a cosine schedule, may have any value.
+    """
     if config.method == "baseline":
-        return _baseline(config)
-    if config.method in ("mcl", "lmcl") and config.options.loss != "batch":
-        return None
-    if config.method == "lmcl":
-        found = _LMCL_TABLE.get(config.cohort)
-        if found is None or config.topology != "independent":
-            return None
-        alone = _ALONE[first][0] if alike else None
-        return Published(found, None, None, alone, _LMCL)
-    if not alike:
-        return None
-    shared = (config.topology, config.split_stage)
-    size = len(config.cohort)
-    if config.method == "mcl":
-        return _mcl(first, size, shared, config.options.logit_distill)
-    if config.method == "pcl":
-        if size == 3 and shared == ("shared_stem", 2) and first in _PCL_TABLE:
-            mean, spread = _PCL_TABLE[first]
-            return Published((mean,), spread, None, None, _PCL)
-        return None
-    alone, rows = _OKD_TABLE.get(first, (0.0, {}))
-    wanted = "tree" if config.method == "cl-ilr" else "shared_stem"
-    split = 2 if config.method in ("one", "okddip") else 1
-    if config.method in rows and size == 4 and shared == (wanted, split):
-        student, ensemble = (round(100 - error, 2) for error in rows[config.method])
-        return Published((student,), None, ensemble, round(100 - alone, 2), _OKD)
+        return _alone(config) if _same_setting(config, _ALONE_RECIPE, {}) else None
+    for table in TABLES:
+        found = table.rows.get(config.cohort)
+        if found is not None and _same_setting(config, table.recipe, table.changes):
+            return found
     return None
 
 
-def _baseline(config: TrainConfig) -> Published | None:
-    if config.topology != "independent":
-        return None
+def _alone(config: TrainConfig) -> Published | None:
+    """Of networks that do not interact: figures of one source for all of them, or none."""
     networks = config.cohort[:1] if len(set(config.cohort)) == 1 else config.cohort
     if all(n in _ALONE for n in networks):
         peers = tuple(_ALONE[n][0] for n in networks)
@@ -166,15 +225,26 @@ def _baseline(config: TrainConfig) -> Published | None:
     return None
 
 
-def _mcl(first: str, size: int, shared: tuple[str, int], distill: str) -> Published | None:
-    found: tuple[float, float] | None = None
-    if size == 2 and shared[0] == "independent" and distill == "none":
-        found = _MCL_TABLE[first][1] if first in _MCL_TABLE else None
-    elif size == 4 and shared == ("shared_stem", 1):
-        if distill == "none" and first in _MCL_TABLE:
-            found = _MCL_TABLE[first][2]
-        elif distill == "last":
-            found = _MCL_LOGIT.get(first)
-    if found is None:
-        return None
-    return Published(found[:1], found[1], None, _ALONE[first][0], _MCL)
+def _same_setting(config: TrainConfig, name: str, changes: Mapping[str, Any]) -> bool:
+    return _deciding(config) == _deciding(TrainConfig.from_values({**_values(name), **changes}))
+
+
+@cache
+def _values(name: str) -> dict[str, Any]:
+    return recipe.load(name)
+
+
+def _deciding(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the outcome of a run, but the networks and the seed."""
+    method, unused = method_class(config.method), {"cohort", "seed"} | _FREE
+    if config.sampler == "shuffle":
+        unused.add("images_per_class")
+    if config.topology == "independent":
+        unused.add("split_stage")
+    if config.schedule == "cosine":
+        unused |= {"milestones", "lr_decay"}
+    if not method.projections:
+        unused.add("projection_dim")
+    if method.meta_parameters is Method.meta_parameters:
+        unused |= {"bilevel_every", "inner_steps", "outer_steps"}
+    return {k: v for k, v in config.to_values().items() if k not in unused}

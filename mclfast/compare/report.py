@@ -165,7 +165,7 @@ def _accuracies(plan: Plan, summaries: Sequence[Summary]) -> Table:
             + _other_cohorts(plan, summaries)
         )
     if known:
-        notes += _sources(plan, known)
+        notes += _sources(known)
     return Table("Accuracy", header, rows, notes)
 
 
@@ -191,12 +191,11 @@ def _published(found: Published | None) -> str:
     return f"{text} ({inside})" if inside else text
 
 
-def _sources(plan: Plan, known: Mapping[str, Published]) -> list[str]:
+def _sources(known: Mapping[str, Published]) -> list[str]:
     notes = [
         "Published: of a peer, or of each; in brackets of the ensemble and of one network trained "
-        "alone, where the same source gives them. The published runs took 300 epochs; here: "
-        + _distinct(str(plan.configs[label].epochs) for label in known)
-        + "."
+        "alone, where the same source gives them. Only where all settings that decide the outcome "
+        "are those of the published runs."
     ]
     sources: dict[str, list[str]] = {}
     for label, found in known.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import OrderedDict
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -191,6 +193,24 @@ def test_a_missing_package_names_the_extra(package: str, monkeypatch: pytest.Mon
     with pytest.raises(MissingOptionalError, match=r"pip install 'mclfast\[vision\]'") as error:
         models.create(f"{package}:stepped")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("package", ["timm", "torchvision"])
+def test_a_broken_package_tells_why(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torchvision built for another torch raises a RuntimeError when it is imported."""
+    (tmp_path / f"{package}.py").write_text("raise RuntimeError('operator nms does not exist')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("timm", "torchvision", "torchvision.models"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(MissingOptionalError) as error:
+        models.create(f"{package}:stepped")
+    assert re.fullmatch(
+        rf"{package}(\.models)? is installed but fails to import; try: pip install "
+        r"'mclfast\[vision\]' \(first error: RuntimeError: operator nms does not exist\)",
+        str(error.value),
+    )
 
 
 def test_a_stage_of_several_modules() -> None:

@@ -269,6 +269,11 @@ def test_gates_of_hcgnet() -> None:
     low, high = torch.stack([scale(x) for scale in update.scales]).sort(dim=0).values
     mixed = update(x)[:, :, 0, 0]
     assert ((low < mixed) & (mixed < high)).all()
+    # Neither parameters nor MACs tell the two scales apart.
+    for dilation, scale in enumerate(update.scales, start=1):
+        conv, y = scale[0][-1], torch.randn(2, 6, 9, 9)
+        wanted = F.conv2d(y, conv.weight, padding=dilation, dilation=dilation, groups=6)
+        torch.testing.assert_close(conv(y), wanted)
     gated = models.hcgnet.GatedResidual(6, 2)
     torch.testing.assert_close(gated(x), gated.forget(x) + gated.update(x).expand_as(x))
 
@@ -317,6 +322,52 @@ def test_heads_use_the_initialisation_of_the_backbone() -> None:
     for conv in (backbone.layer3[-1].conv2, head.stages[-1][-1].conv2):
         # Kaiming normal, fan out of 64 x 3 x 3; the default of torch gives a third of it.
         assert conv.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "kaiming"),
+    [
+        (lambda: models.CifarResNet(models.resnet.BasicBlock, 2), True),
+        (lambda: models.CifarResNet(models.resnet.Bottleneck, 1), True),
+        (lambda: models.WideResNet(10, 2), True),
+        (lambda: models.CifarShuffleNetV2((48, 96, 192), feature_width=256), False),
+        (lambda: models.HcgNet((16, 16, 16), 2), False),
+    ],
+)
+def test_initial_weights(make, kaiming: bool) -> None:
+    """Convolutions: Kaiming normal, fan out, or the default of torch, uniform in the fan in."""
+    torch.manual_seed(0)
+    peer = models.PeerNetwork(make())
+    for module in peer.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 2000:
+            weight, fan_in = module.weight, module.weight[0].numel()
+            fan_out = module.out_channels * weight[0, 0].numel()
+            wanted = (2 / fan_out) ** 0.5 if kaiming else (3 * fan_in) ** -0.5
+            assert weight.std().item() == pytest.approx(wanted, rel=0.05)
+            # A normal distribution has tails, a uniform one has none.
+            assert (weight.abs().max() > 2.5 * wanted) == kaiming
+        if isinstance(module, nn.BatchNorm2d):
+            # No residual branch starts at zero.
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+        if isinstance(module, nn.Linear):
+            default = (3 * module.in_features) ** -0.5
+            assert module.weight.std().item() == pytest.approx(default, rel=0.2)
+    zeroed = isinstance(peer.backbone, models.WideResNet)
+    assert (peer.backbone.classifier.bias == 0).all() == zeroed
+    assert all((head.classifier.bias == 0).all() for head in peer.auxiliary)
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_what_follows_leaves_the_maps_alone(make) -> None:
+    """An in-place operation at the start of a stage or of the tail would change a tap."""
+    peer, kept = models.PeerNetwork(make()).train(), []
+    for stage in peer.backbone.stages:
+        stage.register_forward_hook(lambda _, __, out: kept.append(out.detach().clone()))
+    taps = peer.backbone.forward_taps(torch.randn(4, 3, 16, 16))
+    final = taps.final_map.detach().clone()
+    peer.head_outputs(taps)
+    assert all(map(torch.equal, taps.maps, kept)) and len(kept) == len(taps.maps)
+    assert torch.equal(taps.final_map, final)
 
 
 def test_heads_take_over_the_dtype() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mclfast import Cohort, models
 from mclfast.cohort import PeerOutputs
+from mclfast.matching import LayerMatcher
 from mclfast.topology import Topology, topology
 
 # name: split stage, parameters and mega-MACs of four networks that share stem and first stages.
@@ -42,16 +43,29 @@ TREE = {
     "densenet_40_12": (482_224, 98.9),
     "hcgnet_a1": (3_074_584, 295.5),
 }
-# name: parameters of ONE and of OKDDip: four networks with their own last stage.
+# name: parameters and mega-MACs of ONE and of OKDDip: four networks with their own last stage.
 LAST_STAGE = {
-    "resnet32": (1_553_388, 1_554_272),
-    "resnet110": (3_858_156, 3_874_016),
-    "vgg16": (36_177_884, 36_241_360),
-    "densenet_40_12": (405_076, 409_048),
-    "hcgnet_a1": (2_583_679, 2_625_391),
+    "resnet32": (1_553_388, 136.8, 1_554_272, 136.8),
+    "resnet110": (3_858_156, 337.4, 3_874_016, 337.4),
+    "vgg16": (36_177_884, 398.3, 36_241_360, 398.5),
+    "densenet_40_12": (405_076, 83.4, 409_048, 83.4),
+    "hcgnet_a1": (2_583_679, 229.4, 2_625_391, 229.5),
 }
-# name: parameters of PCL's three peers with their own last stage, and its classifier of all three.
-THREE_PEERS = {"resnet32": 1_212_384, "resnet110": 3_038_944, "wrn_20_8": 17_431_008}
+# name: parameters of PCL's three peers with their own last stage and its classifier of all three,
+# mega-MACs with a view for each.
+THREE_PEERS = {
+    "resnet32": (1_212_384, 207.4),
+    "resnet110": (3_038_944, 502.4),
+    "wrn_20_8": (17_431_008, 3069),
+    "vgg16": (30_771_664, 941.5),
+    "densenet_40_12": (371_488, 217.2),
+}
+# What each peer has there beyond this package's network: two hidden linear layers of 512, and no
+# batch norm at the end. Parameters and MACs.
+IN_PCL = {
+    "vgg16": (2 * (512 * 512 + 512), 2 * 512 * 512),
+    "densenet_40_12": (-2 * 132, 0),
+}
 FAMILIES = [
     models.resnet8,
     lambda: models.WideResNet(10, 1),
@@ -77,6 +91,20 @@ def cohort_of(
 def on_meta(name: str, shape: str, count: int, split: int) -> Cohort:
     with torch.device("meta"):
         return cohort_of(lambda: models.create(name), shape, count, split=split)
+
+
+class OwnViews(nn.Module):
+    """PCL's graph: a view of the image for each peer, one classifier on all features."""
+
+    def __init__(self, cohort: Cohort) -> None:
+        super().__init__()
+        self.cohort = cohort
+        width = sum(peer.feature_dim for peer in cohort.peers)
+        self.ensemble = nn.Linear(width, 100, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.cohort([x.clone() for _ in self.cohort.peers])
+        return self.ensemble(torch.cat(out.final_features, dim=1))
 
 
 def runs(cohort: Cohort, views: Tensor | list[Tensor]) -> Counter[str]:
@@ -134,22 +162,47 @@ def test_sizes_of_the_tree(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAST_STAGE)
 def test_sizes_with_four_last_stages(name: str) -> None:
-    one, okddip = LAST_STAGE[name]
+    one, one_mega, okddip, okddip_mega = LAST_STAGE[name]
     cohort = on_meta(name, "shared_stem", 4, 2)
-    params = models.parameter_count(cohort)
+    params, macs = models.parameter_count(cohort), models.macs(cohort, 32)
     shared = cohort(torch.empty(2, 3, 32, 32, device="meta")).shared.shape[1]
     width = cohort.peers[0].feature_dim
-    # ONE: a gate of one linear layer and batch norm. OKDDip: two projections of the feature.
+    # ONE: a gate of one linear layer and batch norm.
     assert params + 4 * (shared + 1) + 8 == one
+    assert round((macs + 4 * shared) / 1e6, 1) == one_mega
+    # OKDDip: two projections of the feature, of three auxiliary peers.
     assert params + 2 * width * (width // 8) == okddip
+    assert round((macs + 3 * 2 * width * (width // 8)) / 1e6, 1) == okddip_mega
 
 
 @pytest.mark.parametrize("name", THREE_PEERS)
 def test_sizes_with_own_last_stages(name: str) -> None:
-    cohort = on_meta(name, "shared_stem", 3, 2)
-    ensemble = nn.Linear(3 * cohort.peers[0].feature_dim, 100, device="meta")
-    both = models.parameter_count(cohort) + models.parameter_count(ensemble)
-    assert both == THREE_PEERS[name]
+    params, mega = THREE_PEERS[name]
+    cohort = OwnViews(on_meta(name, "shared_stem", 3, 2))
+    more, more_macs = IN_PCL.get(name, (0, 0))
+    assert models.parameter_count(cohort) + 3 * more == params
+    digits = 1 if isinstance(mega, float) else 0
+    assert round((models.macs(cohort, 32) + 3 * more_macs) / 1e6, digits) == mega
+
+
+def test_sizes_of_what_pcl_deploys() -> None:
+    for name, params in {"wrn_20_8": 6_871_220, "vgg16": 15_299_748}.items():
+        (peer,) = on_meta(name, "independent", 1, 1).peers
+        assert models.parameter_count(peer) + IN_PCL.get(name, (0, 0))[0] == params
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "width"), [("resnet32", 2_563_704, 64), ("wrn_28_4", 31_922_424, 256)]
+)
+def test_sizes_of_a_layerwise_pair(name: str, params: int, width: int) -> None:
+    with torch.device("meta"):
+        pair = Cohort([models.create(name) for _ in range(2)], projection_dim=128)
+        matcher = LayerMatcher(pair.feature_dims, 128)
+    assert models.parameter_count(pair.networks) == params
+    # A projection of two linear layers, and one of the matcher, per network and stage.
+    heads, layers = pair.projections, 2 * 3
+    assert models.parameter_count(heads) == layers * (width * 128 + 128 + 128 * 128 + 128)
+    assert models.parameter_count(matcher) == layers * (width * 128 + 128)
 
 
 def test_size_of_the_two_networks_of_ffl() -> None:

@@ -278,6 +278,74 @@ def test_gates_of_hcgnet() -> None:
     torch.testing.assert_close(gated(x), gated.forget(x) + gated.update(x).expand_as(x))
 
 
+def perturbed(module: nn.Module) -> nn.Module:
+    """In evaluation mode and float64, with no statistic, gain or bias left at its start."""
+    torch.manual_seed(0)
+    for value in (*module.parameters(), *module.buffers()):
+        if value.dim() == 1:
+            torch.nn.init.uniform_(value, 0.5, 1.5)
+    return module.double().eval()
+
+
+def active(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    return norm64(norm, x).clamp_min(0)
+
+
+def norm64(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    scale = norm.weight / (norm.running_var + 1e-5).sqrt()
+    return (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+
+
+def conv64(conv: nn.Conv2d, x: Tensor, stride: int = 1) -> Tensor:
+    size = conv.weight.shape[-1]
+    return F.conv2d(x, conv.weight, conv.bias, stride=stride, padding=size // 2)
+
+
+@torch.no_grad()
+def test_blocks_of_resnets() -> None:
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    b = perturbed(models.resnet.BasicBlock(4, 6, 2))
+    out = norm64(b.bn2, conv64(b.conv2, active(b.bn1, conv64(b.conv1, x, 2))))
+    short = norm64(b.shortcut[1], conv64(b.shortcut[0], x, 2))
+    torch.testing.assert_close(b(x), (out + short).clamp_min(0))
+    b = perturbed(models.resnet.Bottleneck(4, 1, 1))
+    out = active(b.bn2, conv64(b.conv2, active(b.bn1, conv64(b.conv1, x))))
+    out = norm64(b.bn3, conv64(b.conv3, out))
+    torch.testing.assert_close(b(x), (out + x).clamp_min(0))
+    # Pre-activated: the shortcut that changes the shape starts behind norm and ReLU, the other not.
+    for width, stride in ((6, 2), (4, 1)):
+        w = perturbed(models.wrn.PreActivationBlock(4, width, stride))
+        first = active(w.bn1, x)
+        out = conv64(w.conv2, active(w.bn2, conv64(w.conv1, first, stride)))
+        short = x if w.shortcut is None else conv64(w.shortcut, first, stride)
+        torch.testing.assert_close(w(x), out + short)
+
+
+@torch.no_grad()
+def test_vgg_takes_maxima_and_a_dense_net_means() -> None:
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    net = perturbed(models.Vgg(((4, 1), (5, 2), (6, 1), (7, 1)), num_classes=5))
+    layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    y = x
+    for index, (conv, norm) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
+        # Each group but the first starts with a pooling.
+        if index in (1, 3, 4):
+            y = y.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
+        y = active(norm, conv64(conv, y))
+    torch.testing.assert_close(net(x), net.fc(y.mean((2, 3))))
+    dense = perturbed(models.CifarDenseNet(2, 4, num_classes=5))
+    layers = [m for m in dense.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    y = conv64(layers[0], x)
+    for block, start in enumerate((1, 11, 21)):
+        for first in (start, start + 4):
+            norm1, conv1, norm2, conv2 = layers[first : first + 4]
+            y = torch.cat((y, conv64(conv2, active(norm2, conv64(conv1, active(norm1, y))))), 1)
+        if block < 2:
+            y = conv64(layers[start + 9], active(layers[start + 8], y))
+            y = y.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
+    torch.testing.assert_close(dense(x), dense.fc(active(layers[-1], y).mean((2, 3))))
+
+
 def test_without_heads() -> None:
     peer = models.PeerNetwork(models.resnet8(), auxiliary_heads=False)
     assert peer.num_stages == 1 and len(peer.auxiliary) == 0

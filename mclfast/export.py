@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mclfast import models
+from mclfast._checks import shortened
 from mclfast._files import read_json, replacing, write_json
 from mclfast._version import __version__
 from mclfast.config import TrainConfig
@@ -120,13 +121,18 @@ def load_backbone(folder: Path | str) -> Exported:
         raise ValueError(
             f"export: expected {', '.join(wanted)} in {folder / DESCRIPTION}, got {values}"
         )
+    if name not in models.available() and not models.is_external(name):
+        raise ValueError(
+            f"export: expected a network of mclfast.models in {folder / DESCRIPTION}, got {name!r}"
+        )
     network = models.create(name, num_classes=counts[0], in_channels=counts[1])
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"export: expected a file {folder / WEIGHTS}, found none")
     try:
         network.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        # A network of another kind lacks hundreds of names.
+        reason = shortened(" ".join(str(error).split()), 200)
         raise ValueError(
             f"export: expected intact weights of {name} in {folder / WEIGHTS}, got: {reason}"
         ) from None

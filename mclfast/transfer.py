@@ -40,6 +40,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 _COMMON = {"sampler": "shuffle", "batch_size": 64}
 
 
+def default_settings(mode: str) -> dict[str, Any]:
+    """Fields of `TrainConfig` that a mode sets where nothing else is said."""
+    _check_mode(mode)
+    return {**_COMMON, **DEFAULTS[mode], "method": "baseline"}
+
+
 def transfer_config(
     folder: Path | str, mode: str, values: Mapping[str, Any] | None = None
 ) -> TrainConfig:
@@ -53,10 +59,10 @@ def transfer_config(
     Raises:
         FileNotFoundError, ValueError: see `load_backbone` and `TrainConfig.from_values`.
     """
-    _check_mode(mode)
+    usual = default_settings(mode)
     network = load_backbone(folder).description["network"]
     return TrainConfig.from_values(
-        {**_COMMON, **DEFAULTS[mode], **(values or {}), "method": "baseline", "cohort": [network]}
+        {**usual, **(values or {}), "method": "baseline", "cohort": [network]}
     )
 
 
@@ -106,6 +112,13 @@ def build_transfer(
         trainer = Trainer(cohort, method, data, config, run_dir, network_names=(name,))
     trainer.origin = {"transfer_from": str(folder), "transfer_mode": mode}
     return trainer
+
+
+def split_origin(values: dict[str, Any]) -> tuple[Path, Any] | None:
+    """Takes backbone and mode of a transfer out of the settings of a run; None for other runs."""
+    if not {"transfer_from", "transfer_mode"} <= values.keys():
+        return None
+    return Path(values.pop("transfer_from")), values.pop("transfer_mode")
 
 
 def copy_backbone(source: StagedNetwork, target: StagedNetwork) -> None:

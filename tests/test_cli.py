@@ -10,16 +10,21 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from every_method import METHODS
 from PIL import Image
 
 from command import call, contents, error_of
+from mclfast import data, methods, models
+from mclfast._settings import field_types
 from mclfast.cli import main
+from mclfast.config import TrainConfig, field_help
 from mclfast.export import load_backbone
 from mclfast.train import Trainer
 
@@ -140,6 +145,27 @@ def test_help_shows_the_options_of_the_method(capsys):
     assert all(f"\n    {name} " in text for name in ("train", "eval", "export", "env"))
 
 
+@pytest.mark.parametrize("name", methods.available())
+def test_help_explains_every_setting(name, capsys):
+    assert call("train", "--help", "--method", name) == 0
+    text = capsys.readouterr().out
+    shown = " ".join(text.split())
+    for cls in (TrainConfig, methods.method_class(name).Options):
+        kinds, meaning, defaults = field_types(cls), field_help(cls), cls()
+        for field, kind in kinds.items():
+            words = [f"--{field.replace('_', '-')} "]
+            if typing.get_origin(kind) is typing.Literal:
+                words[0] += "{" + ",".join(typing.get_args(kind)) + "} "
+            default = getattr(defaults, field)
+            if not isinstance(default, tuple):
+                value = default if isinstance(default, str) else str(default).lower()
+                words.append(f"{meaning[field]} (default: {value})")
+            assert meaning[field] and all(" ".join(w.split()) in shown for w in words), field
+    for known in (*methods.available(), *data.available(), *models.available()):
+        assert re.search(rf"[ ,]{known}\b", shown), known
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def help_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The help of ``train``, without its line breaks."""
     assert call("train", "--help", *arguments) == 0
@@ -231,6 +257,24 @@ def test_export_into_the_run(run_dir):
     shutil.rmtree(run_dir / "peer0")
     assert call("export", run_dir) == 0
     assert contents(run_dir / "peer0") == before
+
+
+@pytest.mark.parametrize("name", [*filter(METHODS.get, methods.available()), "kdcl general"])
+def test_eval_and_export_of_every_method(name, tmp_path, capsys):
+    values = {"cohort": "resnet8,resnet8", "projection_dim": 4, "images_per_class": 2, "epochs": 1,
+              "sampler": "balanced", "batch_size": 20} | METHODS[name]  # fmt: skip
+    if name == "mcl-okd":
+        values["num_negatives"] = 12
+    given = [f"--{k}={v}" for k, v in values.items()]
+    assert call("train", *SMALL, "--train-per-class", "4", *given, "--run-dir", "run") == 0
+    capsys.readouterr()
+    assert call("eval", "run", "--device", "cpu") == 0
+    recorded = json.loads((tmp_path / "run" / "result.json").read_text())["peers"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [reached(line)[0] for line in lines] == [f"{a:.4f}" for a in recorded]
+    last = len(recorded) - 1
+    assert call("export", "run", "--peer", str(last), "--out", "net") == 0
+    assert contents(tmp_path / "net") == contents(tmp_path / "run" / f"peer{last}")
 
 
 def test_eval_measures_anew(run_dir, capsys):
@@ -376,10 +420,13 @@ def test_overwrite_with_a_mistake_costs_nothing(run_dir, capsys, wrong):
         (["train", "--resume", "no", "--overwrite"], "resume: expected no --overwrite beside"),
         (["eval", "no"], "path: expected backbone.json in no"),
         (["eval"], ".*path"),
+        (["linear", "no"], "path: expected backbone.json in no or in its peer folders"),
+        (["linear", "no", "--lr", "x"], "--lr: expected a number, got 'x'"),
+        (["bench", "--budget", "x"], "--budget: expected a number, got 'x'"),
         (["eval", "no", "--device", "tpu"], "device: .*'tpu'"),
         (["eval", "no", "--fast"], "--fast: unknown argument"),
         (["export", "no"], "run_dir: expected a run with config.yaml in no"),
-        (["export", "no", "--peer", "x"], ".*--peer: invalid int value: 'x'"),
+        (["export", "no", "--peer", "x"], "--peer: expected an integer, got 'x'"),
         (["env", "--all"], "--all: unknown argument"),
     ],
 )
@@ -438,7 +485,16 @@ def test_damaged_archive(tmp_path, capsys):
 
 def test_run_dir_that_is_a_file(tmp_path, capsys):
     (tmp_path / "a").write_text("")
-    assert "a" in error_of(capsys, "train", *TINY, "--run-dir", "a")
+    for folder in ("a", "a/b"):
+        message = error_of(capsys, "train", *TINY, "--run-dir", folder)
+        assert message == "run_dir: expected a folder, got the file a"
+
+
+@pytest.mark.parametrize("command", ["eval", "linear", "transfer"])
+def test_a_file_in_the_place_of_an_export(finished, capsys, command):
+    weights = finished[0] / "peer0" / "backbone.safetensors"
+    message = error_of(capsys, command, weights, *(["--data=digits"] if command[0] == "t" else []))
+    assert message == f"path: expected a folder with backbone.json, got the file {weights}"
 
 
 def test_diverging_run(capsys):

@@ -192,6 +192,13 @@ def test_the_commands(tmp_path, capsys):
     assert "on digits: top-1 " in capsys.readouterr().out
     assert main([*arguments, "--augment"]) == 0
     assert capsys.readouterr().out != line
+    # Of a run: all its peers, each as alone.
+    assert main(["linear", str(run), *arguments[2:]]) == 0
+    assert capsys.readouterr().out == line
+    assert main([*arguments, "--train-per-class=8"]) == 0
+    assert capsys.readouterr().out == line
+    assert main([*arguments, "--train-per-class=40"]) == 0
+    assert capsys.readouterr().out != line
     assert main([*arguments, "--data", "cifar10", "--data-root", str(tmp_path)]) == 2
     assert "mclfast linear: error: " in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ from torch import Tensor, nn
 
 from mclfast import data, models
 from mclfast.cli import main
+from mclfast.config import TrainConfig
 from mclfast.data.channels import with_channels
 from mclfast.data.feed import TrainingFeed, evaluation_batches
 from mclfast.evaluate import accuracy
 from mclfast.export import WEIGHTS, export_backbone, load_backbone
 from mclfast.train import Trainer
-from mclfast.transfer import build_transfer, copy_backbone, transfer_config
+from mclfast.transfer import (
+    build_transfer,
+    copy_backbone,
+    default_settings,
+    transfer_config,
+)
 from torchvision_record import RECORD
 
 FEW = {"data": "digits-full", "train_per_class": 8, "batch_size": 20, "device": "cpu"}
@@ -286,6 +293,58 @@ def test_a_resumed_command_equals_an_unbroken_one(tmp_path, capsys, mode):
     assert "error: lr: expected " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", ["linear", "finetune"])
+def test_a_transferred_backbone_is_exported_again(exported, tmp_path, capsys, mode):
+    run_dir = tmp_path / "run"
+    assert main(command(exported, run_dir, "--mode", mode, "--epochs", "1")) == 0
+    before = {f.name: f.read_bytes() for f in (run_dir / "peer0").iterdir()}
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "again")]) == 0
+    assert {f.name: f.read_bytes() for f in (tmp_path / "again").iterdir()} == before
+
+
+def test_a_run_in_the_place_of_an_export(exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "one" / "peer0")
+    assert main(command(tmp_path / "one", tmp_path / "run", "--epochs", "1")) == 0
+    shutil.copytree(exported, tmp_path / "one" / "peer1")
+    capsys.readouterr()
+    assert main(["transfer", str(tmp_path / "one"), "--data", "digits"]) == 2
+    one = tmp_path / "one"
+    assert f"path: expected one exported backbone, got a run; name one of {one}/peer0, " in (
+        capsys.readouterr().err
+    )
+
+
+def test_help_shows_the_defaults_of_the_modes(capsys):
+    with pytest.raises(SystemExit):
+        main(["transfer", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for mode in ("linear", "finetune"):
+        config = TrainConfig.from_values(default_settings(mode))
+        for value in (config.epochs, config.lr, str(config.augment).lower()):
+            assert f"{value} for {mode}" in text
+    assert "images per step (default: 64)" in text and "--amp {off,bf16,fp16}" in text
+
+
+def test_an_export_of_another_network_or_version(exported, tmp_path, capsys):
+    def error() -> str:
+        assert main(["transfer", str(folder), "--data", "digits"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    folder = Path(shutil.copytree(exported, tmp_path / "peer0"))
+    about = json.loads((folder / "backbone.json").read_text())
+    (folder / "backbone.json").write_text(json.dumps(about | {"network": "resnet_of_2030"}))
+    description = folder / "backbone.json"
+    assert f"export: expected a network of mclfast.models in {description}, got " in error()
+    (folder / "backbone.json").write_text(json.dumps(about | {"network": "vgg16"}))
+    # Without the hundreds of names that do not fit.
+    line = error()
+    assert "export: expected intact weights of vgg16" in line and len(line) < 500
+    # What only eval needs is not asked for.
+    (folder / "backbone.json").write_text(json.dumps(about | {"mclfast": "0.0.1"}))
+    assert main(command(folder, tmp_path / "run", "--epochs", "1")) == 0
+
+
 def test_an_interrupted_command_says_how_to_go_on(exported, tmp_path, monkeypatch, capsys):
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -334,7 +393,7 @@ def test_mistakes(exported, tmp_path, monkeypatch, capsys, arguments, message):
 
 def test_nothing_to_transfer(tmp_path, capsys):
     assert main(["transfer", str(tmp_path / "no"), "--data", "digits"]) == 2
-    assert "error: export: expected a file" in capsys.readouterr().err
+    assert "error: path: expected backbone.json in " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- torchvision's detectors

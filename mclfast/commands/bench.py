@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mclfast.benchmark.cases import PRESETS, PROVIDERS, preset
 from mclfast.benchmark.problem import MODES, Case
+from mclfast.commands.parser import a_number, an_integer
 
 if TYPE_CHECKING:
     from mclfast.benchmark.run import Outcome
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", action="store_true", help="draw the results as PNG files into the folder")
     add("--replot", type=Path, metavar="JSON",
         help="measure nothing: print and draw the results of an earlier run")
-    add("--budget", type=float, default=20.0, metavar="S",
+    add("--budget", type=a_number, default=20.0, metavar="S",
         help="seconds of timing per case, after at least three rounds (default: 20)")
     add("--no-memory", action="store_true", help="do not measure peak memory")
     loader = parser.add_argument_group("the loader alone")
@@ -43,9 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "augmented, for --budget seconds, and nothing else")
     add("--data", help="imagefolder or webdataset")
     add("--data-root", help="folder with the images")
-    add("--batch-size", type=int, default=256, help="images per batch (default: 256)")
-    add("--image-size", type=int, help="side in pixels (default: 224)")
-    add("--workers", type=int, help="processes that decode; 0 for none (default: one per core)")
+    add("--batch-size", type=an_integer, default=256, help="images per batch (default: 256)")
+    add("--image-size", type=an_integer, help="side in pixels (default: 224)")
+    add("--workers", type=an_integer,
+        help="processes that decode; 0 for none (default: one per core)")
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:

@@ -6,6 +6,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from mclfast.commands.exports import exports_in
+from mclfast.commands.parser import an_integer
+
 HELP = "accuracy of an exported backbone, or of all those of a run"
 
 _NEEDED = {
@@ -16,11 +19,17 @@ _NEEDED = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="folder of an exported backbone, or of a run")
-    parser.add_argument("--data-root", help="folder with the data set, where it has moved")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
-        "--workers", type=int, help="processes that decode streamed images (default: one per core)"
+        "--data-root", metavar="DIR",
+        help="folder with the data set, where it has moved (default: that of the export)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )
+    parser.add_argument(
+        "--workers", type=an_integer, metavar="N",
+        help="processes that decode streamed images (default: one per core)",
+    )  # fmt: skip
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
@@ -33,15 +42,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     from mclfast.export import DESCRIPTION, load_backbone
 
     device = select_device(known.device)
-    folders = [known.path]
-    if not (known.path / DESCRIPTION).exists():
-        found_in = [p.parent for p in known.path.glob(f"peer*/{DESCRIPTION}")]
-        folders = sorted(found_in, key=lambda folder: (len(folder.name), folder.name))
-    if not folders:
-        raise FileNotFoundError(
-            f"path: expected {DESCRIPTION} in {known.path} or in its peer folders, found none"
-        )
-    for folder in folders:
+    for folder in exports_in(known.path):
         exported = load_backbone(folder)
         about = exported.description
         if missing := _NEEDED - about.keys():

@@ -4,31 +4,57 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mclfast.commands.parser import an_integer
+
+if TYPE_CHECKING:
+    from mclfast.train import Trainer
 
 HELP = "write the bare backbone of a peer of a run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, help="folder of a run, finished or not")
-    parser.add_argument("--peer", type=int, default=0, help="which peer (default: 0)")
-    parser.add_argument("--data-root", help="folder with the data set, where it has moved")
-    parser.add_argument("--out", type=Path, help="folder to write (default: RUN_DIR/peerN)")
+    parser.add_argument(
+        "--peer", type=an_integer, default=0, metavar="N", help="which peer, from 0 on (default: 0)"
+    )
+    parser.add_argument(
+        "--data-root", metavar="DIR",
+        help="folder with the data set, where it has moved (default: that of the run)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (default: RUN_DIR/peerN)"
+    )
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
     from mclfast import checkpoint
+    from mclfast.run_folder import CHECKPOINT
+
+    trainer = _trainer_of(known)
+    names = trainer.config.cohort
+    if not 0 <= known.peer < len(names):
+        raise ValueError(f"peer: expected 0 to {len(names) - 1}, got {known.peer}")
+    trainer.load_state(checkpoint.load(known.run_dir / CHECKPOINT))
+    folder = trainer.export(known.peer, known.out or known.run_dir / f"peer{known.peer}")
+    print(f"{names[known.peer]} written to {folder}")
+    return 0
+
+
+def _trainer_of(known: argparse.Namespace) -> Trainer:
+    """The trainer of the run, with the weights that it began with."""
     from mclfast.config import TrainConfig
-    from mclfast.run_folder import CHECKPOINT, read_settings
+    from mclfast.run_folder import read_settings
     from mclfast.train import build
+    from mclfast.transfer import build_transfer, split_origin, transfer_config
 
     values = read_settings(known.run_dir, "run_dir") | {"device": "cpu"}
     if known.data_root:
         values["data_root"] = known.data_root
-    config = TrainConfig.from_values(values)
-    if not 0 <= known.peer < len(config.cohort):
-        raise ValueError(f"peer: expected 0 to {len(config.cohort) - 1}, got {known.peer}")
-    trainer = build(config)
-    trainer.load_state(checkpoint.load(known.run_dir / CHECKPOINT))
-    folder = trainer.export(known.peer, known.out or known.run_dir / f"peer{known.peer}")
-    print(f"{config.cohort[known.peer]} written to {folder}")
-    return 0
+    origin = split_origin(values)
+    if origin is None:
+        return build(TrainConfig.from_values(values))
+    # The names of the parts of a network are those of the backbone, as with --resume.
+    path, mode = origin
+    return build_transfer(path, mode, transfer_config(path, mode, values))

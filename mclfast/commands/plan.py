@@ -17,7 +17,9 @@ _EITHER = ("memory", "offload", "amp")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-h", "--help", action="store_true", help="show all settings and exit")
-    parser.add_argument("--recipe", help="name of a recipe, or a YAML file with settings")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="name of a recipe, or a YAML file with settings"
+    )
     parser.add_argument("--batch", metavar="N", help="the same as --batch-size")
     parser.add_argument(
         "--device-memory", metavar="SIZE",

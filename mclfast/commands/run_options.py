@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 def add_run_options(parser: argparse.ArgumentParser, resume_help: str) -> None:
     """Adds the options that say where a run is written, and what of a run that is there."""
-    parser.add_argument("--run-dir", type=Path, help="folder of the run (default: under runs/)")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="folder of the run (default: under runs/)"
+    )
     parser.add_argument("--resume", type=Path, metavar="DIR", help=resume_help)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a run that is already in the folder"
@@ -44,14 +47,30 @@ def run_folder_of(known: argparse.Namespace, default: str) -> Path:
     """The folder that a run is written into; ``default`` names one under ``runs``.
 
     Raises:
-        ValueError: another run is there, and is not to be replaced.
+        ValueError: another run is there, and is not to be replaced; or a file.
     """
     from mclfast.run_folder import refuse_old_run
 
     folder: Path = known.resume or known.run_dir or Path("runs") / default
+    check_folder("run_dir", folder)
     if not known.resume and not known.overwrite:
         refuse_old_run(folder)
     return folder
+
+
+def check_folder(argument: str, folder: Path) -> None:
+    """Raises ValueError where a file lies in the place of a folder that is to be written."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{argument}: expected a folder, got the file {place}")
+            return
+
+
+def cohort_name(cohort: Sequence[str]) -> str:
+    """Networks as a part of a folder's name."""
+    # A name of another package has a colon, that of a hub a slash.
+    return "+".join(cohort).replace(":", "-").replace("/", "-")
 
 
 def fit(known: argparse.Namespace, trainer: Trainer) -> RunResult | None:

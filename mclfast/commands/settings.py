@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
+import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -61,19 +64,23 @@ def given_settings(
         prog=f"mclfast {known.command}", add_help=False, parents=[known.parser],
         conflict_handler="resolve", allow_abbrev=False, description=known.parser.description,
         argument_default=argparse.SUPPRESS,
+        # All settings would fill a screen before the first word of explanation.
+        usage=f"mclfast {known.command} [option ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    types: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
     for title, cls in groups.items():
         _add_settings(parser, title, cls, values, leave_out)
-        types |= field_types(cls)
+        kinds |= field_types(cls)
     if known.help:
+        parser.epilog = _names()
         parser.print_help()
         parser.exit(0)
     given, unknown = parser.parse_known_args(rest)
     if unknown:
         flags = [a.removeprefix("--").partition("=")[0] for a in unknown if a.startswith("--")]
-        raise unknown_flag(flags[0]) if flags else _value_too_many(rest, unknown, types)
-    return {name: value for name, value in vars(given).items() if name in types}
+        raise unknown_flag(flags[0]) if flags else _value_too_many(rest, unknown, kinds)
+    return {name: value for name, value in vars(given).items() if name in kinds}
 
 
 def _add_settings(
@@ -100,22 +107,23 @@ def _add_settings(
         if name in leave_out:
             continue
         default = coerce(name, kind, values.get(name, getattr(defaults, name)))
-        text = f"{field_help(cls)[name]} (default: {_shown(default)})"
+        text = f"{field_help(cls)[name]} (default: {shown(default)})"
         # argparse takes a percent sign, as in a path, for a place to fill in.
         group.add_argument(
-            f"--{dashed(name)}", dest=name, metavar="X", help=text.replace("%", "%%")
-        )
+            f"--{dashed(name)}", dest=name, metavar=value_shape(name, kind),
+            help=text.replace("%", "%%"),
+        )  # fmt: skip
 
 
 def _value_too_many(
-    rest: list[str], unknown: list[str], types: Mapping[str, Any]
+    rest: list[str], unknown: list[str], kinds: Mapping[str, Any]
 ) -> ValueError:
     """The error for a value that follows another one.
 
     Args:
         rest: the arguments from which the settings were read.
         unknown: those that were none, all without dashes.
-        types: type of each setting.
+        kinds: type of each setting.
     """
     from mclfast._checks import unknown_name
 
@@ -125,12 +133,44 @@ def _value_too_many(
             flag, equals, _ = argument.removeprefix("--").partition("=")
             name, values = flag.replace("-", "_"), len(equals)
         elif name and values:
-            many = typing.get_origin(types[name]) is tuple
+            many = typing.get_origin(kinds[name]) is tuple
             what = "one list separated by commas" if many else "one value"
             return ValueError(f"{name}: expected {what}, got {argument!r} after it")
         else:
             values += 1
-    return unknown_name("setting", unknown[0], map(dashed, types))
+    return unknown_name("setting", unknown[0], map(dashed, kinds))
+
+
+def value_shape(name: str, kind: Any) -> str:
+    """What a help text shows in the place of a setting's value, from its type."""
+    if name == "data_root":
+        return "DIR"
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "{" + ",".join(args) + "}"
+    if origin is tuple:
+        return f"{value_shape(name, args[0])},..."
+    if origin in (typing.Union, types.UnionType):
+        return value_shape(name, next(a for a in args if a is not type(None)))
+    return {bool: "{true,false}", int: "N", str: "NAME"}.get(kind, "X")
+
+
+def _names() -> str:
+    """The names that settings take which are not listed beside them."""
+    from mclfast import data, methods, models, recipe
+
+    lists = {
+        "methods": methods.available(),
+        "data sets": data.available(),
+        "networks": [*models.available(), "or one of another package, such as timm:resnet18"],
+        "recipes": recipe.available(),
+    }
+    width = shutil.get_terminal_size().columns - 2
+    return "\n\n".join(
+        textwrap.fill(f"{title}: {', '.join(names)}", width, subsequent_indent="  ",
+                      break_on_hyphens=False)
+        for title, names in lists.items()
+    )  # fmt: skip
 
 
 def dashed(name: str) -> str:
@@ -138,7 +178,8 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting's value as an option takes it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return value if isinstance(value, str) else str(value).lower()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mclfast.commands.run_options import (
     add_run_options,
+    cohort_name,
     fit,
     run_folder_of,
     settings_to_resume,
@@ -25,7 +26,9 @@ HELP = "train a cohort, or a lone network"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-h", "--help", action="store_true", help="show all settings and exit")
-    parser.add_argument("--recipe", help="name of a recipe, or a YAML file with settings")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="name of a recipe, or a YAML file with settings"
+    )
     add_run_options(parser, resume_help="go on with an interrupted run")
 
 
@@ -62,9 +65,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
 
 def default_name(config: TrainConfig) -> str:
     """``<data>-<method>-<cohort>-seed<n>``."""
-    # A name of another package has a colon, that of a hub a slash.
-    cohort = "+".join(config.cohort).replace(":", "-").replace("/", "-")
-    return f"{config.data}-{config.method}-{cohort}-seed{config.seed}"
+    return f"{config.data}-{config.method}-{cohort_name(config.cohort)}-seed{config.seed}"
 
 
 def _say_what_is_trained(trainer: Trainer) -> None:

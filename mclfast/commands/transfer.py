@@ -6,41 +6,61 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mclfast.commands.exports import one_export_in
 from mclfast.commands.run_options import (
     add_run_options,
+    cohort_name,
     fit,
     run_folder_of,
     settings_to_resume,
 )
-from mclfast.commands.settings import dashed
+from mclfast.commands.settings import dashed, shown, value_shape
 
 HELP = "fine-tune an exported backbone on another data set, or train a linear classifier on it"
 
 _SETTINGS = (
     "data", "data_root", "image_size", "workers", "train_per_class", "seed", "epochs",
     "batch_size", "augment", "lr", "momentum", "nesterov", "weight_decay", "schedule",
-    "milestones", "lr_decay", "warmup_epochs", "clip_grad_norm", "amp", "eval_batch_size", "device",
+    "milestones", "lr_decay", "warmup_epochs", "clip_grad_norm", "amp", "eval_every",
+    "eval_batch_size", "device",
 )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from mclfast.config import TrainConfig, field_help
-
     parser.add_argument(
-        "path", type=Path, nargs="?", help="folder of an exported backbone, such as RUN/peer0"
-    )
+        "path", type=Path, nargs="?",
+        help="folder of an exported backbone, such as RUN/peer0; not with --resume",
+    )  # fmt: skip
     parser.add_argument(
-        "--mode",
+        "--mode", metavar="{linear,finetune}",
         help="linear: only a new classifier learns; finetune: all weights do (default: linear)",
     )  # fmt: skip
     add_run_options(
         parser,
         resume_help="go on with an interrupted run; the backbone it began with must still be there",
     )
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    from mclfast._settings import field_types
+    from mclfast.config import TrainConfig, field_help
+    from mclfast.transfer import DEFAULTS, default_settings
+
+    meaning, kinds = field_help(TrainConfig), field_types(TrainConfig)
+    usual = {mode: TrainConfig.from_values(default_settings(mode)) for mode in DEFAULTS}
+    group = parser.add_argument_group("settings")
     for name in _SETTINGS:
-        parser.add_argument(
-            f"--{dashed(name)}", metavar="X", default=argparse.SUPPRESS,
-            help=field_help(TrainConfig)[name],
+        values = {mode: shown(getattr(config, name)) for mode, config in usual.items()}
+        default = ", ".join(f"{value} for {mode}" for mode, value in values.items())
+        if len(set(values.values())) == 1:
+            default = values["linear"]
+        text = f"{meaning[name]} (default: {default})"
+        if name == "data":
+            text = "data set to transfer to, which must be named"
+        group.add_argument(
+            f"--{dashed(name)}", metavar=value_shape(name, kinds[name]), default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
         )  # fmt: skip
 
 
@@ -51,7 +71,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     path, mode, values = _what(known)
     values |= {name: getattr(known, name) for name in _SETTINGS if name in known}
     config = transfer_config(path, mode, values)
-    name = f"{config.data}-{mode}-{config.cohort[0]}-seed{config.seed}"
+    name = f"{config.data}-{mode}-{cohort_name(config.cohort)}-seed{config.seed}"
     run_dir = run_folder_of(known, name)
     trainer = build_transfer(path, mode, config, run_dir)
     if not known.resume:
@@ -76,17 +96,19 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
 
 def _what(known: argparse.Namespace) -> tuple[Path, Any, dict[str, Any]]:
     """Exported backbone, mode and settings so far, given or of the run to resume."""
+    from mclfast.transfer import split_origin
+
     if not known.resume:
         if known.path is None:
             raise ValueError("path: expected the folder of an exported backbone, got none")
         if "data" not in known:
             raise ValueError("data: expected the set to transfer to (--data), got none")
-        return known.path, known.mode or "linear", {}
+        return one_export_in(known.path), known.mode or "linear", {}
     values = settings_to_resume(known, ("path", "mode"))
-    try:
-        return Path(values.pop("transfer_from")), values.pop("transfer_mode"), values
-    except KeyError:
+    origin = split_origin(values)
+    if origin is None:
         raise ValueError(
             f"resume: expected a run of mclfast transfer in {known.resume}, got one of "
             "mclfast train"
-        ) from None
+        )
+    return *origin, values

@@ -8,8 +8,10 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from PIL import Image
 
 from command import call, contents, error_of
 from mclfast import models, plots, recipe
-from mclfast.compare import report, runner
+from mclfast.commands import compare
+from mclfast.compare import one_run, report, runner
 from mclfast.compare.plan import Plan, make_plan, write_plan
 from mclfast.compare.published import published
 from mclfast.compare.runner import Finished, Run
@@ -253,6 +256,92 @@ def test_no_run_finishes(capsys):
     assert capsys.readouterr().err == "no run finished: nothing to report\n"
 
 
+def test_a_folder_that_cannot_be_written_fails_alone(capfd):
+    Path("out").mkdir()
+    Path("out/mcl").write_text("in the way")
+    arguments = ["compare", *SMALL, "--seeds", "1", "--out", "out"]
+    # In a process of its own first.
+    assert call(*arguments, "--methods", "mcl") == 1
+    assert call(*arguments, "--methods", "mcl,baseline", "--jobs", "0") == 1
+    captured = capfd.readouterr()
+    assert captured.out.count("] mcl, seed 0: failed: ") == 2
+    assert "[2/2] baseline, seed 0: mean of peers" in captured.out
+    assert "Traceback" not in captured.err and "Not a directory" in captured.err
+    assert [r["label"] for r in rows_of(Path("out/table.csv"))] == ["baseline"] * 2
+
+
+@pytest.fixture
+def damaged(compared) -> Path:
+    """A copy of the comparison, with one run to be damaged."""
+    return Path(shutil.copytree(compared, "out")) / "mcl" / "seed5"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("result.json", "{}", "no 'peers'"),
+        ("result.json", '{"peers": [', "run: expected JSON in"),
+        ("result.json", "[]", "run: expected a JSON object"),
+        ("metrics.csv", None, ".*No such file or directory"),
+        ("environment.json", None, "run: expected a file"),
+    ],
+)
+def test_damaged_files_of_a_run(damaged, file, content, reason):
+    (damaged / file).unlink()
+    if content is not None:
+        (damaged / file).write_text(content)
+    run = Run("mcl", 5, TrainConfig.from_values({"method": "mcl"}), damaged)
+    message = f"^out: expected the files of a finished run in {damaged}, got: {reason}.*; remove "
+    with pytest.raises(ValueError, match=message):
+        runner.load(run)
+
+
+def test_a_damaged_run_is_reported_and_the_others_go_on(damaged, capsys):
+    (damaged / "metrics.csv").unlink()
+    plan = ["compare", "--plan", "out/plan.yaml", "--methods", "baseline,mcl", *HERE]
+    assert call(*plan, "--no-progress") == 1
+    assert "4 of 4 runs are finished already" in capsys.readouterr().out
+    text = Path("out/report.md").read_text()
+    assert "| mcl | 1 of 2 |" in text and "| baseline | 2 |" in text
+    assert f"| mcl | 5 | out: expected the files of a finished run in {damaged}, " in text
+    # It has no checkpoint to be mended from either.
+    (damaged / "result.json").unlink()
+    assert call(*plan, "--no-progress") == 1
+    assert "[1/1] mcl, seed 5: failed: out: expected the files" in capsys.readouterr().out
+
+
+def test_a_run_cut_before_its_exports_writes_them(tmp_path):
+    config = TrainConfig.from_values(
+        {"data": "digits-full", "train_per_class": 2, "batch_size": 20, "images_per_class": 2,
+         "method": "baseline", "cohort": "resnet8,resnet8", "epochs": 2, "device": "cpu"}
+    )  # fmt: skip
+    run = Run("baseline", 0, config, tmp_path / "run")
+
+    def perform() -> None:
+        assert one_run.perform(
+            config.to_values(), run.folder, replace=False, progress=False, alone=True
+        ) is None  # fmt: skip
+
+    perform()
+    assert run.finished and runner.load(run).cost["peak_memory_bytes"] > 2**20
+    before = contents(run.folder)
+    # As after an end between the result and the exports.
+    for name in ("cost.json", "peer1/backbone.json", "peer1/backbone.safetensors"):
+        (run.folder / name).unlink()
+    assert not run.finished
+    perform()
+    after = contents(run.folder)
+    assert run.finished
+    for name in ("peer1/backbone.safetensors", "checkpoint.pt", "result.json", "metrics.csv"):
+        assert before[name] == after[name]
+    # Nothing was trained: what it would have needed is unknown.
+    assert runner.load(run).cost["peak_memory_bytes"] is None
+    # Without its checkpoint it would be trained again.
+    shutil.rmtree(run.folder / "peer0")
+    (run.folder / "checkpoint.pt").unlink()
+    assert run.finished
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -307,13 +396,14 @@ def test_what_goes_before_what(tmp_path):
     )
     plan = make_plan(file, None, None, {"epochs": "8"}, ["wide.lr=0.4", "wide.kl-temperature=2"])
     assert (list(plan.configs), plan.seeds) == (["baseline", "wide"], (0, 1))
-    assert plan.baseline == "baseline"
+    assert (plan.baseline_of("wide"), plan.baseline_of("baseline")) == ("baseline", None)
     baseline, wide = plan.configs.values()
     assert (baseline.lr, baseline.epochs, baseline.batch_size) == (0.3, 8, 36)
     assert (wide.lr, wide.epochs, wide.batch_size, wide.projection_dim) == (0.4, 8, 24, 9)
     assert (wide.method, wide.options.kl_temperature, wide.amp) == ("mcl", 2.0, "off")
     chosen = make_plan(file, "mcl,wide", "3,1", {}, [])
-    assert (list(chosen.configs), chosen.seeds, chosen.baseline) == (["mcl", "wide"], (3, 1), None)
+    assert (list(chosen.configs), chosen.seeds) == (["mcl", "wide"], (3, 1))
+    assert chosen.baseline_of("wide") is None
     assert chosen.configs["mcl"].projection_dim == TrainConfig.projection_dim
 
 
@@ -360,6 +450,8 @@ def test_a_written_plan_is_the_same_plan(tmp_path):
         ([], "methods: expected names by --methods, or a --plan or --recipe, got none"),
         (["--methods", "baseline,lmlc"], "method: .*'lmlc'"),
         (["--methods", "mcl,mcl"], "methods: expected each once, got mcl twice"),
+        (["--methods", "mcl,"], "methods: expected names separated by commas, got 'mcl,'"),
+        (["--methods", ","], "methods: expected names separated by commas, got ','"),
         (["--methods", "../mcl"], "methods: expected a name fit for a folder, got '../mcl'"),
         (["--methods", "mcl", "--seeds", "0"], "seeds: expected a number >= 1, got 0"),
         (["--methods", "mcl", "--seeds", "1,1"], "seeds: expected different numbers"),
@@ -374,6 +466,7 @@ def test_a_written_plan_is_the_same_plan(tmp_path):
         (["--methods", "mcl", "--lr", "3", "4"], "lr: expected one value, got '4' after it"),
         (["--methods", "mcl", "--epoch", "3"], "setting: .*'epoch' .did you mean 'epochs'"),
         (["--methods", "mcl", "--jobs", "-1"], "jobs: expected a value >= 0, got -1"),
+        (["--methods", "mcl", "--jobs", "x"], "--jobs: expected an integer, got 'x'"),
         (
             ["--methods", "mcl", "--matcher-dim", "3"],
             "matcher-dim: expected a setting of all methods, got one of method lmcl; use --set "
@@ -386,6 +479,18 @@ def test_mistakes(arguments, message, capsys, tmp_path):
     found = error_of(capsys, "compare", *arguments)
     assert re.match(message, found), found
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder(capsys):
+    Path("a").write_text("")
+    for out in ("a", "a/b"):
+        message = error_of(capsys, "compare", "--methods", "mcl", "--out", out)
+        assert message == "out: expected a folder, got the file a"
+
+
+def test_the_default_folder_has_no_part_of_a_name_as_a_folder(capsys):
+    plan = make_plan(None, "mcl", "1", {"cohort": "timm:hub/a,resnet8"}, [])
+    assert compare._default_folder(plan) == Path("runs/compare-digits-timm-hub-a+resnet8")
 
 
 @pytest.mark.parametrize(
@@ -410,6 +515,8 @@ def test_help_shows_all_settings(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--methods" in text and "initial learning rate (default: 0.05)" in text
     assert "--seed " not in text and "--matcher-dim" not in text
+    assert "--topology {independent,shared_stem,tree}" in text
+    assert "methods: afd, baseline, " in text
 
 
 # ---------------------------------------------------------------- summary and pictures
@@ -455,9 +562,90 @@ def test_gain_is_paired_by_seed():
     assert (row["unit"], row["seeds"]) == ("points", 2)
 
 
+def test_each_cohort_has_a_baseline_of_its_own(tmp_path):
+    three = [60.0, 60.0, 66.0]
+    runs = [
+        finished("two", 0, [70.0, 72.0], method="baseline"),
+        finished("three", 0, three, method="baseline"),
+        finished("mcl", 0, [72.0, 72.0], method="mcl"),
+        finished("mcl-three", 0, [a + 4 for a in three], method="mcl"),
+        finished("other-data", 0, [72.0, 72.0], method="mcl", data="cifar10"),
+    ]
+    found = {s.label: s.values.get("gain") for s in summarize(plan_of(runs), runs)}
+    assert found == {
+        "two": None, "three": None, "mcl": [1.0], "mcl-three": [4.0], "other-data": None
+    }  # fmt: skip
+    report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
+    text = (tmp_path / "report.md").read_text()
+    assert "points over the baseline of the same networks" in text
+    assert "None for other-data: other networks" in text
+    assert "resnet32 + resnet32 (two, mcl, other-data); 3 x resnet32 (three, mcl-three)" in text
+
+
 def test_spread_of_one_value_has_no_deviation():
     assert spread([1.0, 3.0]) == "2.00 ± 1.41"
     assert spread([2.0], sign="+", digits=1) == "+2.0"
+    # Rounded to nothing, it has no side.
+    assert spread([-1.0, 0.999]) == "0.00 ± 1.41" and spread([-0.001], sign="+") == "+0.00"
+
+
+def test_what_learned_without_labels_is_said(tmp_path):
+    runs = [
+        finished("baseline", 0, [70.0, 71.0], method="baseline"),
+        finished("moco", 0, [40.0, 41.0], method="moco-mcl", sampler="shuffle"),
+    ]
+    report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
+    text = (tmp_path / "report.md").read_text()
+    assert "moco: trained without labels. The classifiers are class means" in text
+    report.write_report(tmp_path, plan_of(runs[:1]), runs[:1], {}, "mclfast compare")
+    assert "without labels" not in (tmp_path / "report.md").read_text()
+
+
+def test_what_others_wrote_is_text(tmp_path):
+    runs = [finished("baseline", 0, [70.0, 71.0], method="baseline")]
+    failed = {runs[0].run: "TypeError: got <class 'int'> | 3 < 4"}
+    report.write_report(tmp_path, plan_of(runs), runs, failed, "mclfast compare --out 'a`b<i>\nc'")
+    text = (tmp_path / "report.md").read_text()
+    assert "| baseline | 0 | TypeError: got &lt;class 'int'> \\| 3 < 4 |" in text
+    # A fence that the command does not hold, in one line.
+    assert "- `` mclfast compare --out 'a`b<i> c' ``\n" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "<code>mclfast compare --out &#x27;a`b&lt;i&gt;" in page and "<class" not in page
+
+
+def test_numbers_are_flush_right(tmp_path):
+    runs = [
+        finished("baseline", seed, [a, a], method="baseline") for seed, a in ((0, 5.0), (1, 71.0))
+    ]
+    made = report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
+    assert made.tables[0].numeric == [False, True, True, True, True]
+    text = (tmp_path / "report.md").read_text()
+    assert "| --- | ---: | ---: | ---: | ---: |" in text
+    assert '<td>baseline</td><td class="n">2</td>' in (tmp_path / "report.html").read_text()
+    head, row = report.text(made.tables[0]).splitlines()
+    assert head.index("mean of peers") + len("mean of peers") == row.index("46.67") + len("46.67")
+
+
+class Tags(HTMLParser):
+    """Checks that every tag that is opened is closed, in the right order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed(compared):
+    tags = Tags()
+    tags.feed((compared / "report.html").read_text())
+    tags.close()
+    assert tags.open == []
 
 
 @pytest.fixture
@@ -501,6 +689,65 @@ def test_curves_show_the_numbers(figures, tmp_path):
     assert corners[:, 1].min() == pytest.approx(2 - math.sqrt(2))
     texts = [text.get_text() for text in axis.get_legend().get_texts()]
     assert texts == ["mcl (2 seeds)", "one (1 seed)"]
+
+
+def test_a_single_epoch_is_a_point_at_a_whole_number(figures, tmp_path):
+    row = {"epoch": 1, "acc_mean": 3.0, "acc_peer0": 3.0, "train_loss": 1.0}
+    plots.accuracy_bands({str(i): [[row]] for i in range(9)}, tmp_path / "a.png", "title")
+    plots.run_curves([row], ["resnet8"], tmp_path / "b.png", "title")
+    for figure in figures:
+        figure.canvas.draw()
+        for axis in figure.axes:
+            low, high = axis.get_xlim()
+            assert [t for t in axis.get_xticks() if low <= t <= high] == [1]
+            looks = {(line.get_color(), line.get_marker()) for line in axis.lines}
+            assert len(looks) == len(axis.lines) and not {m for _, m in looks} & {None, "None"}
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_nothing_covers_anything(figures, tmp_path, count):
+    """Titles and legends lie inside of the picture and outside of the axes."""
+    rows = [{"epoch": e, "acc_mean": 3.0, "acc_ensemble": 4.0, "train_loss": 1.0,
+             **{f"acc_peer{i}": 3.0 for i in range(count)}} for e in (1, 2)]  # fmt: skip
+    labels = [f"{i}-a-rather-long-name-of-an-entry-of-a-plan" for i in range(count)]
+    title = "Training methods on digits-full: " + " or ".join(["resnet110 + wrn_40_2"] * 8)
+    values = [70.0, 74.0]
+    bars = {label: plots.Bar(values, values, values) for label in labels}
+    plots.accuracy_bars(bars, tmp_path / "a.png", title, "baseline")
+    plots.accuracy_bands({label: [rows] for label in labels}, tmp_path / "b.png", title)
+    plots.run_curves(rows, labels, tmp_path / "c.png", title)
+    for figure in figures:
+        figure.canvas.draw()
+        around = figure.bbox.padded(1)
+        plotted = [axis.get_window_extent() for axis in figure.axes]
+        legends = [axis.get_legend() for axis in figure.axes] + figure.legends
+        texts = [*filter(None, legends), figure._suptitle]
+        for box in (text.get_window_extent() for text in texts):
+            assert around.containsx(box.x0) and around.containsx(box.x1)
+            assert around.containsy(box.y0) and around.containsy(box.y1)
+            assert not any(box.overlaps(axis.padded(-2)) for axis in plotted)
+        for axis in plotted:
+            assert axis.width > 250 and axis.height > 80
+
+
+def test_colours_differ_for_the_colour_blind():
+    from matplotlib.colors import to_rgb
+
+    # Of Machado, Oliveira and Fernandes (2009): no green cones, no red ones; linear light.
+    blind = np.array([
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+         [-0.011820, 0.042940, 0.968881]],
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+         [-0.003882, -0.048116, 1.051998]],
+    ])  # fmt: skip
+    colours = np.array([to_rgb(c) for c in plots._COLOURS])
+    linear = np.where(colours > 0.04045, ((colours + 0.055) / 1.055) ** 2.4, colours / 12.92)
+    for matrix in (np.eye(3), *blind):
+        seen = np.clip(linear @ matrix.T, 0, 1)
+        shown = np.where(seen > 0.0031308, 1.055 * seen ** (1 / 2.4) - 0.055, 12.92 * seen)
+        apart = np.linalg.norm(shown[:, None] - shown, axis=-1) + np.eye(len(shown))
+        # Matplotlib's own colours come as near as 0.03.
+        assert apart.min() > 0.12
 
 
 def test_curves_of_many_methods(figures, tmp_path):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mclfast.commands.parser import an_integer
+from mclfast.commands.run_options import check_folder, cohort_name
 from mclfast.commands.settings import dashed, given_settings
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "repeated, what is not goes on")
     add("--overwrite", action="store_true",
         help="replace runs in the folder that were made with other settings")
-    add("--jobs", type=int, default=1, metavar="N",
+    add("--jobs", type=an_integer, default=1, metavar="N",
         help="runs at a time, each in a process of its own; 0 for all in this process, without "
         "peak memory on a CPU (default: 1)")
     add("--no-progress", action="store_true", help="no progress bars")
@@ -62,6 +64,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"jobs: expected a value >= 0, got {known.jobs}")
     plan = make_plan(known.plan, known.methods, known.seeds, settings, known.set, defaults)
     folder = known.out or _default_folder(plan)
+    check_folder("out", folder)
     runs = runs_of(plan, folder)
     replaced = changed(runs, overwrite=known.overwrite)
     write_plan(folder / "plan.yaml", plan, known.command_line)
@@ -107,7 +110,7 @@ def _unknown_flag(flag: str) -> ValueError:
 def _default_folder(plan: Plan) -> Path:
     """``runs/compare-<data>-<cohort>``, of the first entry."""
     config = next(iter(plan.configs.values()))
-    return Path("runs") / f"compare-{config.data}-{'+'.join(config.cohort)}"
+    return Path("runs") / f"compare-{config.data}-{cohort_name(config.cohort)}"
 
 
 def _execute(
@@ -119,20 +122,25 @@ def _execute(
     open_ = [run for run in runs if not run.finished or run.folder in replaced]
     if len(open_) < len(runs):
         print(f"{len(runs) - len(open_)} of {len(runs)} runs are finished already", flush=True)
-    failed: list[tuple[Run, str]] = []
+    failed: dict[Run, str] = {}
     ended = execute(
         open_, jobs=known.jobs, replaced=replaced, progress=not known.no_progress
     )
     for number, (run, reason) in enumerate(ended, start=1):
         head = f"[{number}/{len(open_)}] {run.label}, seed {run.seed}: "
+        result = None
         if reason is None:
-            result = load(run).result
+            try:
+                result = load(run).result
+            except ValueError as error:
+                reason = str(error)
+        if result is not None:
             reached = sum(result.peers) / len(result.peers)
             print(f"{head}mean of peers {reached:.2f} %, {result.seconds:.1f} s", flush=True)
         else:
-            failed.append((run, reason))
+            failed[run] = str(reason)
             print(f"{head}failed: {reason}", flush=True)
-    return dict(failed)
+    return failed
 
 
 def _report(
@@ -141,7 +149,13 @@ def _report(
     from mclfast.compare import report
     from mclfast.compare.runner import load
 
-    finished = [load(run) for run in runs if run not in failed]
+    finished = []
+    for run in runs:
+        if run not in failed:
+            try:
+                finished.append(load(run))
+            except ValueError as error:
+                failed[run] = str(error)
     if not finished:
         print("no run finished: nothing to report", file=sys.stderr)
         return 1

@@ -12,18 +12,20 @@ import os
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mclfast import metrics
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast._memory import peak_resident
 from mclfast.config import TrainConfig
 from mclfast.device import select_device
 from mclfast.models import parameter_count
-from mclfast.run_folder import remove_old_run
+from mclfast.run_folder import METRICS, remove_old_run
 from mclfast.train import build
 
 #: Beside the files of every run: what it cost, or why it failed.
@@ -32,10 +34,11 @@ COST, FAILURE = "cost.json", "failure.txt"
 
 def perform(
     values: dict[str, Any], folder: Path, *, replace: bool, progress: bool, alone: bool
-) -> bool:
+) -> str | None:
     """Trains a run to its end, from its checkpoint if there is one.
 
-    What goes wrong is written to ``failure.txt``: the reason in the first line, then where.
+    What goes wrong is written to ``failure.txt``, if it can be: the reason in the first line, then
+    where.
 
     Args:
         values: flat settings.
@@ -45,21 +48,23 @@ def perform(
         alone: this process is for this run, so that its peak memory is the run's.
 
     Returns:
-        Whether it finished.
+        The reason where it failed, None where it finished.
     """
-    (folder / FAILURE).unlink(missing_ok=True)
     try:
+        (folder / FAILURE).unlink(missing_ok=True)
         _train(TrainConfig.from_values(values), folder, replace, progress, alone)
     # Of whatever kind, a defect of a method included: the other runs go on.
     except Exception as error:
         reason = " ".join(str(error).split())
-        if type(error) is not ValueError:
+        if type(error) not in (ValueError, FloatingPointError):
             reason = f"{type(error).__name__}: {reason}"
         # The text of some errors of CUDA fills a page.
-        text = f"{shortened(reason, 300)}\n\n{traceback.format_exc()}"
-        write_text(folder / FAILURE, text)
-        return False
-    return True
+        reason = shortened(reason, 300)
+        # A full disk is a reason too.
+        with suppress(OSError):
+            write_text(folder / FAILURE, f"{reason}\n\n{traceback.format_exc()}")
+        return reason
+    return None
 
 
 def _train(
@@ -75,11 +80,16 @@ def _train(
         # Only now: settings that cannot work cost no old run.
         remove_old_run(folder)
         (folder / COST).unlink(missing_ok=True)
+    trains = _epochs_done(folder) < config.epochs
     trainer.fit(progress=progress)
-    if device.type == "cuda":
-        peak: int | None = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = peak_resident() if alone else None
+    if not trains and (folder / COST).is_file():
+        return
+    peak: int | None = None
+    # Files written anew after the last epoch say nothing of the memory of training.
+    if trains and device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    elif trains and alone:
+        peak = peak_resident()
     cost = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -91,6 +101,11 @@ def _train(
     write_json(folder / COST, cost)
 
 
+def _epochs_done(folder: Path) -> int:
+    path = folder / METRICS
+    return len(metrics.read_csv(path)) if path.is_file() else 0
+
+
 def _leave_with_parent() -> None:
     sys.stdin.read()
     os._exit(1)
@@ -100,11 +115,13 @@ def main() -> int:
     """Reads the run, performs it; the exit status is 1 where it failed."""
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    finished = perform(
-        task["values"], Path(task["folder"]), replace=task["replace"],
-        progress=task["progress"], alone=True,
-    )  # fmt: skip
-    return 0 if finished else 1
+    folder = Path(task["folder"])
+    reason = perform(
+        task["values"], folder, replace=task["replace"], progress=task["progress"], alone=True
+    )
+    if reason is not None and not (folder / FAILURE).is_file():
+        print(reason, file=sys.stderr)
+    return 0 if reason is None else 1
 
 
 if __name__ == "__main__":

@@ -41,11 +41,19 @@ class Plan:
     configs: dict[str, TrainConfig]
     seeds: tuple[int, ...]
 
-    @property
-    def baseline(self) -> str | None:
-        """Label of the first entry that trains its networks without interaction, if any."""
-        labels = (label for label, c in self.configs.items() if c.method == BASELINE)
-        return next(labels, None)
+    def baseline_of(self, label: str) -> str | None:
+        """What an entry is measured against.
+
+        The first entry that trains the same networks on the same data without interaction; None
+        where there is none, or where it is the entry itself.
+        """
+        mine = self.configs[label]
+        found = (
+            other for other, c in self.configs.items()
+            if c.method == BASELINE and (c.cohort, c.data) == (mine.cohort, mine.data)
+        )  # fmt: skip
+        first = next(found, None)
+        return None if first == label else first
 
 
 def make_plan(
@@ -76,6 +84,8 @@ def make_plan(
     chosen = _entries(given.get("methods", {})) or ({recipe_method: {}} if recipe else {})
     if methods is not None:
         names = [name.strip() for name in methods.split(",")]
+        if not all(names):
+            raise ValueError(f"methods: expected names separated by commas, got {methods!r}")
         if twice := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"methods: expected each once, got {min(twice)} twice")
         chosen = {name: chosen.get(name, {}) for name in names}

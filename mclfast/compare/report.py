@@ -5,24 +5,29 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from mclfast import metrics, plots
 from mclfast._files import write_text
 from mclfast._settings import field_types
-from mclfast.compare.plan import Plan
+from mclfast.compare.plan import BASELINE, Plan
 from mclfast.compare.published import Published, published
 from mclfast.compare.runner import Finished, Run
 from mclfast.compare.summary import Summary, summarize, summary_rows, tidy_rows
 from mclfast.config import TrainConfig
+from mclfast.methods import method_class
 from mclfast.run_state import FREE_SETTINGS
 
 TABLE, SUMMARY = "table.csv", "summary.csv"
 REPORT, PAGE = "report.md", "report.html"
 ACCURACY, CURVES = "accuracy.png", "curves.png"
+#: What a reader who cannot see the pictures is told.
+_PICTURES = {ACCURACY: "mean of peers", CURVES: "accuracy against epoch"}
 #: Settings named at the head of a report even where they are the defaults.
 _SHOWN = (
     "data", "cohort", "topology", "epochs", "batch_size", "sampler", "lr", "schedule",
@@ -39,12 +44,19 @@ class Table:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether each column holds numbers alone, which are set flush right."""
+        columns = zip(*self.rows, strict=True)
+        return [all(re.match(r"([-+]?\d[^(]*|-)$", cell) for cell in column) for column in columns]
+
 
 @dataclass(frozen=True)
 class Report:
     """Everything that is shown, in the order it is shown."""
 
     title: str
+    command: str
     about: Sequence[str]
     tables: Sequence[Table]
 
@@ -71,7 +83,8 @@ def write_report(
     summaries = summarize(plan, finished)
     report = Report(
         _title(plan),
-        [f"`{command}`", *_settings(plan), *_machines(finished)],
+        command,
+        [*_settings(plan), *_machines(finished)],
         [
             _accuracies(plan, summaries),
             _peers(summaries),
@@ -84,7 +97,7 @@ def write_report(
     plots.accuracy_bars(
         {s.label: plots.Bar(s.values["mean_of_peers"], s.values["ensemble"], s.values.get("gain"))
          for s in summaries},
-        folder / ACCURACY, report.title, plan.baseline,
+        folder / ACCURACY, report.title, _reference(plan, summaries),
     )  # fmt: skip
     plots.accuracy_bands({s.label: s.histories for s in summaries}, folder / CURVES, report.title)
     write_text(folder / REPORT, markdown(report))
@@ -94,8 +107,25 @@ def write_report(
 
 def _title(plan: Plan) -> str:
     data = " and ".join(dict.fromkeys(c.data for c in plan.configs.values()))
-    cohorts = " or ".join(dict.fromkeys(" + ".join(c.cohort) for c in plan.configs.values()))
-    return f"Training methods on {data}: {cohorts}"
+    cohorts = list(dict.fromkeys(_networks(c.cohort) for c in plan.configs.values()))
+    several = f"{len(cohorts)} cohorts of networks"
+    return f"Training methods on {data}: {' or '.join(cohorts) if len(cohorts) < 4 else several}"
+
+
+def _networks(cohort: Sequence[str]) -> str:
+    """Networks as a sum, equal ones that follow one another counted where they are many."""
+    groups = [(name, len(list(group))) for name, group in groupby(cohort)]
+    return " + ".join(
+        " + ".join([name] * count) if count < 3 else f"{count} x {name}" for name, count in groups
+    )
+
+
+def _reference(plan: Plan, summaries: Sequence[Summary]) -> str | None:
+    """What the gains are over, in words; None where there are none."""
+    found = dict.fromkeys(plan.baseline_of(s.label) for s in summaries if "gain" in s.values)
+    if not found:
+        return None
+    return next(iter(found)) if len(found) == 1 else "the baseline of the same networks"
 
 
 def _settings(plan: Plan) -> list[str]:
@@ -161,8 +191,13 @@ def _accuracies(plan: Plan, summaries: Sequence[Summary]) -> Table:
     ]
     if gains:
         notes.append(
-            f"Gain: points over {plan.baseline}, mean of peers, run by run with the same seed."
-            + _other_cohorts(plan, summaries)
+            f"Gain: points over {_reference(plan, summaries)}, mean of peers, run by run with the "
+            "same seed." + _other_cohorts(plan, summaries)
+        )
+    if unlabelled := [s.label for s in summaries if not method_class(s.config.method).supervised]:
+        notes.append(
+            f"{', '.join(unlabelled)}: trained without labels. The classifiers are class means of "
+            "features of labelled images; `mclfast linear` trains one on an exported backbone."
         )
     if known:
         notes += _sources(known)
@@ -175,8 +210,10 @@ def _count(summary: Summary, plan: Plan) -> str:
 
 
 def _other_cohorts(plan: Plan, summaries: Sequence[Summary]) -> str:
-    baseline = plan.configs[plan.baseline] if plan.baseline else None
-    others = [s.label for s in summaries if baseline and s.config.cohort != baseline.cohort]
+    others = [
+        s.label for s in summaries
+        if s.config.method != BASELINE and plan.baseline_of(s.label) is None
+    ]  # fmt: skip
     return f" None for {', '.join(others)}: other networks." if others else ""
 
 
@@ -214,8 +251,11 @@ def _peers(summaries: Sequence[Summary]) -> Table:
             text = s.text(f"peer{i}")
             cells.append(text if gain == "-" else f"{text} ({gain})")
         rows.append([s.label, *cells])
-    cohorts = dict.fromkeys(" + ".join(s.config.cohort) for s in summaries)
-    notes = [f"Networks: {'; '.join(cohorts)}."]
+    labels: dict[str, list[str]] = {}
+    for s in summaries:
+        labels.setdefault(_networks(s.config.cohort), []).append(s.label)
+    each = [f"{cohort} ({', '.join(of)})" for cohort, of in labels.items()]
+    notes = [f"Networks: {'; '.join(each if len(each) > 1 else labels)}."]
     if any("gain" in s.values for s in summaries):
         notes.append(
             "In brackets: points over the same peer of the baseline with the same seed, which "
@@ -262,7 +302,11 @@ def _costs(summaries: Sequence[Summary], finished: Sequence[Finished]) -> Table:
 
 def _failures(failed: Mapping[Run, str]) -> Table:
     rows = [[run.label, str(run.seed), reason] for run, reason in failed.items()]
-    return Table("Failed runs", ["method", "seed", "reason"], rows)
+    notes = [
+        "Where it failed: failure.txt in the folder of the run. A setting of one method alone: "
+        "--set METHOD.SETTING=X, or the plan file."
+    ]
+    return Table("Failed runs", ["method", "seed", "reason"], rows, notes)
 
 
 def text(table: Table) -> str:
@@ -270,26 +314,43 @@ def text(table: Table) -> str:
     lines = [table.header, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, table.numeric, strict=True)
+        ).rstrip()
         for line in lines
     )
 
 
 def markdown(report: Report) -> str:
     """The report as Markdown, with links to the pictures beside it."""
-    parts = [f"# {report.title}", "\n".join(f"- {line}" for line in report.about)]
+    about = [_code(report.command), *map(_plain, report.about)]
+    parts = [f"# {report.title}", "\n".join(f"- {line}" for line in about)]
     for number, table in enumerate(report.tables):
-        rows = [table.header, ["---"] * len(table.header), *table.rows]
+        rule = ["---:" if right else "---" for right in table.numeric]
+        rows = [[_cell(cell) for cell in row] for row in (table.header, *table.rows)]
         parts.append(f"## {table.title}")
-        parts.append("\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows))
-        parts += table.notes
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])))
+        parts += map(_plain, table.notes)
         if number == 0:
-            parts += [f"![mean of peers]({ACCURACY})", f"![accuracy against epoch]({CURVES})"]
+            parts += [f"![{shown}]({name})" for name, shown in _PICTURES.items()]
     return "\n\n".join(parts) + "\n"
 
 
 def _cell(value: str) -> str:
-    return value.replace("|", "\\|")
+    return _plain(value).replace("|", "\\|")
+
+
+def _code(value: str) -> str:
+    """A command in one line, with a fence that it does not hold."""
+    longest = max(map(len, re.findall("`+", value)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{' '.join(value.split())}{space}{fence}"
+
+
+def _plain(value: str) -> str:
+    """Text that Markdown takes for no tag of HTML."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", value)
 
 
 _STYLE = """
@@ -297,6 +358,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem aut
   color: #1b1b1b; }
 table { border-collapse: collapse; margin: 0.6rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; border-bottom: 1px solid #ddd; }
+.n { text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #888; }
 p.note { color: #555; font-size: 0.9em; margin: 0.3rem 0; }
 img { max-width: 100%; }
@@ -306,26 +368,27 @@ img { max-width: 100%; }
 def page(report: Report, pictures: Sequence[Path]) -> str:
     """The report as one HTML file that needs no other."""
     e = html.escape
-    body = [f"<h1>{e(report.title)}</h1>", "<ul>"]
-    for line in report.about:
-        shown = e(line.strip("`"))
-        body.append(f"<li>{f'<code>{shown}</code>' if line.startswith('`') else shown}</li>")
+    body = [f"<h1>{e(report.title)}</h1>", f"<ul>\n<li><code>{e(report.command)}</code></li>"]
+    body += [f"<li>{e(line)}</li>" for line in report.about]
     body.append("</ul>")
     for number, table in enumerate(report.tables):
         body.append(f"<h2>{e(table.title)}</h2>\n<table>")
-        body.append("<tr>" + "".join(f"<th>{e(cell)}</th>" for cell in table.header) + "</tr>")
-        for row in table.rows:
-            body.append("<tr>" + "".join(f"<td>{e(cell)}</td>" for cell in row) + "</tr>")
+        classes = [' class="n"' if right else "" for right in table.numeric]
+        for kind, row in (("th", table.header), *(("td", row) for row in table.rows)):
+            cells = zip(classes, row, strict=True)
+            body.append(
+                "<tr>" + "".join(f"<{kind}{c}>{e(cell)}</{kind}>" for c, cell in cells) + "</tr>"
+            )
         body.append("</table>")
         body += [f'<p class="note">{e(note)}</p>' for note in table.notes]
         if number == 0:
             for picture in pictures:
                 content = base64.b64encode(picture.read_bytes()).decode()
-                body.append(
-                    f'<p><img alt="{picture.stem}" src="data:image/png;base64,{content}"></p>'
-                )
+                shown = _PICTURES[picture.name]
+                body.append(f'<p><img alt="{shown}" src="data:image/png;base64,{content}"></p>')
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{e(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"

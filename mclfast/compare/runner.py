@@ -18,8 +18,9 @@ from mclfast._files import read_json
 from mclfast.compare.one_run import COST, FAILURE, perform
 from mclfast.compare.plan import Plan
 from mclfast.config import TrainConfig
+from mclfast.export import DESCRIPTION
 from mclfast.recipe import read_yaml
-from mclfast.run_folder import CONFIG, ENVIRONMENT, RESULT, read_result
+from mclfast.run_folder import CHECKPOINT, CONFIG, ENVIRONMENT, RESULT, read_result
 from mclfast.run_result import RunResult
 from mclfast.run_state import differences
 
@@ -35,8 +36,14 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its result is there."""
-        return (self.folder / RESULT).is_file()
+        """Whether its result is there, and the exports, which are written after it.
+
+        Where the checkpoint is gone, nothing could be exported from it: the result is enough.
+        """
+        if not (self.folder / RESULT).is_file():
+            return False
+        exports = (self.folder / f"peer{i}" / DESCRIPTION for i in range(len(self.config.cohort)))
+        return not (self.folder / CHECKPOINT).is_file() or all(e.is_file() for e in exports)
 
 
 class Finished(NamedTuple):
@@ -103,11 +110,10 @@ def execute(
     """
     if jobs == 0:
         for run in runs:
-            done = perform(
+            yield run, perform(
                 run.config.to_values(), run.folder, replace=run.folder in replaced,
                 progress=progress, alone=False,
             )  # fmt: skip
-            yield run, None if done else _reason(run)
         return
     waiting, going = list(runs), dict[subprocess.Popen[str], Run]()
     try:
@@ -145,8 +151,10 @@ def _start(run: Run, jobs: int, replaced: bool, progress: bool) -> subprocess.Po
         "values": run.config.to_values(), "folder": str(run.folder), "replace": replaced,
         "progress": progress,
     }  # fmt: skip
-    # A reason of an earlier try would be taken for that of a process that dies at once.
-    (run.folder / FAILURE).unlink(missing_ok=True)
+    # A reason of an earlier try would be taken for that of a process that dies at once. Where it
+    # cannot be removed, the process cannot write either and says so.
+    with suppress(OSError):
+        (run.folder / FAILURE).unlink(missing_ok=True)
     _tell(process, json.dumps(task) + "\n")
     return process
 
@@ -165,22 +173,29 @@ def _failure(run: Run, process: subprocess.Popen[str]) -> str | None:
     if status == 0:
         return None
     if (run.folder / FAILURE).is_file():
-        return _reason(run)
+        return (run.folder / FAILURE).read_text(encoding="utf-8").partition("\n")[0]
     if status < 0:
         return f"the process was ended by signal {-status}, perhaps for want of memory"
-    return f"the process left with status {status}"
-
-
-def _reason(run: Run) -> str:
-    return (run.folder / FAILURE).read_text(encoding="utf-8").partition("\n")[0]
+    return f"the process left with status {status}, and no reason in {run.folder}"
 
 
 def load(run: Run) -> Finished:
-    """What a finished run left in its folder."""
+    """What a finished run left in its folder.
+
+    Raises:
+        ValueError: a file is missing or damaged; the text begins with ``out``.
+    """
     cost = run.folder / COST
-    return Finished(
-        run,
-        read_result(run.folder),
-        read_json(cost, "run") if cost.is_file() else {},
-        read_json(run.folder / ENVIRONMENT, "run"),
-    )
+    try:
+        return Finished(
+            run,
+            read_result(run.folder),
+            read_json(cost, "run") if cost.is_file() else {},
+            read_json(run.folder / ENVIRONMENT, "run"),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"out: expected the files of a finished run in {run.folder}, got: {reason}; remove "
+            "that folder to train it again"
+        ) from None

@@ -22,8 +22,8 @@ class Summary:
         config: its settings, with some seed.
         seeds: those of the finished runs.
         values: by metric, one value for each seed that has it. "gain" and "gain_peer<i>" are
-            differences from the baseline's run with the same seed, absent where the baseline has
-            other networks; "peak_memory_mib" is absent where it could not be measured.
+            differences from the baseline's run with the same seed, absent where there is none, see
+            `Plan.baseline_of`; "peak_memory_mib" is absent where it could not be measured.
         histories: record by epoch of each run.
     """
 
@@ -45,13 +45,12 @@ def summarize(plan: Plan, finished: Sequence[Finished]) -> list[Summary]:
         label: sorted((f for f in finished if f.run.label == label), key=lambda f: f.run.seed)
         for label in plan.configs
     }
-    reference = {f.run.seed: f for f in by_label.get(plan.baseline or "", [])}
     return [
         Summary(
             label,
             plan.configs[label],
             tuple(f.run.seed for f in runs),
-            _values(runs, {} if label == plan.baseline else reference),
+            _values(runs, {f.run.seed: f for f in by_label.get(plan.baseline_of(label) or "", [])}),
             [f.result.history for f in runs],
         )
         for label, runs in by_label.items()
@@ -64,7 +63,7 @@ def _values(runs: Sequence[Finished], reference: dict[int, Finished]) -> dict[st
     for run in runs:
         found = _metrics(run)
         other = reference.get(run.run.seed)
-        if other is not None and other.run.config.cohort == run.run.config.cohort:
+        if other is not None:
             alone = _metrics(other)
             found["gain"] = found["mean_of_peers"] - alone["mean_of_peers"]
             for i in range(len(run.result.peers)):
@@ -94,7 +93,8 @@ def spread(values: Sequence[float], *, digits: int = 2, sign: str = "") -> str:
         digits: after the point.
         sign: "+" shows it for positive means too.
     """
-    text = f"{mean(values):{sign}.{digits}f}"
+    # No -0.00.
+    text = f"{round(mean(values), digits) + 0.0:{sign}.{digits}f}"
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 

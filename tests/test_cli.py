@@ -442,6 +442,14 @@ def test_export_of_a_peer_that_is_not_there(finished, capsys, peer):
     assert message == f"peer: expected 0 to 1, got {peer}"
 
 
+def test_eval_of_a_run_without_exports(run_dir, capsys):
+    for peer in ("peer0", "peer1"):
+        shutil.rmtree(run_dir / peer)
+    for command in ("eval", "linear"):
+        message = error_of(capsys, command, run_dir)
+        assert message.endswith(f"; mclfast export {run_dir} writes one from the checkpoint there")
+
+
 def test_export_of_a_run_without_a_checkpoint(run_dir, capsys):
     (run_dir / "checkpoint.pt").unlink()
     assert error_of(capsys, "export", run_dir).startswith("checkpoint: expected a file")

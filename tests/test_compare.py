@@ -231,6 +231,18 @@ def test_changed_settings(capsys):
     assert call(*arguments, "--set", "mcl.temperature=0.2", "--eval-batch-size", "64") == 0
 
 
+def test_runs_of_another_comparison_are_left_and_named(compared, capsys):
+    out = Path(shutil.copytree(compared, "out"))
+    plan = ["compare", "--plan", out / "plan.yaml", *HERE, "--no-progress"]
+    assert call(*plan, "--methods", "mcl", "--seeds", "5,") == 0
+    text = capsys.readouterr().out
+    others = "baseline/seed0, baseline/seed5, mcl/seed0, narrow/seed0, narrow/seed5"
+    assert f"not of this comparison, and not in its report: {others}\n" in text
+    assert call(*plan[:2], compared / "plan.yaml", *plan[3:]) == 1
+    text = capsys.readouterr().out
+    assert "6 of 8 runs are finished already" in text and "not of this" not in text
+
+
 def test_a_defect_of_a_method_does_not_stop_the_others(monkeypatch, capsys):
     def broken(*_: Any) -> None:
         raise RuntimeError("a defect\nof two lines")
@@ -498,6 +510,12 @@ def test_the_default_folder_has_no_part_of_a_name_as_a_folder(capsys):
     [
         ("method: mcl", "plan: .*'method' .did you mean 'methods'"),
         ("methods: mcl", "methods: expected `setting: value` lines, got 'mcl'"),
+        ("methods: [mcl, {lmcl: {lr: 3}}]", "methods: expected names in a list, or .* a dict"),
+        ("methods: {1: {}}", "method: expected one of .*; got '1'"),
+        (
+            "methods: {baseline: {}, slow: {method: mcl, lr: fast}}",
+            r"lr: expected a number, got 'fast' \(settings of slow\)$",
+        ),
         ("methods: {mcl: 3}", "methods.mcl: expected `setting: value` lines, got 3"),
         ("methods: [mcl]\nseeds: []", "seeds: expected different numbers"),
         ("methods: [mcl]\ndefaults: {lrr: 3}", "field: .*'lrr'"),

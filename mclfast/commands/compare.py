@@ -53,12 +53,13 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
         1 if a run failed, else 0.
     """
     from mclfast import recipe
+    from mclfast._checks import shortened
 
     defaults = recipe.load(known.recipe) if known.recipe else {}
     settings = _settings(known, rest, defaults)
 
     from mclfast.compare.plan import make_plan, write_plan
-    from mclfast.compare.runner import changed, runs_of
+    from mclfast.compare.runner import changed, others_in, runs_of
 
     if known.jobs < 0:
         raise ValueError(f"jobs: expected a value >= 0, got {known.jobs}")
@@ -67,6 +68,9 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     check_folder("out", folder)
     runs = runs_of(plan, folder)
     replaced = changed(runs, overwrite=known.overwrite)
+    if others := others_in(folder, runs):
+        names = shortened(", ".join(others), 200)
+        print(f"not of this comparison, and not in its report: {names}", flush=True)
     write_plan(folder / "plan.yaml", plan, known.command_line)
     try:
         failed = _execute(known, runs, replaced)

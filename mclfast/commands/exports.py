@@ -13,6 +13,7 @@ def exports_in(path: Path) -> list[Path]:
         ValueError: a file; likewise.
     """
     from mclfast.export import DESCRIPTION
+    from mclfast.run_folder import CHECKPOINT
 
     if (path / DESCRIPTION).is_file():
         return [path]
@@ -20,8 +21,11 @@ def exports_in(path: Path) -> list[Path]:
         raise ValueError(f"path: expected a folder with {DESCRIPTION}, got the file {path}")
     found = [file.parent for file in path.glob(f"peer*/{DESCRIPTION}")]
     if not found:
+        remedy = ""
+        if (path / CHECKPOINT).is_file():
+            remedy = f"; mclfast export {path} writes one from the checkpoint there"
         raise FileNotFoundError(
-            f"path: expected {DESCRIPTION} in {path} or in its peer folders, found none"
+            f"path: expected {DESCRIPTION} in {path} or in its peer folders, found none{remedy}"
         )
     return sorted(found, key=lambda folder: (len(folder.name), folder.name))
 

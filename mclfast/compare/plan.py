@@ -105,9 +105,14 @@ def make_plan(
         if "seed" in shared or "seed" in values:
             raise ValueError("seed: expected --seeds for the whole comparison, got a setting")
         found = {"method": label, **shared, **values}
-        configs[label] = TrainConfig.from_values(
-            {**special, **found} if found["method"] == recipe_method else found
-        )
+        if found["method"] == recipe_method:
+            found = {**special, **found}
+        try:
+            configs[label] = TrainConfig.from_values(found)
+        except ValueError as error:
+            # Which of many, where the settings of all do not say it.
+            where = f" (settings of {label})" if values else ""
+            raise ValueError(f"{error}{where}") from None
     return Plan(configs, _seeds(given.get("seeds", 3) if seeds is None else seeds))
 
 
@@ -139,7 +144,16 @@ def _mapping(argument: str, value: Any) -> dict[str, Any]:
 
 def _entries(value: Any) -> dict[str, dict[str, Any]]:
     if isinstance(value, list):
-        value = {str(label): {} for label in value}
+        for label in value:
+            if isinstance(label, (dict, list)):
+                raise ValueError(
+                    "methods: expected names in a list, or `name: {setting: value}` lines, got a "
+                    f"list with a {describe(label)}"
+                )
+        value = dict.fromkeys(value)
+    if isinstance(value, dict):
+        # YAML takes a name of digits for a number.
+        value = {str(label): settings for label, settings in value.items()}
     entries = _mapping("methods", value)
     return {label: _mapping(f"methods.{label}", v) for label, v in entries.items()}
 

@@ -285,7 +285,7 @@ def _costs(summaries: Sequence[Summary], finished: Sequence[Finished]) -> Table:
         "once, with heads and modules of the method."
     ]
     devices = _distinct(
-        f"{f.cost['device']} ({f.cost['threads']} threads)" for f in finished if f.cost
+        f"{f.cost['device']} ({_threads(f.cost['threads'])})" for f in finished if f.cost
     )
     if devices:
         same = "" if "), " not in devices else "; times and memory of different ones do not compare"
@@ -298,6 +298,10 @@ def _costs(summaries: Sequence[Summary], finished: Sequence[Finished]) -> Table:
     else:
         notes.append("Peak memory is measured only where each run has a process of its own.")
     return Table("Cost", header, rows, notes)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _failures(failed: Mapping[Run, str]) -> Table:
@@ -361,6 +365,7 @@ th, td { padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; border-bottom: 1px
 .n { text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #888; }
 p.note { color: #555; font-size: 0.9em; margin: 0.3rem 0; }
+code { overflow-wrap: anywhere; }
 img { max-width: 100%; }
 """
 

@@ -71,6 +71,13 @@ def runs_of(plan: Plan, folder: Path) -> list[Run]:
     ]
 
 
+def others_in(folder: Path, runs: Sequence[Run]) -> list[str]:
+    """Finished runs in the folder of a comparison that are none of its own, as "label/seed0"."""
+    own = {run.folder for run in runs}
+    found = (result.parent for result in folder.glob(f"*/seed*/{RESULT}"))
+    return sorted(f"{run.parent.name}/{run.name}" for run in found if run not in own)
+
+
 def changed(runs: Sequence[Run], *, overwrite: bool) -> set[Path]:
     """Folders of the runs that are there with other settings.
 

@@ -14,9 +14,22 @@ FORMAT = 1
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint atomically; the old one stays until the new one is complete."""
+    """Writes a checkpoint atomically; the old one stays until the new one is complete.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     with replacing(path) as partial:
-        torch.save({"format": FORMAT, **state}, partial)
+        try:
+            torch.save({"format": FORMAT, **state}, partial)
+        except RuntimeError as error:
+            # torch's writer of files does not say what the system said.
+            if "inline_container" not in str(error):
+                raise
+            reason = str(error).split("\n", 1)[0]
+            raise OSError(
+                f"checkpoint: expected room on the disk for {path}, got: {reason}"
+            ) from None
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

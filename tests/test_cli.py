@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -503,6 +504,19 @@ def test_a_file_in_the_place_of_an_export(finished, capsys, command):
     weights = finished[0] / "peer0" / "backbone.safetensors"
     message = error_of(capsys, command, weights, *(["--data=digits"] if command[0] == "t" else []))
     assert message == f"path: expected a folder with backbone.json, got the file {weights}"
+
+
+def test_a_full_disk(capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for all but the checkpoint.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        message = error_of(capsys, "train", *TINY, "--epochs", "1", "--run-dir", "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert message.startswith("checkpoint: expected room on the disk for a/checkpoint.pt, got: ")
+    assert not Path("a/checkpoint.pt").exists() and not list(Path("a").glob(".*"))
+    assert call("train", "--resume", "a", "--no-progress") == 0
 
 
 def test_diverging_run(capsys):

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", action="append", choices=MODES, help="only this mode; repeatable")
     add("--provider", action="append", choices=providers,
         help="only this implementation; repeatable")
-    add("--out", type=Path, help="folder for results.json, results.csv and the pictures")
+    add("--out", type=Path, metavar="DIR",
+        help="folder for results.json, results.csv and the pictures")
     add("--plot", action="store_true", help="draw the results as PNG files into the folder")
     add("--replot", type=Path, metavar="JSON",
         help="measure nothing: print and draw the results of an earlier run")
@@ -42,11 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--loader", action="store_true",
         help="images/s at which the training images of a streamed set are read, decoded and "
         "augmented, for --budget seconds, and nothing else")
-    add("--data", help="imagefolder or webdataset")
-    add("--data-root", help="folder with the images")
-    add("--batch-size", type=an_integer, default=256, help="images per batch (default: 256)")
-    add("--image-size", type=an_integer, help="side in pixels (default: 224)")
-    add("--workers", type=an_integer,
+    add("--data", metavar="NAME", help="imagefolder or webdataset")
+    add("--data-root", metavar="DIR", help="folder with the images")
+    add("--batch-size", type=an_integer, default=256, metavar="N",
+        help="images per batch (default: 256)")
+    add("--image-size", type=an_integer, metavar="N", help="side in pixels (default: 224)")
+    add("--workers", type=an_integer, metavar="N",
         help="processes that decode; 0 for none (default: one per core)")
 
 

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-from mclfast import metrics
 from mclfast._checks import shortened
 from mclfast._files import write_json, write_text
 from mclfast._memory import peak_resident
 from mclfast.config import TrainConfig
 from mclfast.device import select_device
 from mclfast.models import parameter_count
-from mclfast.run_folder import METRICS, remove_old_run
+from mclfast.run_folder import CHECKPOINT, remove_old_run
 from mclfast.train import build
 
 #: Beside the files of every run: what it cost, or why it failed.
@@ -80,15 +79,16 @@ def _train(
         # Only now: settings that cannot work cost no old run.
         remove_old_run(folder)
         (folder / COST).unlink(missing_ok=True)
-    trains = _epochs_done(folder) < config.epochs
+    before = _checkpoint_time(folder)
     trainer.fit(progress=progress)
-    if not trains and (folder / COST).is_file():
+    # Files written anew after the last epoch say nothing of the memory of training.
+    trained = _checkpoint_time(folder) != before
+    if not trained and (folder / COST).is_file():
         return
     peak: int | None = None
-    # Files written anew after the last epoch say nothing of the memory of training.
-    if trains and device.type == "cuda":
+    if trained and device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-    elif trains and alone:
+    elif trained and alone:
         peak = peak_resident()
     cost = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -101,9 +101,10 @@ def _train(
     write_json(folder / COST, cost)
 
 
-def _epochs_done(folder: Path) -> int:
-    path = folder / METRICS
-    return len(metrics.read_csv(path)) if path.is_file() else 0
+def _checkpoint_time(folder: Path) -> int | None:
+    """When the checkpoint was written, in ns; None without one. Every epoch writes it."""
+    path = folder / CHECKPOINT
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _leave_with_parent() -> None:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 History = Sequence[Mapping[str, float]]
 
-# Of Okabe and Ito, for colour-blind readers too; without the yellow, too light for a line.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+# Of Okabe and Ito, for colour-blind readers too; wine in the place of yellow, too light for a line.
+_COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#000000",
+)  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
 
@@ -92,7 +94,8 @@ def run_curves(history: History, names: Sequence[str], path: Path, title: str) -
         values = [row[key] for row in history]
         # Parts can lie on one another: dashes let the one below be seen.
         right.plot(
-            epochs, values, color=_COLOURS[i % len(_COLOURS)], ls=_DASHES[i % len(_DASHES)],
+            epochs, values, color=_COLOURS[i % len(_COLOURS)],
+            ls=_DASHES[(i + i // len(_COLOURS)) % len(_DASHES)],
             lw=2 if i == 0 else 1.3, label=key.removeprefix("train_"), marker=_marker(epochs, i),
         )
     right.set_yscale("symlog", linthresh=0.1)

@@ -129,22 +129,29 @@ def _reference(plan: Plan, summaries: Sequence[Summary]) -> str | None:
 
 
 def _settings(plan: Plan) -> list[str]:
-    """What all entries share, then what each has of its own, a line each."""
+    """What most entries have, then what each has of its own, a line each."""
     values = {label: c.to_values() for label, c in plan.configs.items()}
-    first, usual = next(iter(values.values())), TrainConfig().to_values()
+    usual = TrainConfig().to_values()
     fields = [n for n in field_types(TrainConfig) if n not in FREE_SETTINGS | {"seed", "method"}]
-    common = [n for n in fields if all(v[n] == first[n] for v in values.values())]
-    shown = [n for n in common if n in _SHOWN or first[n] != usual[n]]
-    lines = [", ".join(f"{name} {_shown(first[name])}" for name in shown)]
+    most = {n: _most_frequent([v[n] for v in values.values()]) for n in fields}
+    differing = {n for n in fields if any(v[n] != most[n] for v in values.values())}
+    shown = [n for n in fields if n in differing or n in _SHOWN or most[n] != usual[n]]
+    text = ", ".join(f"{name} {_shown(most[name])}" for name in shown)
+    lines = [text + ("; where nothing else is said" if differing else "")]
     for label, entry in values.items():
         options = plan.configs[label].options
         unusual = dataclasses.asdict(type(options)())
-        own = [n for n in fields if n not in common]
+        own = [n for n in fields if entry[n] != most[n]]
         own += [n for n, default in unusual.items() if entry[n] != default]
         method = [f"method {entry['method']}"] if entry["method"] != label else []
         if each := [*method, *(f"{name} {_shown(entry[name])}" for name in own)]:
             lines.append(f"{label}: {', '.join(each)}")
     return [*lines, f"seeds {', '.join(map(str, plan.seeds))}; all settings are in plan.yaml"]
+
+
+def _most_frequent(values: Sequence[Any]) -> Any:
+    """The first of them, where several are as frequent."""
+    return max(values, key=values.count)
 
 
 def _shown(value: Any) -> str:

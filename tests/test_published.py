@@ -11,7 +11,7 @@ import pytest
 
 from mclfast import models, recipe
 from mclfast._settings import field_types
-from mclfast.compare.published import TABLES, Published, published
+from mclfast.compare.published import TABLES, Published, differing_settings, published
 from mclfast.config import TrainConfig
 
 SHUFFLE = "shufflenet_v2_x1_0_cifar"
@@ -167,6 +167,37 @@ def test_no_other_setting_is_taken_for_the_published_one(name):
 )
 def test_not_shown(name, changes):
     assert find(name, **changes) is None
+
+
+def differing(name: str, **changes: Any) -> dict[str, tuple[Any, Any]]:
+    return differing_settings(TrainConfig.from_values(recipe.load(name) | changes))
+
+
+def test_what_keeps_a_number_from_being_shown():
+    assert differing("mcl-cifar100") == differing("mcl-cifar100", seed=3, device="cpu") == {}
+    found = differing("mcl-cifar100", epochs=200, amp="bf16", kl_temperature=4.0)
+    assert found == {"epochs": (200, 300), "amp": ("bf16", "off"), "kl_temperature": (4.0, 3.0)}
+    # Settings that one of the two does not use differ by what makes them used.
+    found = differing("mcl-cifar100", schedule="multistep", milestones=[150], lr_decay=0.2)
+    assert found == {"schedule": ("multistep", "cosine")}
+    # Of two published settings of these networks the nearer one.
+    four = {"cohort": ["wrn_16_2"] * 4}
+    assert differing("mcl-x4-logit-cifar100", **four, epochs=3) == {"epochs": (3, 300)}
+    assert differing("mcl-x4-cifar100", **four, epochs=3) == {"epochs": (3, 300)}
+    assert differing("baseline-cifar100", cohort=["resnet32"], lr=0.2) == {"lr": (0.2, 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mcl-cifar100", {"cohort": ["resnet8"] * 2, "epochs": 3}),
+        ("mcl-cifar100", {"data": "cifar10"}),
+        ("kdcl-cifar100", {"epochs": 3}),
+        ("baseline-cifar100", {"cohort": ["resnet8", "resnet32"], "epochs": 3}),
+    ],
+)
+def test_nothing_is_said_where_no_number_is_known(name, changes):
+    assert differing(name, **changes) == {}
 
 
 def test_settings_of_another_recipe():

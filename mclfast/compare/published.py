@@ -6,7 +6,7 @@ The settings are those of a recipe. Most figures are from a protocol that select
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -204,13 +204,33 @@ def published(config: TrainConfig) -> Published | None:
     computes; ``amp`` counts, as the published runs have full precision. Settings of the loop that
     a run does not use, such as the milestones of a cosine schedule, may have any value.
     """
+    return next((found for found, other in _candidates(config) if not other), None)
+
+
+def differing_settings(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings, (here, published), that keep a published result from being that of a run.
+
+    Of the published setting with the fewest of them; empty where a result is shown, and where none
+    is known of this method with these networks on this data set.
+    """
+    candidates = [other for _, other in _candidates(config)]
+    nearest = min(candidates, key=len, default={})
+    return {} if "data" in nearest else nearest
+
+
+def _candidates(
+    config: TrainConfig,
+) -> Iterator[tuple[Published, dict[str, tuple[Any, Any]]]]:
+    """Results of the method with the networks, and the settings that differ from theirs."""
     if config.method == "baseline":
-        return _alone(config) if _same_setting(config, _ALONE_RECIPE, {}) else None
+        alone = _alone(config)
+        if alone is not None:
+            yield alone, _differences(config, _ALONE_RECIPE, {})
+        return
     for table in TABLES:
         found = table.rows.get(config.cohort)
-        if found is not None and _same_setting(config, table.recipe, table.changes):
-            return found
-    return None
+        if found is not None and _values(table.recipe)["method"] == config.method:
+            yield found, _differences(config, table.recipe, table.changes)
 
 
 def _alone(config: TrainConfig) -> Published | None:
@@ -226,8 +246,14 @@ def _alone(config: TrainConfig) -> Published | None:
     return None
 
 
-def _same_setting(config: TrainConfig, name: str, changes: Mapping[str, Any]) -> bool:
-    return _deciding(config) == _deciding(TrainConfig.from_values({**_values(name), **changes}))
+def _differences(
+    config: TrainConfig, name: str, changes: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    theirs = TrainConfig.from_values({**_values(name), **changes})
+    here, there = config.to_values(), theirs.to_values()
+    # What only one of the two settings uses differs as well, by what makes it used.
+    used = _deciding(config) & _deciding(theirs)
+    return {k: (here[k], there[k]) for k in here if k in used and here[k] != there[k]}
 
 
 @cache
@@ -235,7 +261,7 @@ def _values(name: str) -> dict[str, Any]:
     return recipe.load(name)
 
 
-def _deciding(config: TrainConfig) -> dict[str, Any]:
+def _deciding(config: TrainConfig) -> set[str]:
     """The settings that decide the outcome of a run, but the networks and the seed."""
     method, unused = method_class(config.method), {"cohort", "seed"} | _FREE
     if config.sampler == "shuffle":
@@ -248,4 +274,4 @@ def _deciding(config: TrainConfig) -> dict[str, Any]:
         unused.add("projection_dim")
     if method.meta_parameters is Method.meta_parameters:
         unused |= {"bilevel_every", "inner_steps", "outer_steps"}
-    return {k: v for k, v in config.to_values().items() if k not in unused}
+    return config.to_values().keys() - unused

@@ -16,7 +16,7 @@ from mclfast import metrics, plots
 from mclfast._files import write_text
 from mclfast._settings import field_types
 from mclfast.compare.plan import BASELINE, Plan
-from mclfast.compare.published import Published, published
+from mclfast.compare.published import Published, differing_settings, published
 from mclfast.compare.runner import Finished, Run
 from mclfast.compare.summary import Summary, summarize, summary_rows, tidy_rows
 from mclfast.config import TrainConfig
@@ -208,6 +208,7 @@ def _accuracies(plan: Plan, summaries: Sequence[Summary]) -> Table:
         )
     if known:
         notes += _sources(known)
+    notes += _other_settings(summaries)
     return Table("Accuracy", header, rows, notes)
 
 
@@ -245,6 +246,22 @@ def _sources(known: Mapping[str, Published]) -> list[str]:
     for label, found in known.items():
         sources.setdefault(found.source, []).append(label)
     return notes + [f"{', '.join(labels)}: {source}." for source, labels in sources.items()]
+
+
+def _other_settings(summaries: Sequence[Summary]) -> list[str]:
+    """Why there is no published number beside runs of networks that have one."""
+    differing: dict[str, list[str]] = {}
+    for s in summaries:
+        other = [
+            f"{name} {_shown(here)} (published {_shown(there)})"
+            for name, (here, there) in differing_settings(s.config).items()
+        ]
+        if other:
+            differing.setdefault(", ".join(other), []).append(s.label)
+    return [
+        f"{', '.join(labels)}: the published number is not shown, its settings are others: {text}."
+        for text, labels in differing.items()
+    ]
 
 
 def _peers(summaries: Sequence[Summary]) -> Table:

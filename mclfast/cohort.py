@@ -14,6 +14,7 @@ from mclfast.heads import ProjectionHead
 from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 from mclfast.models.staged import StagedNetwork
 from mclfast.peers_parallel import RunPeers
+from mclfast.reference import wide
 from mclfast.topology import SharedRun, Topology, path_maps, share
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class PeerOutputs(NamedTuple):
 
 
 def mean_logits(outputs: PeerOutputs) -> Tensor:
-    """The mean of the peers' own logits, [B, C]."""
-    return torch.stack(outputs.final_logits).mean(0)
+    """The mean of the peers' own logits, [B, C], float32 or wider."""
+    return torch.stack([wide(z) for z in outputs.final_logits]).mean(0)
 
 
 class Cohort(nn.Module):

@@ -22,6 +22,9 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tenso
     Returns:
         0-dim, float32 or wider.
 
+    The published code of ONE, FFL and OKDDip adds 1e-7 to every probability of the teacher; here
+    both sides are log-softmax, which needs no such guard.
+
     Source: arXiv 1503.02531, section 2.
     """
     return distribution_kl_rows(wide(student), wide(teacher), temperature).mean()

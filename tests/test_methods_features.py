@@ -103,13 +103,24 @@ def gradient(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(inputs), retain_graph=True, materialize_grads=True))
 
 
+def check_loss(got: Tensor, want: Tensor, outputs: PeerOutputs) -> None:
+    """Value of a loss, and its gradient to all that the networks put out and were taught by."""
+    close(got, want)
+    inputs = [*outputs.final_logits, *outputs.final_features, *outputs.maps]
+    inputs += [e for (e,) in outputs.embeddings]
+    if outputs.teacher is not None:
+        inputs += outputs.teacher.final_logits
+    for g, w in zip(gradient(got, inputs), gradient(want, inputs), strict=True):
+        close(g, w)
+
+
 # ---------------------------------------------------------------- PCL
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5, 40, 79, 80, 81, 299])
 def test_loss_of_pcl(epoch):
     outputs = fake_outputs([(3, 2), (3, 2), (5, 2)], teacher=True)
-    method = prepared("pcl", outputs, distill_weight=0.7)
+    method = prepared("pcl", outputs, distill_weight=0.7, distill_temperature=2.0)
     got = method.loss(outputs, batch(epoch))
     labels = batch().labels
     z, t = outputs.final_logits, outputs.teacher.final_logits
@@ -119,9 +130,9 @@ def test_loss_of_pcl(epoch):
     w = 0.7 * rampup64(epoch, 80)
     want = ce64(together, labels)
     for j in range(3):
-        others = [kd64(z[j], t[i]) for i in range(3) if i != j]
-        want = want + ce64(z[j], labels) + w * (kd64(z[j], together) + sum(others) / 2)
-    close(got["loss"], want)
+        others = [kd64(z[j], t[i], 2.0) for i in range(3) if i != j]
+        want = want + ce64(z[j], labels) + w * (kd64(z[j], together, 2.0) + sum(others) / 2)
+    check_loss(got["loss"], want, outputs)
 
 
 def test_teachers_of_pcl_are_constants_and_the_ensemble_reaches_every_peer():
@@ -144,16 +155,24 @@ def test_average_of_pcl():
     assert prepared("pcl", fake_outputs([(3, 2)] * 2)).teacher_decay(10**7) == 0.999
     images, first = drawn(trainer)
     assert len(images) == 2 and not torch.equal(images[0], images[1])
+    seen = trainer._outputs(images, first).teacher
+    for peer, view, stages in zip(trainer.average.peers, images, seen.logits, strict=True):
+        torch.testing.assert_close(stages[-1], peer.backbone(view))
+        assert not stages[-1].requires_grad
     trainer.train_step(images, first)
     cohort = trainer.cohort.state_dict()
     average = {name: value.clone() for name, value in trainer.average.state_dict().items()}
     assert all(torch.equal(value, cohort[name]) for name, value in average.items())
-    trainer.train_step(images, Batch(first.labels, first.index, 1, 0))
-    changed = trainer.cohort.state_dict()
-    for name, value in trainer.average.state_dict().items():
-        if value.is_floating_point():
-            want = (average[name].double() + changed[name].double()) / 2
-            torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
+    for step, decay in ((1, 1 / 2), (2, 2 / 3)):
+        trainer.train_step(images, Batch(first.labels, first.index, step, 0))
+        changed = trainer.cohort.state_dict()
+        for name, value in trainer.average.state_dict().items():
+            if value.is_floating_point():
+                want = decay * average[name].double() + (1 - decay) * changed[name].double()
+                torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(value, changed[name])
+            average[name] = value.clone()
 
 
 def test_pcl_wants_the_average():
@@ -183,9 +202,9 @@ def fuse64(module: FusionModule, maps: Sequence[Tensor]) -> Tensor:
             m = mixed + p[f"transfers.{i}.bias"][:, None, None]
         own.append(m)
     x = torch.cat(own, 1)
-    height, padded = x.shape[-1], F.pad(x, (1, 1, 1, 1))
+    (height, width), padded = x.shape[2:], F.pad(x, (1, 1, 1, 1))
     x = sum(
-        padded[:, :, i : i + height, j : j + height] * p["layers.0.weight"][:, 0, i, j, None, None]
+        padded[:, :, i : i + height, j : j + width] * p["layers.0.weight"][:, 0, i, j, None, None]
         for i in range(3)
         for j in range(3)
     )
@@ -199,13 +218,14 @@ def fuse64(module: FusionModule, maps: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize("widths", [(5, 5), (5, 3)])
 def test_loss_of_ffl(epoch, widths):
     outputs = fake_outputs([(w, 3) for w in widths])
-    method = prepared("ffl", outputs)
+    method = prepared("ffl", outputs, distill_temperature=2.0)
     got = method.loss(outputs, batch(epoch))
     labels, (one, two) = batch().labels, outputs.final_logits
     fused = fuse64(method.fusion, outputs.maps)
     want = ce64(one, labels) + ce64(two, labels) + ce64(fused, labels)
-    distill = kd64(one, fused) + kd64(two, fused) + kd64(fused, (one + two).detach() / 2)
-    close(got["loss"], want + rampup64(epoch, 80) * distill)
+    pairs = ((one, fused), (two, fused), (fused, (one + two) / 2))
+    distill = sum(kd64(student, teacher, 2.0) for student, teacher in pairs)
+    check_loss(got["loss"], want + rampup64(epoch, 80) * distill, outputs)
 
 
 def test_gradients_of_ffl():
@@ -225,10 +245,11 @@ def test_gradients_of_ffl():
 
 
 def test_fusion_of_maps_of_different_sizes():
-    maps = [leaf(2, 4, 6, 6, seed=0), leaf(2, 7, 3, 3, seed=1)]
+    maps = [leaf(2, 4, 6, 4, seed=0), leaf(2, 7, 3, 2, seed=1)]
     torch.manual_seed(0)
     module = FusionModule([4, 7], CLASSES)
-    small = maps[0].reshape(2, 4, 3, 2, 3, 2).mean((3, 5))
+    assert module.layers[-1].in_features == 7
+    small = maps[0].reshape(2, 4, 3, 2, 2, 2).mean((3, 5))
     close(module(maps), fuse64(module, [small, maps[1]]))
 
 
@@ -252,17 +273,28 @@ def judge64(parameters: dict[str, Tensor], a: int, x: Tensor) -> Tensor:
     return 1 / (1 + (-F.conv2d(hidden, p["2.weight"], p["2.bias"], padding=1)).exp())
 
 
+def judges_gradients(judges: nn.Module, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Of the loss of three discriminators: network 0 imitates 2, 1 imitates 0, 2 imitates 1."""
+    p = {k: v.requires_grad_() for k, v in doubles(judges).items()}
+    loss = torch.zeros((), dtype=torch.float64)
+    for a, real in ((0, 2), (1, 0), (2, 1)):
+        says_real, says_own = (judge64(p, a, maps[i].detach()) for i in (real, a))
+        loss = loss + ((1 - says_real) ** 2).mean() + (says_own**2).mean()
+    return dict(zip(p, torch.autograd.grad(loss, list(p.values())), strict=True))
+
+
 def test_loss_of_afd():
     outputs = fake_outputs([(4, 3)] * 3)
-    method = prepared("afd", outputs, adversarial_weight=0.3, distill_weight=0.6)
+    options = {"adversarial_weight": 0.3, "distill_weight": 0.6, "distill_temperature": 2.0}
+    method = prepared("afd", outputs, **options)
     got = method.loss(outputs, batch())
     z, labels, p = outputs.final_logits, batch().labels, doubles(method.discriminators)
     want = 0.0
     for a in range(3):
-        others = [kd64(z[a], z[b]) for b in range(3) if b != a]
+        others = [kd64(z[a], z[b], 2.0) for b in range(3) if b != a]
         fooled = ((1 - judge64(p, a, outputs.maps[a])) ** 2).mean()
         want = want + ce64(z[a], labels) + 0.6 * sum(others) / 2 + 0.3 * fooled
-    close(got["loss"], want)
+    check_loss(got["loss"], want, outputs)
 
 
 def test_discriminators_learn_in_a_cycle_from_constant_maps():
@@ -271,25 +303,24 @@ def test_discriminators_learn_in_a_cycle_from_constant_maps():
     method = prepared("afd", outputs, discriminator_lr=lr, discriminator_weight_decay=decay)
     method.loss(outputs, batch())["loss"].backward()
     assert all(p.grad is None for p in method.discriminators.parameters())
-    before = {k: v.requires_grad_() for k, v in doubles(method.discriminators).items()}
+    before = doubles(method.discriminators)
+    grads = judges_gradients(method.discriminators, outputs.maps)
     maps_before = [m.grad.clone() for m in outputs.maps]
     method.after_step(outputs, batch())
     assert all(torch.equal(m.grad, b) for m, b in zip(outputs.maps, maps_before, strict=True))
-    # Network 0 imitates network 2, 1 imitates 0, 2 imitates 1.
-    loss = 0.0
-    for a, real in ((0, 2), (1, 0), (2, 1)):
-        says_real = judge64(before, a, outputs.maps[real].detach())
-        says_own = judge64(before, a, outputs.maps[a].detach())
-        loss = loss + ((1 - says_real) ** 2).mean() + (says_own**2).mean()
-    grads = dict(zip(before, torch.autograd.grad(loss, list(before.values())), strict=True))
     for name, now in method.discriminators.named_parameters():
         g = grads[name]
         assert g.abs().max() > 0
         # The first step of Adam with decoupled weight decay.
-        want = before[name].detach() * (1 - lr * decay) - lr * g / (g.abs() + 1e-8)
+        want = before[name] * (1 - lr * decay) - lr * g / (g.abs() + 1e-8)
         known = g.abs() > 1e-6
         assert known.double().mean() > 0.9
         close(now[known], want[known], 1e-6)
+    # What a step leaves in the gradients is no part of the next one's.
+    grads = judges_gradients(method.discriminators, outputs.maps)
+    method.after_step(outputs, batch())
+    for name, now in method.discriminators.named_parameters():
+        close(now.grad, grads[name])
 
 
 def test_maps_that_differ_are_imitated_through_a_transfer():
@@ -351,7 +382,7 @@ def banked(outputs: PeerOutputs, samples: int, **options: Any) -> Any:
 @pytest.mark.usefixtures("backend")
 def test_loss_of_mcl_okd():
     outputs = fake_embeddings(3, 8)
-    options = {"num_negatives": 5, "temperature": 0.2}
+    options = {"num_negatives": 5, "temperature": 0.2, "distill_temperature": 2.0}
     method = banked(outputs, 20, **options, ce_weight=0.5, distill_weight=0.6, nce_weight=0.7)
     got = method.loss(outputs, batch())
     _, (own, negatives) = method.contrast(batch())
@@ -371,8 +402,8 @@ def test_loss_of_mcl_okd():
                 nce = nce - (fits + differs).mean()
     z, labels = outputs.final_logits, batch().labels
     ce = sum(ce64(x, labels) for x in z)
-    distill = kd64(z[2], (z[0] + z[1] + z[2]).double() / 3)
-    close(got["loss"], 0.5 * ce + 0.6 * distill + 0.7 * nce)
+    distill = kd64(z[2], (z[0] + z[1] + z[2]).double() / 3, 2.0)
+    check_loss(got["loss"], 0.5 * ce + 0.6 * distill + 0.7 * nce, outputs)
     first, second, last = gradient(got["distill"], z)
     assert not first.any() and not second.any() and last.any()
     assert all(e.any() for e in gradient(got["nce"], [e for (e,) in outputs.embeddings]))
@@ -492,6 +523,27 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, name):
         assert same, path
     assert any("own_optimizers" in path for path in states[0]) == (name == "afd")
     assert any("average" in path for path in states[0]) == (name == "pcl")
+
+
+def test_defaults():
+    """The published values, where the docstring does not call them choices."""
+    wanted = {
+        "afd": {
+            "distill_temperature": 3.0, "distill_weight": 1.0, "adversarial_weight": 0.1,
+            "discriminator_lr": 2e-5, "discriminator_weight_decay": 0.1,
+        },
+        "ffl": {"distill_temperature": 3.0, "rampup_epochs": 80, "fusion_weight_decay": 1e-5},
+        "mcl-okd": {
+            "temperature": 0.1, "num_negatives": 256, "bank_momentum": 0.5, "ce_weight": 1.0,
+            "distill_weight": 1.0, "nce_weight": 0.025, "distill_temperature": 3.0,
+        },
+        "pcl": {
+            "distill_temperature": 3.0, "rampup_epochs": 80, "distill_weight": 1.0,
+            "average_decay": 0.999,
+        },
+    }  # fmt: skip
+    for name, values in wanted.items():
+        assert values.items() <= vars(method_class(name).Options()).items(), name
 
 
 @pytest.mark.parametrize("name", METHODS)

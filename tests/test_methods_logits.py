@@ -18,6 +18,8 @@ from mclfast.config import TrainConfig
 from mclfast.distillation import kd_loss, kd_loss_through_teacher
 from mclfast.methods import Method, method_class
 from mclfast.methods.kdcl import general_weights
+from mclfast.methods.okddip import PeerAttention
+from mclfast.methods.one import BranchGate
 from mclfast.schedule import sigmoid_rampup
 from mclfast.simplex import best_mixture
 from mclfast.topology import topology
@@ -25,7 +27,6 @@ from mclfast.train import Trainer, build
 from mclfast.types import Batch, Setup
 
 B, C, D = 5, 4, 16
-NAMES = ("dml", "kdcl", "cl-ilr", "one", "okddip")
 STEM = {"topology": "shared_stem", "split_stage": 2}
 # Every method as a run needs it, KDCL with each of its teachers.
 RUNS: dict[str, dict[str, Any]] = {
@@ -134,15 +135,15 @@ def test_dml_loss(networks, options):
 
 
 @pytest.mark.parametrize("networks", [2, 3, 4])
-@pytest.mark.parametrize("weight", [0.5, 0.2])
-def test_cl_ilr_loss(networks, weight):
+@pytest.mark.parametrize(("weight", "t"), [(0.5, 2.0), (0.2, 1.5)])
+def test_cl_ilr_loss(networks, weight, t):
     case = make_case(networks)
     y, z, expected = case.batch.labels, case.logits, torch.zeros((), dtype=torch.float64)
     for a in range(networks):
         others = sum(z[b].detach() for b in range(networks) if b != a) / (networks - 1)
         expected = expected + (1 - weight) * literal_ce(z[a], y)
-        expected = expected + weight * literal_kd(z[a], others, 2.0)
-    options = {} if weight == 0.5 else {"distill_weight": weight}
+        expected = expected + weight * literal_kd(z[a], others, t)
+    options = {} if weight == 0.5 else {"distill_weight": weight, "distill_temperature": t}
     check_loss(make_method("cl-ilr", case, **options), case, expected)
 
 
@@ -161,14 +162,14 @@ def literal_gate(method: Method, shared: Tensor) -> Tensor:
 @pytest.mark.parametrize(("epoch", "length"), [(0, 80), (30, 80), (79, 80), (80, 80), (0, 0)])
 def test_one_loss(networks, epoch, length):
     case = make_case(networks, epoch=epoch)
-    method = make_method("one", case, rampup_epochs=length)
+    method = make_method("one", case, rampup_epochs=length, distill_temperature=2.0)
     r = 1.0 if epoch >= length else math.exp(-5 * (1 - epoch / length) ** 2)
     y, z = case.batch.labels, case.logits
     g = literal_gate(method, case.outputs.shared)
     ensemble = sum(g[:, a, None] * z[a] for a in range(networks))
     expected = sum(literal_ce(x, y) for x in z) + literal_ce(ensemble, y)
     for x in z:
-        expected = expected + r * literal_kd(x, ensemble.detach(), 3.0)
+        expected = expected + r * literal_kd(x, ensemble.detach(), 2.0)
     check_loss(method, case, expected)
 
 
@@ -176,7 +177,7 @@ def test_one_loss(networks, epoch, length):
 @pytest.mark.parametrize(("epoch", "length"), [(0, 80), (30, 80), (80, 80), (0, 0)])
 def test_okddip_loss(networks, epoch, length):
     case = make_case(networks, epoch=epoch)
-    method = make_method("okddip", case, rampup_epochs=length)
+    method = make_method("okddip", case, rampup_epochs=length, distill_temperature=2.0)
     r = 1.0 if epoch >= length else math.exp(-5 * (1 - epoch / length) ** 2)
     y, z, h = case.batch.labels, case.logits, case.outputs.final_features
     p = dict(method.named_parameters())
@@ -190,9 +191,9 @@ def test_okddip_loss(networks, epoch, length):
             scores = torch.stack([(query @ h[a][n]) @ (key @ h[b][n]) for b in peers])
             share = scores.exp() / scores.exp().sum()
             target.append(sum(share[b] * z[b][n] for b in peers))
-        expected = expected + r * literal_kd(z[a], torch.stack(target), 3.0)
+        expected = expected + r * literal_kd(z[a], torch.stack(target), 2.0)
     mean = sum(z[b] for b in peers) / (networks - 1)
-    expected = expected + r * literal_kd(z[-1], mean, 3.0)
+    expected = expected + r * literal_kd(z[-1], mean, 2.0)
     check_loss(method, case, expected)
 
 
@@ -215,7 +216,7 @@ def literal_teacher(name: str, z: list[Tensor], labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("teacher", ["naive", "minlogit", "linear", "general"])
 def test_kdcl_loss(networks, teacher):
     case = make_case(networks)
-    method = make_method("kdcl", case, teacher=teacher, distill_weight=0.7)
+    method = make_method("kdcl", case, teacher=teacher, distill_weight=0.7, distill_temperature=1.5)
     y, z = case.batch.labels, case.logits
     constant = [x.detach() for x in z]
     if teacher in ("naive", "minlogit"):
@@ -229,13 +230,25 @@ def test_kdcl_loss(networks, teacher):
         target = sum(w * x for w, x in zip(weights.double(), constant, strict=True))
     expected = sum(literal_ce(x, y) for x in z)
     for x in z:
-        expected = expected + 0.7 * literal_kd(x, target, 2.0)
+        expected = expected + 0.7 * literal_kd(x, target, 1.5)
     check_loss(method, case, expected)
 
 
-def test_defaults_as_published():
-    found = {n: method_class(n).Options().distill_temperature for n in NAMES}
-    assert found == {"dml": 2.0, "kdcl": 2.0, "cl-ilr": 2.0, "one": 3.0, "okddip": 3.0}
+def test_defaults():
+    """The published values, where the docstring does not call them choices."""
+    ramp = {"distill_temperature": 3.0, "rampup_epochs": 80}
+    wanted = {
+        "dml": {"distill_temperature": 2.0},
+        "kdcl": {
+            "teacher": "linear", "distill_temperature": 2.0, "distill_weight": 1.0,
+            "holdout_share": 0.1, "ridge": 1e-3,
+        },
+        "cl-ilr": {"distill_temperature": 2.0, "distill_weight": 0.5},
+        "one": ramp,
+        "okddip": ramp,
+    }  # fmt: skip
+    for name, values in wanted.items():
+        assert values.items() <= vars(method_class(name).Options()).items(), name
 
 
 # Pieces.
@@ -271,6 +284,14 @@ def test_distillation_through_the_teacher():
     torch.testing.assert_close(live, constant, rtol=1e-12, atol=0)
     assert torch.autograd.grad(constant, t, allow_unused=True)[0] is None
     assert torch.autograd.gradcheck(lambda a, b: kd_loss_through_teacher(a, b, 2.0), (s, t))
+
+
+@pytest.mark.parametrize("function", [kd_loss, kd_loss_through_teacher])
+def test_distillation_of_half_precision_is_that_of_its_float32_values(function):
+    s, t = torch.randn(2, B, C).mul(4).bfloat16()
+    found = function(s, t, 2.0)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, function(s.float(), t.float(), 2.0))
 
 
 def mixture_ce(weights: Tensor, logits: Tensor, labels: Tensor) -> float:
@@ -323,8 +344,8 @@ def test_mixture_of_special_networks():
     assert found[1] > 0.999
     # A run that diverged is for the trainer to report, not for a search without end.
     assert best_mixture(logits.expand(2, -1, -1) * float("nan"), labels).shape == (2,)
-    live = logits.expand(2, -1, -1).clone().requires_grad_()
-    assert not best_mixture(live, labels).requires_grad
+    live, labels = random_problem(2, 1.0, seed=0)
+    assert not best_mixture(live.requires_grad_(), labels).requires_grad
 
 
 def test_general_weights():
@@ -472,7 +493,9 @@ def test_okddip_targets_are_live():
     assert not any("classifier" in n or n.endswith("fc.weight") for n in names_of_features)
 
 
-@pytest.mark.parametrize(("networks", "stage2"), [(4, (0.5, 0.5)), (3, (0.5, 1.0))])
+@pytest.mark.parametrize(
+    ("networks", "stage2"), [(4, (0.5, 0.5)), (3, (0.5, 1.0)), (6, (0.5, 0.5, 0.5))]
+)
 def test_cl_ilr_divides_gradients_where_the_tree_splits(networks, stage2):
     trainer = build(run("cl-ilr", cohort=",".join(["resnet8"] * networks)))
     cohort = trainer.cohort
@@ -497,10 +520,12 @@ def test_cl_ilr_divides_gradients_where_the_tree_splits(networks, stage2):
             pair = int(name.split(".")[1]) // 2
             torch.testing.assert_close(divided[name], stage2[pair] * plain[name])
             seen.add(f"pair{pair}")
-        elif networks == 4:
-            torch.testing.assert_close(divided[name], 0.25 * plain[name], rtol=1e-4, atol=1e-6)
+        elif networks != 3:
+            # Divided by the number of pairs, and by two.
+            want = plain[name] / networks
+            torch.testing.assert_close(divided[name], want, rtol=1e-4, atol=1e-6)
             seen.add("trunk")
-    assert seen >= {"own", "pair0", "pair1"} and ("trunk" in seen) == (networks == 4)
+    assert seen >= {"own", "pair0", "pair1"} and ("trunk" in seen) == (networks != 3)
 
 
 def test_kdcl_views_and_images_kept_back():
@@ -512,6 +537,10 @@ def test_kdcl_views_and_images_kept_back():
     trainer._tell_held_out()
     weights = trainer.method.weights.clone()
     assert weights.tolist() != [0.5, 0.5] and float(weights.sum()) == pytest.approx(1)
+    # A run that goes on within an epoch goes on with that epoch's weights.
+    resumed = build(run("kdcl general", holdout_share=0.2))
+    resumed.load_state(trainer.state())
+    assert torch.equal(resumed.method.weights, weights)
     for teacher in ("naive", "linear", "minlogit"):
         other = build(run(f"kdcl {teacher}"))
         assert other.held_out is None and len(other.data.train) == 200
@@ -536,7 +565,26 @@ def test_half_precision(name):
         ),
         batch,
     )
-    torch.testing.assert_close(parts["loss"], full["loss"], rtol=2e-2, atol=0)
+    # What no module of the method has part in is computed in float32 from the same logits.
+    exact = {"ce", "leader_distill"} | ({"distill"} if name != "one" else set())
+    for key, value in parts.items():
+        torch.testing.assert_close(value, full[key], rtol=1e-5 if key in exact else 2e-2, atol=0)
+
+
+def test_gate_and_attention_of_half_precision_are_wide():
+    torch.manual_seed(0)
+    gate, attention = BranchGate(6, 3), PeerAttention(16)
+    features = 300 * torch.randn(B, 3, 16)
+    with torch.autocast("cpu", torch.float16):
+        shares = gate(torch.randn(B, 6, 2, 2)), attention(features)
+    for rows in shares:
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
+    # Scores beyond what float16 holds.
+    scores = attention.query(features) @ attention.key(features).mT
+    assert scores.abs().max() > 65504
+    # Too large to tie: each peer listens to one.
+    torch.testing.assert_close(shares[1], scores.softmax(-1), rtol=0, atol=1e-3)
 
 
 def states(trainer: Trainer) -> dict[str, Tensor]:

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from mclfast import Cohort, models
 from mclfast.config import TrainConfig
-from mclfast.methods import MCL
+from mclfast.contrast_sampler import ContrastSampler
+from mclfast.memory_bank import MemoryBank
+from mclfast.methods import MCL, LayerwiseMCL
 from mclfast.train import build
-from mclfast.types import Batch
+from mclfast.types import Batch, Setup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 2, 0])
-TAU, T = 0.2, 3.0
+TAU, T, LOGIT_T = 0.2, 2.0, 4.0
+WEIGHTS = {"vcl": 0.7, "soft_vcl": 1.3, "icl": 0.4, "soft_icl": 1.9}
 
 
 class Flat(nn.Module):
@@ -34,7 +37,9 @@ def in_double(networks: int, **options: Any) -> tuple[Cohort, MCL, Any]:
     torch.manual_seed(networks)
     peers = [models.staged(Flat(), ["one"]) for _ in range(networks)]
     cohort = Cohort(peers, auxiliary_heads=False, projection_dim=5).double()
-    method = MCL(cohort.feature_dims, MCL.Options(temperature=TAU, **options))
+    options |= {f"{name}_weight": weight for name, weight in WEIGHTS.items()}
+    options |= {"temperature": TAU, "kl_temperature": T, "distill_temperature": LOGIT_T}
+    method = MCL(cohort.feature_dims, MCL.Options(**options))
     return cohort, method, cohort(torch.randn(len(LABELS), 1, 8, 8, dtype=torch.float64))
 
 
@@ -49,10 +54,10 @@ def nce(similarities: Tensor) -> Tensor:
     return torch.stack(rows).mean()
 
 
-def kl(student: Tensor, teacher: Tensor) -> Tensor:
+def kl(student: Tensor, teacher: Tensor, t: float = T) -> Tensor:
     """Over all columns, the diagonal too; the teacher is a constant."""
-    p, q = ((x / T).softmax(1) for x in (teacher.detach(), student))
-    return T * T * (p * (p / q).log()).sum(1).mean()
+    p, q = ((x / t).softmax(1) for x in (teacher.detach(), student))
+    return t * t * (p * (p / q).log()).sum(1).mean()
 
 
 def published(outputs: Any, distill: str) -> dict[str, Tensor]:
@@ -72,11 +77,11 @@ def published(outputs: Any, distill: str) -> dict[str, Tensor]:
             (kl(v[a] @ v[b].T / TAU, v[b] @ v[a].T / TAU) for a, b in pairs), torch.zeros(())
         ),
     }
-    total = ce + 0.1 * (terms["vcl"] + terms["icl"]) + terms["soft_vcl"] + terms["soft_icl"]
+    total = ce + sum(weight * terms[name] for name, weight in WEIGHTS.items())
     if distill != "none":
         mean = sum(logits) / len(logits)
         students = logits if distill == "all" else logits[-1:]
-        terms["distill"] = sum(kl(z, mean) for z in students)
+        terms["distill"] = sum(kl(z, mean, LOGIT_T) for z in students)
         total = total + terms["distill"]
     return {"loss": total, "ce": ce, **terms}
 
@@ -88,16 +93,47 @@ def test_loss_of_a_step(networks, distill):
     found = method.loss(outputs, Batch(LABELS, torch.arange(len(LABELS)), 0, 0))
     expected = published(outputs, distill)
     assert found.keys() == expected.keys()
-    # Cross entropies and the KL of logits are computed in float32.
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].double(), value.double(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[name], value.double(), rtol=1e-11, atol=1e-12)
     names, parameters = zip(*cohort.named_parameters(), strict=True)
     grads = [
         torch.autograd.grad(v["loss"], parameters, retain_graph=True) for v in (found, expected)
     ]
     for name, got, want in zip(names, *grads, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12, msg=name)
         assert got.any(), name
+
+
+def test_defaults_as_published():
+    wanted = {
+        "loss": "batch", "temperature": 0.1, "kl_temperature": 3.0, "distill_temperature": 3.0,
+        "vcl_weight": 0.1, "soft_vcl_weight": 1.0, "icl_weight": 0.1, "soft_icl_weight": 1.0,
+        "num_positives": 1, "num_negatives": 8192, "bank_momentum": 0.5,
+    }  # fmt: skip
+    for method, more in ((MCL, {"logit_distill": "none"}), (LayerwiseMCL, {"matcher_dim": 128})):
+        assert (wanted | more).items() <= vars(method.Options()).items()
+
+
+@pytest.mark.parametrize("method", [MCL, LayerwiseMCL])
+@pytest.mark.parametrize("name", ["vcl_weight", "soft_vcl_weight", "icl_weight", "soft_icl_weight"])
+def test_weights_below_zero(method, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected a finite number >= 0, got -1.0$"):
+        method.Options(**{name: -1})
+
+
+def test_the_matcher_compares_in_the_width_asked_for():
+    method = LayerwiseMCL([[4, 4], [6]], LayerwiseMCL.Options(matcher_dim=5))
+    assert [len(p) for p in method.meta_parameters()] == [5] * 6
+
+
+def test_only_the_last_of_several_stages_is_contrasted():
+    _, method, outputs = in_double(2)
+    batch = Batch(LABELS, torch.arange(len(LABELS)), 0, 0)
+    embeddings = tuple((e.roll(1, 0), e) for (e,) in outputs.embeddings)
+    found, want = (
+        method.loss(x, batch) for x in (outputs._replace(embeddings=embeddings), outputs)
+    )
+    assert found == want
 
 
 def test_logit_distillation_reaches_its_students_alone():
@@ -110,6 +146,26 @@ def test_logit_distillation_reaches_its_students_alone():
     }  # fmt: skip
     last = dict(cohort.peers[2].backbone.named_parameters()).values()
     assert reached == {n for n, p in cohort.named_parameters() if any(p is q for q in last)}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_batch_is_contrasted_with(shared):
+    """Options, seed and step all have their effect; a bilevel step sees the same draw again."""
+    classes, draws = torch.arange(20) % 4, {"num_positives": 2, "shared_negatives": shared}
+    _, method, outputs = in_double(
+        2, loss="bank", num_negatives=7, bank_momentum=0.3, bank_dtype="bfloat16", **draws
+    )
+    method.prepare(Setup(classes, 4, 5, outputs, seed=3))
+    assert method.bank.momentum == 0.3
+    sampler = ContrastSampler(classes, 7, seed=3, **draws)
+    for step in (4, 5):
+        batch = Batch(classes[:3], torch.arange(3), step, 0)
+        banks, found = method.contrast(batch)
+        assert torch.equal(banks, MemoryBank(2, 20, 5, dtype=torch.bfloat16, seed=3).banks)
+        assert [x.shape for x in found] == [(3, 3), (7,) if shared else (3, 7)]
+        for got, want in zip(found, sampler.sample(batch.index, step), strict=True):
+            assert torch.equal(got, want)
+        assert method.contrast(batch)[1] is found
 
 
 @pytest.mark.parametrize(("method", "options"), [("mcl", {}), ("lmcl", {"bilevel_every": 20})])

@@ -21,6 +21,7 @@ from mclfast.data.augment_contrastive import CONTRASTIVE, augment_contrastive
 from mclfast.data.feed import TrainingFeed, _step_seed
 from mclfast.data.source import Views
 from mclfast.key_queue import KeyQueue
+from mclfast.methods import MomentumMCL
 from mclfast.methods.moco_mcl import _sums_of_rows, momentum_mcl_sums
 from mclfast.moving_average import frozen_copy, update_average
 from mclfast.run_folder import CHECKPOINT
@@ -93,6 +94,9 @@ def test_sums_equal_the_definition_to_the_gradient(networks, batch):
     (grad,) = torch.autograd.grad((weights * got).sum(), queries)
     (wanted,) = torch.autograd.grad((weights * want).sum(), queries)
     torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
+    constants = [keys.requires_grad_(), queue.requires_grad_()]
+    again = momentum_mcl_sums(queries, *constants, 0.3, 2.0).sum()
+    assert torch.autograd.grad(again, constants, allow_unused=True) == (None, None)
 
 
 def test_no_matrix_of_all_similarities_is_kept():
@@ -115,17 +119,37 @@ def test_no_matrix_of_all_similarities_is_kept():
 
 
 def test_loss_of_a_step():
-    trainer = tiny(vcl_weight=0.5, soft_vcl_weight=2.0, icl_weight=0.3, soft_icl_weight=1.5)
+    weights = {"vcl_weight": 0.5, "soft_vcl_weight": 2, "icl_weight": 0.3, "soft_icl_weight": 1.5}
+    trainer = tiny(temperature=0.1, kl_temperature=2, **weights)
     images, batch = drawn(trainer)
     outputs = trainer._outputs(images, batch)
     got = trainer.method.loss(outputs, batch)
     queries = torch.stack([e[-1] for e in outputs.embeddings]).double()
     keys = torch.stack([e[-1] for e in outputs.teacher.embeddings]).double()
-    want = expected(queries, keys, trainer.method.queue.keys.double(), 0.07, 3.0)
+    want = expected(queries, keys, trainer.method.queue.keys.double(), 0.1, 2.0)
     for name, value in zip(("vcl", "soft_vcl", "icl", "soft_icl"), want, strict=True):
         torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=1e-5, msg=name)
     total = 0.5 * want[0] + 2 * want[1] + 0.3 * want[2] + 1.5 * want[3]
     torch.testing.assert_close(got["loss"].double(), total, rtol=1e-5, atol=1e-5)
+
+
+def test_defaults_as_published():
+    wanted = {
+        "temperature": 0.07, "kl_temperature": 3.0, "vcl_weight": 1.0, "soft_vcl_weight": 1.0,
+        "icl_weight": 1.0, "soft_icl_weight": 1.0, "key_momentum": 0.999, "head": "linear",
+        "augmentation": "moco-v1",
+    }  # fmt: skip
+    assert wanted.items() <= vars(MomentumMCL.Options()).items()
+
+
+@pytest.mark.parametrize("name", ["moco-v1", "moco-v2"])
+def test_images_are_augmented_as_asked_for(name):
+    trainer = tiny(augmentation=name)
+    feed = TrainingFeed(
+        trainer.data, device=trainer.device, seed=0, views=2, contrastive=CONTRASTIVE[name]
+    )
+    views, _, _ = next(feed.batches(trainer.sampler.epoch(0)[:1], first_step=0))
+    torch.testing.assert_close(drawn(trainer)[0], views)
 
 
 def test_gradients_reach_the_queries_networks_alone():
@@ -165,6 +189,7 @@ def test_queue_starts_with_unit_norm_and_wraps_around():
         queue.update(b)
     assert torch.equal(queue.keys, torch.cat([batches[3], batches[1], batches[2]], dim=1))
     assert int(queue.position) == 2
+    assert torch.equal(tiny(seed=5).method.queue.keys, KeyQueue(2, 80, 16, seed=5).keys)
 
 
 def test_queue_wants_batches_that_fill_it_evenly():
@@ -174,6 +199,18 @@ def test_queue_wants_batches_that_fill_it_evenly():
         KeyQueue(1, 6, 2).update(directions(1, 3, 3))
     with pytest.raises(ValueError, match=r"^size: expected an integer >= 1"):
         KeyQueue(1, 0, 2)
+
+
+def test_a_step_puts_its_keys_into_the_queue(monkeypatch):
+    trainer = tiny()
+    queue, loss = trainer.method.queue, trainer.method.loss
+    before, given = queue.keys.clone(), []
+    monkeypatch.setattr(
+        trainer.method, "loss", lambda outputs, batch: given.append(outputs) or loss(outputs, batch)
+    )
+    trainer.train_step(*drawn(trainer))
+    keys = torch.stack([stages[-1] for stages in given[0].teacher.embeddings])
+    assert torch.equal(queue.keys, torch.cat([keys, before[:, 40:]], dim=1))
 
 
 # ---------------------------------------------------------------- the key networks
@@ -199,6 +236,22 @@ def test_keys_average_parameters_before_they_run_and_keep_their_own_statistics()
     changed = {n for n, b in trainer.average.named_buffers() if not torch.equal(b, statistics[n])}
     assert changed == set(statistics)
     assert int(trainer.average.networks[0].backbone.bn1.num_batches_tracked) == 4
+
+
+def test_a_frozen_copy_is_a_constant_in_evaluation_mode():
+    shared = torch.nn.Linear(2, 2)
+    module = torch.nn.Sequential(shared, torch.nn.BatchNorm1d(2), shared)
+    copy = frozen_copy(module)
+    assert not any(p.requires_grad for p in copy.parameters())
+    assert not any(m.training for m in copy.modules())
+    assert copy[0] is copy[2] and copy[0] is not shared
+    assert all(p.requires_grad for p in module.parameters()) and module.training
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
+def test_a_decay_out_of_range(decay):
+    with pytest.raises(ValueError, match=rf"^decay: expected a value in \[0, 1\], got {decay}$"):
+        update_average(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), decay)
 
 
 def test_an_average_of_parameters_alone():
@@ -303,12 +356,13 @@ def test_heads(head, layers):
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
-    whole = tiny(tmp_path / "whole")
+    # The next keys go into the middle of the queue.
+    whole = tiny(tmp_path / "whole", queue_size=120)
     want = whole.fit(progress=False)
-    tiny(tmp_path / "cut").fit(progress=False, stop_after=1)
+    tiny(tmp_path / "cut", queue_size=120).fit(progress=False, stop_after=1)
     state = checkpoint.load(tmp_path / "cut" / CHECKPOINT)
-    assert state["method"]["queue.keys"].shape == (2, 80, 16)
-    rest = tiny(tmp_path / "cut")
+    assert state["method"]["queue.keys"].shape == (2, 120, 16)
+    rest = tiny(tmp_path / "cut", queue_size=120)
     assert rest.fit(progress=False).peers == want.peers
     for name in ("cohort", "method", "average"):
         mine, theirs = (getattr(t, name).state_dict() for t in (rest, whole))

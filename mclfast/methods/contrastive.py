@@ -23,6 +23,11 @@ class ContrastiveMethod(BankMethod):
     With ``loss="batch"`` anchors are contrasted with the batch, with ``loss="bank"`` with samples
     drawn from a memory bank of each network's last embeddings, for data sets whose classes are too
     many to meet in a batch.
+
+    As in the published code, the same image in another network is a positive in the banks, and
+    neither positive nor negative in the batch. An anchor without a positive, for which that code
+    gives NaN, adds nothing to vcl and icl; means are over all anchors. Temperature and weights are
+    by default those published for the batch; those for banks stand in the recipes for ImageNet.
     """
 
     @dataclass

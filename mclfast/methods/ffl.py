@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from mclfast._checks import check_not_negative
 from mclfast._settings import setting
-from mclfast.cohort import PeerOutputs
+from mclfast.cohort import PeerOutputs, mean_logits
 from mclfast.distillation import kd_loss
 from mclfast.methods.base import Method, prepared
 from mclfast.methods.baseline import sum_cross_entropy
@@ -102,8 +102,7 @@ class FFL(Method):
         ce = sum_cross_entropy(outputs, batch.labels)
         fusion_ce = cross_entropy(fused, batch.labels)
         from_fusion = torch.stack([kd_loss(z, fused, temperature) for z in logits]).sum()
-        mean = torch.stack([wide(z) for z in logits]).mean(0)
-        from_mean = kd_loss(fused, mean, temperature)
+        from_mean = kd_loss(fused, mean_logits(outputs), temperature)
         weight = self.options.weight(batch.epoch)
         return {
             "loss": ce + fusion_ce + weight * (from_fusion + from_mean),

@@ -36,7 +36,8 @@ class KDCL(Method):
       C^-1 1, scaled to sum one; some may be negative. C gets a ridge on its diagonal.
 
     No code was published. Chosen here: ``general`` combines logits as the other teachers do, the
-    share kept back, and the ridge.
+    share kept back, and the ridge. Temperature and weight are those reported for the paper, which
+    could not be checked.
 
     Source: CVPR 2020, "Online Knowledge Distillation via Collaborative Learning", section 3.
     """

@@ -28,6 +28,10 @@ class LayerwiseMCL(ContrastiveMethod):
     with MCL the four layer-wise terms weighted by the matcher. The matcher is trained by the
     bilevel step only: in the ordinary step its weights are constants, in the inner objective they
     are live, through the features too.
+
+    The terms are sums over ordered pairs of networks and all pairs of their stages, each in both
+    directions, as in the published code: a direction counts twice. Against banks every network is
+    contrasted with its own in vcl and soft_vcl, where that code takes one bank for both of a pair.
     """
 
     auxiliary_heads = True

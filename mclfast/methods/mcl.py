@@ -22,7 +22,9 @@ class MCL(ContrastiveMethod):
 
     ``sum_a CE_a + MCL``, with MCL the four terms between the networks, and with ``logit_distill``
     ``KD(logits_a <- mean of all logits)`` on top, the mean a constant: for all networks, or for the
-    last one only, as the published code does for more than two.
+    last one only, as the published code does for more than two, whose mean is live with banks.
+    Published with two independent networks, and with four that share stem and first stages
+    (``topology="shared_stem"``).
     """
 
     @dataclass
@@ -41,7 +43,7 @@ class MCL(ContrastiveMethod):
         parts = {"ce": sum_cross_entropy(outputs, batch.labels)}
         if self.options.logit_distill != "none":
             logits = outputs.final_logits
-            teacher = mean_logits(outputs).detach()
+            teacher = mean_logits(outputs)
             students = logits if self.options.logit_distill == "all" else logits[-1:]
             parts["distill"] = torch.stack(
                 [kd_loss(z, teacher, self.options.distill_temperature) for z in students]

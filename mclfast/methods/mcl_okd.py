@@ -11,12 +11,11 @@ from torch import Tensor
 from mclfast._checks import check_not_negative
 from mclfast._settings import setting
 from mclfast.bank_functional import bank_nce_loss
-from mclfast.cohort import PeerOutputs
+from mclfast.cohort import PeerOutputs, mean_logits
 from mclfast.distillation import kd_loss
 from mclfast.methods.banked import BankMethod
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.methods.distilling import DistillOptions, check_peers
-from mclfast.reference import wide
 from mclfast.types import Batch, Setup
 
 
@@ -26,7 +25,8 @@ class MCLOKD(BankMethod):
     ``ce_weight sum_a CE_a + distill_weight KD(z_M <- mean_a z_a) + nce_weight NCE``: only the last
     network is distilled, from the mean logits as a constant; NCE is
     :func:`mclfast.bank_nce_loss` over all ordered pairs of networks, its normalising constants
-    estimated from each batch. Embeddings are linear projections. Published with four networks that
+    estimated from each batch. The positive is the anchor's own entry; the published code can take
+    one of its class instead. Embeddings are linear projections. Published with four networks that
     share stem and first stages (``topology="shared_stem"``).
     """
 
@@ -62,8 +62,7 @@ class MCLOKD(BankMethod):
             backend=o.backend,
         )
         ce = sum_cross_entropy(outputs, batch.labels)
-        mean = torch.stack([wide(z) for z in outputs.final_logits]).mean(0)
-        distill = kd_loss(outputs.final_logits[-1], mean, o.distill_temperature)
+        distill = kd_loss(outputs.final_logits[-1], mean_logits(outputs), o.distill_temperature)
         return {
             "loss": o.ce_weight * ce + o.distill_weight * distill + o.nce_weight * nce,
             "ce": ce,

@@ -37,7 +37,7 @@ class MomentumMCL(Method):
 
     Batch norm of queries and keys takes its statistics from ``norm_parts`` parts of a batch, the
     keys' shuffled, as on the GPUs of the published runs. With one part, shuffling has no effect, as
-    in those runs on one GPU.
+    in those runs on one GPU. The published queue holds 65536 keys; the default is for small data.
 
     Labels are not used in training. In evaluation the classifiers hold the class means of training
     features; ``mclfast linear`` trains a classifier on a finished network.

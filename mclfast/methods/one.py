@@ -35,7 +35,12 @@ class BranchGate(nn.Module):
         self.norm = nn.BatchNorm1d(branches)
 
     def forward(self, shared: Tensor) -> Tensor:
-        """[B, channels, h, w] -> [B, M], rows sum to one."""
+        """[B, channels, h, w] -> [B, M], rows sum to one; ValueError for B = 1 in training."""
+        if self.training and len(shared) == 1:
+            raise ValueError(
+                "batch_size: expected at least 2 for method one, whose gate normalises over the "
+                "batch, got 1"
+            )
         scores = self.norm(self.linear(global_average_pool(shared)))
         return torch.softmax(wide(scores.relu()), dim=1)
 
@@ -46,7 +51,7 @@ class ONE(Method):
     The ensemble is the sum of the branches' logits, each times its gate; a constant in the
     distillation, so that gate and ensemble learn from its cross entropy. r is the sigmoid ramp-up
     of the published code. Needs networks that share at least their stem (option ``topology``); the
-    paper's share all stages but the last.
+    paper's are three that share all stages but the last, the first of them deployed.
 
     Source: NeurIPS 2018, arXiv 1806.04606, section 3.
     """

@@ -31,8 +31,9 @@ class PCL(Method):
 
     There is no code by the authors. Of what the paper leaves open: the average holds the BatchNorm
     statistics too and runs in evaluation mode; its decay is that of the mean teacher,
-    ``min(1 - 1 / (step + 1), average_decay)``. Published with three peers that share all but their
-    last stage (``topology="shared_stem"``), the first of them deployed.
+    ``min(1 - 1 / (step + 1), average_decay)``; temperature, weight and ramp-up are those of a
+    public reproduction. Published with three peers that share all but their last stage
+    (``topology="shared_stem"``), each with initial weights of its own there, the first deployed.
     """
 
     views = "per_peer"

@@ -795,6 +795,10 @@ def test_published_column_in_a_report(tmp_path):
     assert "| short | 1 | 75.50 | +5.00 | 77.00 | 78.00 | - |" in text
     assert "Only where all settings that decide the outcome are those of the published" in text
     assert "lmcl: layer-wise MCL (arXiv 2207.11518)" in text
+    assert (
+        "short: the published number is not shown, its settings are others: epochs 3 "
+        "(published 300)." in text
+    )
     several = published(TrainConfig.from_values(recipe.load("dml-cifar100")))
     assert report._published(several) == "75.08 (ensemble 77.03, alone 71.09)"
     pair = {"cohort": ["resnet32", "resnet110"]}

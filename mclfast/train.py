@@ -208,7 +208,11 @@ class Trainer:
             for epoch in range(first, min(last, self.config.epochs)):
                 self._started = time.perf_counter() - self._so_far.seconds
                 record = self._train_epoch(epoch, bar)
-                record |= self._evaluate(epoch)
+                record |= metrics.accuracies(
+                    self._evaluate() if self._is_evaluated(epoch) else None,
+                    self.history,
+                    len(self.cohort.peers),
+                )
                 before = self.history[-1]["seconds"] if self.history else 0.0
                 record["seconds"] = before + time.perf_counter() - self._started
                 self.history.append(record)
@@ -384,17 +388,14 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _evaluate(self, epoch: int) -> dict[str, float]:
-        count, c = len(self.cohort.peers), self.config
-        if (epoch + 1) % c.eval_every and epoch + 1 < c.epochs:
-            return metrics.accuracies(None, self.history, count)
+    def _is_evaluated(self, epoch: int) -> bool:
+        return (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
+
+    def _evaluate(self) -> CohortAccuracy:
         self.method.eval()
         if self.mean_images is not None:
             size = self.config.eval_batch_size
             set_class_means(self.cohort, self.mean_images, self.data, batch_size=size)
-        return metrics.accuracies(self._accuracy(), self.history, count)
-
-    def _accuracy(self) -> CohortAccuracy:
         return cohort_accuracy(
             self.cohort,
             self.data,

@@ -396,6 +396,9 @@ class Trainer:
         if self.mean_images is not None:
             size = self.config.eval_batch_size
             set_class_means(self.cohort, self.mean_images, self.data, batch_size=size)
+        return self._accuracy()
+
+    def _accuracy(self) -> CohortAccuracy:
         return cohort_accuracy(
             self.cohort,
             self.data,

@@ -13,7 +13,7 @@ from mclfast.commands.settings import dashed, given_settings
 
 if TYPE_CHECKING:
     from mclfast.compare.plan import Plan
-    from mclfast.compare.runner import Run
+    from mclfast.compare.runner import Finished, Run
 
 HELP = "train several methods with several seeds and report them side by side"
 
@@ -121,7 +121,7 @@ def _execute(
     known: argparse.Namespace, runs: list[Run], replaced: set[Path]
 ) -> dict[Run, str]:
     """Does what is not done yet; returns the failed runs with the reasons."""
-    from mclfast.compare.runner import execute, load
+    from mclfast.compare.runner import execute
 
     open_ = [run for run in runs if not run.finished or run.folder in replaced]
     if len(open_) < len(runs):
@@ -132,34 +132,35 @@ def _execute(
     )
     for number, (run, reason) in enumerate(ended, start=1):
         head = f"[{number}/{len(open_)}] {run.label}, seed {run.seed}: "
-        result = None
-        if reason is None:
-            try:
-                result = load(run).result
-            except ValueError as error:
-                reason = str(error)
-        if result is not None:
+        if reason is not None:
+            failed[run] = reason
+        elif found := _loaded(run, failed):
+            result = found.result
             reached = sum(result.peers) / len(result.peers)
             print(f"{head}mean of peers {reached:.2f} %, {result.seconds:.1f} s", flush=True)
-        else:
-            failed[run] = str(reason)
-            print(f"{head}failed: {reason}", flush=True)
+        if run in failed:
+            print(f"{head}failed: {failed[run]}", flush=True)
     return failed
+
+
+def _loaded(run: Run, failed: dict[Run, str]) -> Finished | None:
+    """What a finished run left; None where that cannot be read, with the reason in ``failed``."""
+    from mclfast.compare.runner import load
+
+    try:
+        return load(run)
+    except ValueError as error:
+        failed[run] = str(error)
+        return None
 
 
 def _report(
     folder: Path, plan: Plan, runs: list[Run], failed: dict[Run, str], command: str
 ) -> int:
     from mclfast.compare import report
-    from mclfast.compare.runner import load
 
-    finished = []
-    for run in runs:
-        if run not in failed:
-            try:
-                finished.append(load(run))
-            except ValueError as error:
-                failed[run] = str(error)
+    left = (_loaded(run, failed) for run in runs if run not in failed)
+    finished = [found for found in left if found]
     if not finished:
         print("no run finished: nothing to report", file=sys.stderr)
         return 1

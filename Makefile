@@ -42,7 +42,7 @@ demo: venv
 
 lint: venv
 	$(BIN)/ruff check .
-	$(BIN)/mypy mclfast
+	MYPY=$(abspath $(BIN))/mypy scripts/typecheck.sh
 
 # worksteal: a long test on one process does not hold up the rest.
 test: lint
@@ -55,7 +55,7 @@ asan: venv
 		--build-base build/asan --build-lib build/asan/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=build/asan/lib MCLFAST_SANITIZE=1 \
-		$(BIN)/pytest -q tests/test_cpu_ops.py tests/test_cpu_bank_ops.py
+		$(BIN)/pytest -q tests/ops/test_cpu_ops.py tests/ops/test_cpu_bank_ops.py
 
 # Uses $(PYTHON) and what it has installed: GPU machines bring their own torch and triton.
 gpu-check:

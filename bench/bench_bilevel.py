@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from mclfast._files import write_json
-from mclfast.benchmark import measure, peak
-from mclfast.benchmark.published_bilevel import PublishedBilevel
-from mclfast.benchmark.report import environment
-from mclfast.benchmark.train_step import StepCase, make_batch, make_trainer
+from mclfast._base.files import write_json
+from mclfast.bench import measure, peak
+from mclfast.bench.published.bilevel import PublishedBilevel
+from mclfast.bench.report import environment
+from mclfast.bench.train_step import StepCase, make_batch, make_trainer
 from mclfast.methods.lmcl import LayerwiseMCL
 
 ORDINARY = "ordinary"

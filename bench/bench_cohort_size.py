@@ -14,10 +14,10 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from mclfast._files import read_json, write_json
-from mclfast.benchmark.draw_cohort import draw
-from mclfast.benchmark.report import environment
-from mclfast.benchmark.train_step import PUBLISHED, Row, StepCase, run_cases, table
+from mclfast._base.files import read_json, write_json
+from mclfast.bench.draw_cohort import draw
+from mclfast.bench.report import environment
+from mclfast.bench.train_step import PUBLISHED, Row, StepCase, run_cases, table
 
 VARIANTS = (PUBLISHED, "contiguous", "ours", "sequential")
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mclfast.benchmark import measure
-from mclfast.benchmark.cases import PROVIDERS, make_inputs
-from mclfast.benchmark.cases import truth as reference_result
-from mclfast.benchmark.problem import Case, Inputs, Provider, Unavailable
-from mclfast.benchmark.run import BASELINES, Rates, Ready, measure_rates, prepare, rate_key
+from mclfast.bench import measure
+from mclfast.bench.cases import PROVIDERS, make_inputs
+from mclfast.bench.cases import truth as reference_result
+from mclfast.bench.problem import Case, Inputs, Provider, Unavailable
+from mclfast.bench.run import BASELINES, Rates, Ready, measure_rates, prepare, rate_key
 
-#: By :func:`mclfast.benchmark.run.rate_key`.
+#: By :func:`mclfast.bench.run.rate_key`.
 _RATES: dict[str, Rates] = {}
 
 

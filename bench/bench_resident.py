@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from mclfast._files import write_json
-from mclfast.benchmark import resident
-from mclfast.benchmark.report import environment
+from mclfast._base.files import write_json
+from mclfast.bench import resident
+from mclfast.bench.report import environment
 
 SHUFFLENET = "shufflenet_v2_x0_5_cifar"
 CASES: tuple[dict[str, Any], ...] = (

@@ -14,9 +14,9 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from mclfast._files import write_json
-from mclfast.benchmark.report import environment
-from mclfast.benchmark.train_step import (
+from mclfast._base.files import write_json
+from mclfast.bench.report import environment
+from mclfast.bench.train_step import (
     OURS,
     PLAIN,
     PUBLISHED,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mclfast.benchmark.cases import PRESETS, PROVIDERS, preset
+from mclfast.bench.cases import PRESETS, PROVIDERS, preset
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mclfast._files import read_json, write_json, write_text
+from mclfast._base.files import read_json, write_json, write_text
 from mclfast.compare.summary import spread
 from mclfast.config import TrainConfig
-from mclfast.plots import accuracy_bands
-from mclfast.run_folder import CHECKPOINT, CURVES, ENVIRONMENT, METRICS
-from mclfast.train import RunResult, train
+from mclfast.train.builder import train
+from mclfast.train.folder import CHECKPOINT, CURVES, ENVIRONMENT, METRICS
+from mclfast.train.plots import accuracy_bands
+from mclfast.train.trainer import RunResult
 
 METHODS = {
     "alone": {"method": "baseline", "cohort": ("resnet8",)},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mclfast.data.glyphs import FAMILIES, IMAGE_SIZE, MEMBERS, load_glyphs
+from mclfast.data.sets.glyphs import FAMILIES, IMAGE_SIZE, MEMBERS, load_glyphs
 
 _GAP = 6  # pixels between classes
 

@@ -1,4 +1,4 @@
-"""The functions that ``mclfast.ops`` calls for the backend "triton"."""
+"""The functions that ``mclfast.ops.in_batch`` calls for the backend "triton"."""
 
 from __future__ import annotations
 

@@ -2,18 +2,22 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mclfast._base.tensors import unit_norm
 from mclfast._version import __version__
-from mclfast.aggregation import LogitAggregator
-from mclfast.bank_functional import (
+from mclfast.banks.memory_bank import MemoryBank
+from mclfast.banks.sampler import ContrastIndices, ContrastSampler
+from mclfast.bilevel.gradient import BilevelResult, bilevel_gradient
+from mclfast.cohort.cohort import Cohort
+from mclfast.cohort.heads import LayerMatcher, LogitAggregator, ProjectionHead
+from mclfast.cohort.outputs import Batch, PeerOutputs
+from mclfast.losses.banks import (
     bank_mcl_loss,
     bank_mcl_rows,
     bank_nce_log_normalizer,
     bank_nce_loss,
     layerwise_bank_mcl_loss,
 )
-from mclfast.cohort import Cohort, PeerOutputs
-from mclfast.contrast_sampler import ContrastIndices, ContrastSampler
-from mclfast.functional import (
+from mclfast.losses.in_batch import (
     info_nce_loss,
     layerwise_mcl_loss,
     mcl_loss,
@@ -21,8 +25,7 @@ from mclfast.functional import (
     similarity_kl_loss,
     supcon_loss,
 )
-from mclfast.heads import ProjectionHead
-from mclfast.losses import (
+from mclfast.losses.modules import (
     BankMCLLoss,
     BankNCELoss,
     InfoNCELoss,
@@ -32,14 +35,11 @@ from mclfast.losses import (
     SimilarityKLLoss,
     SupConLoss,
 )
-from mclfast.matching import LayerMatcher
-from mclfast.memory_bank import MemoryBank
-from mclfast.meta import BilevelResult, bilevel_gradient
+from mclfast.losses.results import BankMCLRows, MCLObjective, MCLRows, MCLTerms
 from mclfast.models.staged import staged
-from mclfast.types import BankMCLRows, Batch, MCLObjective, MCLRows, MCLTerms
 
 if TYPE_CHECKING:
-    from mclfast.train import Trainer
+    from mclfast.train.trainer import Trainer
 
 __all__ = [
     "BankMCLLoss",
@@ -79,13 +79,14 @@ __all__ = [
     "similarity_kl_loss",
     "staged",
     "supcon_loss",
+    "unit_norm",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # The trainer brings data sets and plotting: a program that imports a loss does not need them.
     if name == "Trainer":
-        from mclfast.train import Trainer
+        from mclfast.train.trainer import Trainer
 
         return Trainer
     raise AttributeError(f"module 'mclfast' has no attribute {name!r}")

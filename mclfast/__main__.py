@@ -2,7 +2,7 @@
 
 import sys
 
-from mclfast.cli import main
+from mclfast.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,13 +7,14 @@ command line, in a recipe and in a saved ``config.yaml`` they stand side by side
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mclfast import data, methods, models
-from mclfast._checks import check_not_negative, check_positive, unknown_name
-from mclfast._settings import coerce, coerce_fields, field_types, setting
+from mclfast._base.checks import check_not_negative, check_positive, unknown_name
+from mclfast._base.settings import coerce, coerce_fields, field_types, setting
 
 
 @dataclass
@@ -180,7 +181,7 @@ class TrainConfig:
             raise ValueError("milestones: expected at least one epoch for multistep, got none")
 
     def _check_throughput(self) -> None:
-        """Settings of :mod:`mclfast.throughput` that exclude one another."""
+        """Settings of :mod:`mclfast.execution.layout` that exclude one another."""
         if self.peers_parallel != "off" and self.compile_peers:
             raise ValueError(
                 f"peers_parallel: expected off with compile_peers, got {self.peers_parallel}"
@@ -240,3 +241,19 @@ def field_help(cls: type) -> dict[str, str]:
 def _at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         raise ValueError(f"{name}: expected a value >= {least}, got {value}")
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Learning rate of an epoch counted from 0.
+
+    cosine: ``lr * (1 + cos(pi * epoch / epochs)) / 2``; multistep: times ``lr_decay`` at each
+    milestone reached. Either is multiplied by ``(epoch + 1) / (warmup_epochs + 1)`` in the first
+    ``warmup_epochs`` epochs: a linear warm-up that delays nothing after it.
+
+    Source of the warm-up: arXiv 1706.02677 (section 2.2), there by step.
+    """
+    warmup = min(1.0, (epoch + 1) / (config.warmup_epochs + 1))
+    if config.schedule == "cosine":
+        return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    passed = sum(epoch >= milestone for milestone in config.milestones)
+    return config.lr * warmup * config.lr_decay**passed

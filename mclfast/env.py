@@ -13,8 +13,8 @@ from typing import Any
 import numpy
 import torch
 
-from mclfast import _backend
 from mclfast._version import __version__
+from mclfast.ops import backends
 
 # Read from their metadata: importing them is slow, and some may be broken.
 _OPTIONAL = (
@@ -76,7 +76,7 @@ def report_dict() -> dict[str, dict[str, Any]]:
     """The report as data: section -> name -> value, all of it fit for JSON."""
     package = Path(__file__).resolve().parent
     root = package.parent
-    extension = _backend.extension()
+    extension = backends.extension()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "mclfast": {
@@ -100,12 +100,12 @@ def report_dict() -> dict[str, dict[str, Any]]:
         },
         "extension": {
             "path": None if extension is None else extension.__file__,
-            "status": _backend.extension_reason(),
-            **(_backend.build_info() or {}),
+            "status": backends.extension_reason(),
+            **(backends.build_info() or {}),
         },
         "backends": {
             name: {"available": status.available, "reason": status.reason}
-            for name, status in _backend.backend_report().items()
+            for name, status in backends.backend_report().items()
         },
         "packages": {name: _version_of(name) for name in _OPTIONAL},
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mclfast._checks import unknown_name
+from mclfast._base.checks import unknown_name
+from mclfast._base.files import read_yaml
 
 
 def folder() -> Path:
@@ -32,26 +33,3 @@ def load(name: str) -> dict[str, Any]:
             raise unknown_name("recipe", name, available())
         path = folder() / f"{name}.yaml"
     return read_yaml(path, "recipe")
-
-
-def read_yaml(path: Path, argument: str) -> dict[str, Any]:
-    """The YAML mapping of a file.
-
-    Raises:
-        ValueError: the file is not a YAML mapping; the text begins with ``argument``.
-        FileNotFoundError: there is none.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{argument}: expected a file {path}, found none")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"{argument}: expected YAML in {path}, got {problem}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(
-            f"{argument}: expected `field: value` lines in {path}, got {type(values).__name__}"
-        )
-    return values

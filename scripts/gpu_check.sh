@@ -16,14 +16,14 @@ export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$out/gpu.csv"
 MCLFAST_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace > "$out/build.log" 2>&1
 "$python" -m mclfast env | tee "$out/environment.txt"
-timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_bank.py \
-    tests/test_gpu_memory_modes.py tests/test_gpu_throughput.py tests/test_gpu_plan.py \
+timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_gpu.py tests/ops/test_gpu_bank.py \
+    tests/execution/test_gpu_memory_modes.py tests/execution/test_gpu_throughput.py tests/plan/test_gpu_plan.py \
     | tee "$out/tests.txt"
 # The kernels of csrc/cuda under the checkers of the CUDA toolkit, at small shapes.
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 99 \
-            "$python" -m pytest -q -p no:cacheprovider tests/test_gpu_bank.py -k "small or update" \
+            "$python" -m pytest -q -p no:cacheprovider tests/ops/test_gpu_bank.py -k "small or update" \
             | tee "$out/$tool.txt"
     done
 else

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mclfast import _backend
+from mclfast.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,10 +21,10 @@ if "OMP_NUM_THREADS" not in os.environ:
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request, monkeypatch) -> str:
     """Makes "auto" take each backend for CPU tensors in turn."""
-    status = _backend.backend_report()[request.param]
+    status = backends.backend_report()[request.param]
     if not status.available:
         pytest.skip(f"backend {request.param}: {status.reason}")
-    monkeypatch.setitem(_backend._BEST, "cpu", request.param)
+    monkeypatch.setitem(backends._BEST, "cpu", request.param)
     return request.param
 
 

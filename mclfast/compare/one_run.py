@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-from mclfast._checks import shortened
-from mclfast._files import write_json, write_text
-from mclfast._memory import peak_resident
+from mclfast._base.checks import shortened
+from mclfast._base.files import write_json, write_text
+from mclfast._base.machine import peak_resident, select_device
 from mclfast.config import TrainConfig
-from mclfast.device import select_device
 from mclfast.models import parameter_count
-from mclfast.run_folder import CHECKPOINT, remove_old_run
-from mclfast.train import build
+from mclfast.train.builder import build
+from mclfast.train.folder import CHECKPOINT, remove_old_run
 
 #: Beside the files of every run: what it cost, or why it failed.
 COST, FAILURE = "cost.json", "failure.txt"

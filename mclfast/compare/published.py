@@ -14,7 +14,7 @@ from typing import Any
 from mclfast import recipe
 from mclfast.config import TrainConfig
 from mclfast.methods import Method, method_class
-from mclfast.run_state import FREE_SETTINGS
+from mclfast.train.state import FREE_SETTINGS
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mclfast import metrics, plots
-from mclfast._files import write_text
-from mclfast._settings import field_types
-from mclfast.compare.plan import BASELINE, Plan
+from mclfast._base.files import write_text
+from mclfast._base.settings import field_types
+from mclfast.compare.design import BASELINE, Plan
 from mclfast.compare.published import Published, differing_settings, published
 from mclfast.compare.runner import Finished, Run
 from mclfast.compare.summary import Summary, summarize, summary_rows, tidy_rows
 from mclfast.config import TrainConfig
 from mclfast.methods import method_class
-from mclfast.run_state import FREE_SETTINGS
+from mclfast.train import history as metrics
+from mclfast.train import plots
+from mclfast.train.state import FREE_SETTINGS
 
 TABLE, SUMMARY = "table.csv", "summary.csv"
 REPORT, PAGE = "report.md", "report.html"

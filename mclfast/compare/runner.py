@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mclfast._checks import shortened
-from mclfast._files import read_json
+from mclfast._base.checks import shortened
+from mclfast._base.files import read_json, read_yaml
+from mclfast.compare.design import Plan
 from mclfast.compare.one_run import COST, FAILURE, perform
-from mclfast.compare.plan import Plan
 from mclfast.config import TrainConfig
-from mclfast.export import DESCRIPTION
-from mclfast.recipe import read_yaml
-from mclfast.run_folder import CHECKPOINT, CONFIG, ENVIRONMENT, RESULT, read_result
-from mclfast.run_result import RunResult
-from mclfast.run_state import differences
+from mclfast.train.export import DESCRIPTION
+from mclfast.train.folder import CHECKPOINT, CONFIG, ENVIRONMENT, RESULT, read_result
+from mclfast.train.history import RunResult
+from mclfast.train.state import differences
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from mclfast.compare.plan import Plan
+from mclfast.compare.design import Plan
 from mclfast.compare.runner import Finished
 from mclfast.config import TrainConfig
-from mclfast.plots import History
+from mclfast.train.plots import History
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Nothing here needs torchvision, and nothing is downloaded. `load` reads a set by name; a set of
 your own is a `Dataset` built from four tensors (see its docstring). "imagefolder" and "webdataset"
-are read from files batch by batch (`mclfast.data.streamed`), all others are held in memory.
+are read from files batch by batch (`mclfast.data.stream.streamed`), all others are held in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from mclfast._checks import unknown_name
+from mclfast._base.checks import unknown_name
 from mclfast.data.augment import Augmentation
 from mclfast.data.dataset import Dataset, ImageSet, channel_stats
 from mclfast.data.sampler import BalancedSampler, ShuffleSampler
@@ -59,7 +59,7 @@ def load(
     Args:
         name: one of `available()`. "digits" trains on few labels and tests on all the rest,
             "digits-full" is an 80 / 20 split of the same images. "glyphs100" is drawn, 100
-            classes in families of look-alikes (`mclfast.data.glyphs`).
+            classes in families of look-alikes (`mclfast.data.sets.glyphs`).
         root: folder holding the CIFAR archive or extracted files, or the folders train and
             test of "folder", or train and val of "imagefolder" and "webdataset"; ~ stands for
             the home folder. The digits sets come with scikit-learn and "glyphs100" is drawn:
@@ -96,33 +96,33 @@ def load(
             raise ValueError(f"{argument}: expected an integer or None, got {value!r}")
 
     if name == "folder":
-        from mclfast.data.folder import load_folder
+        from mclfast.data.sets.folder import load_folder
 
         dataset = load_folder(_required(root, "train/<class> and test/<class>"), image_size)
     elif name == "imagefolder":
-        from mclfast.data.imagefolder import load_imagefolder
+        from mclfast.data.stream.imagefolder import load_imagefolder
 
         folder = _required(root, "train/<class> and val/<class>")
         dataset = load_imagefolder(folder, image_size, workers)
     elif name == "webdataset":
-        from mclfast.data.shards import load_shards
+        from mclfast.data.stream.shards import load_shards
 
         folder = _required(root, "train/*.tar and val/*.tar")
         dataset = load_shards(folder, image_size, workers)
     elif name in ("cifar10", "cifar100"):
-        from mclfast.data.cifar import CIFAR10, CIFAR100, load_cifar
+        from mclfast.data.sets.cifar import CIFAR10, CIFAR100, load_cifar
 
         source = CIFAR10 if name == "cifar10" else CIFAR100
         _only_size(name, image_size, 32)
         dataset = load_cifar(_required(root, source.archive), source)
     elif name == "glyphs100":
-        from mclfast.data import glyphs
+        from mclfast.data.sets import glyphs
 
         _only_size(name, image_size, glyphs.IMAGE_SIZE)
         per_class = glyphs.TRAIN_PER_CLASS if train_per_class is None else train_per_class
         return glyphs.load_glyphs(per_class, seed=seed)
     else:
-        from mclfast.data import digits
+        from mclfast.data.sets import digits
 
         _only_size(name, image_size, digits.IMAGE_SIZE)
         if name == "digits":

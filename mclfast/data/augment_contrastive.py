@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from mclfast.data.augment import check_images
-from mclfast.data.decode import RATIO
+from mclfast.data.stream.decode import RATIO
 
 _ATTEMPTS = 10
 _GREY = (0.299, 0.587, 0.114)
@@ -132,7 +132,7 @@ def random_resized_crop(x: Tensor, min_area: float, generator: Generator) -> Ten
     """A random box of each image, resized bilinearly to the image's size.
 
     The box has whole pixels; its area and its ratio are drawn as in
-    :func:`mclfast.data.decode.random_box`. Equal to ``F.interpolate`` of each box by itself.
+    :func:`mclfast.data.stream.decode.random_box`. Equal to ``F.interpolate`` of each box by itself.
 
     Args:
         x: float [B, C, S, S].

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mclfast._checks import unknown_name
+from mclfast._base.checks import unknown_name
 from mclfast.methods.afd import AFD
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import Baseline

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mclfast._checks import check_not_negative, check_positive
-from mclfast._settings import setting
-from mclfast.cohort import PeerOutputs
-from mclfast.distillation import mutual_kd_loss
+from mclfast._base.checks import check_not_negative, check_positive
+from mclfast._base.settings import setting
+from mclfast._base.tensors import wide
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
+from mclfast.losses.distillation import mutual_kd_loss
+from mclfast.methods._maps import to_smallest, transfer
+from mclfast.methods._options import DistillOptions, check_peers
 from mclfast.methods.base import Method, prepared
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.distilling import DistillOptions, check_peers
-from mclfast.methods.feature_maps import to_smallest, transfer
-from mclfast.reference import wide
-from mclfast.types import Batch, Setup
 
 
 class Discriminator(nn.Sequential):

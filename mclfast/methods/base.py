@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mclfast._settings import coerce_fields
-from mclfast.cohort import PeerOutputs, mean_logits
+from mclfast._base.settings import coerce_fields
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, mean_logits
 from mclfast.data.augment_contrastive import ContrastiveAugmentation
-from mclfast.types import Batch, Setup
 
 Part = TypeVar("Part")
 
@@ -51,14 +50,14 @@ class Method(nn.Module):
     #: parameters averaged before it runs.
     teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"
     #: Whether the classifiers learn. Where they do not, evaluation sets them to the class means of
-    #: the features, see :mod:`mclfast.class_means`.
+    #: the features, see :mod:`mclfast.train.class_means`.
     supervised: ClassVar[bool] = True
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
     #: Whether it reads the peers' maps (``PeerOutputs.maps`` and ``shared``), which would otherwise
     #: take memory with every peer where peers run one after the other.
     uses_maps: ClassVar[bool] = True
-    #: Kind of those heads, see :class:`mclfast.heads.ProjectionHead`.
+    #: Kind of those heads, see :class:`mclfast.cohort.heads.ProjectionHead`.
     projection: ClassVar[Literal["mlp", "linear"]] = "mlp"
 
     @dataclass

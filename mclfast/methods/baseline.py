@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mclfast.cohort import PeerOutputs
+from mclfast._base.tensors import wide
+from mclfast.cohort.outputs import Batch, PeerOutputs
 from mclfast.methods.base import Method
-from mclfast.reference import wide
-from mclfast.types import Batch
 
 
 class Baseline(Method):

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mclfast._settings import setting
-from mclfast.cohort import PeerOutputs
-from mclfast.distillation import kd_loss
+from mclfast._base.settings import setting
+from mclfast._base.tensors import wide
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
+from mclfast.losses.distillation import kd_loss
+from mclfast.methods._options import DistillOptions, check_peers
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.distilling import DistillOptions, check_peers
-from mclfast.reference import wide
-from mclfast.types import Batch, Setup
 
 
 class CLILR(Method):

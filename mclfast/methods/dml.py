@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mclfast._settings import setting
-from mclfast.cohort import PeerOutputs
-from mclfast.distillation import mutual_kd_loss
+from mclfast._base.settings import setting
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
+from mclfast.losses.distillation import mutual_kd_loss
+from mclfast.methods._options import DistillOptions, check_peers
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.distilling import DistillOptions, check_peers
-from mclfast.types import Batch, Setup
 
 
 class DML(Method):

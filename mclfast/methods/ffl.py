@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mclfast._checks import check_not_negative
-from mclfast._settings import setting
-from mclfast.cohort import PeerOutputs, mean_logits
-from mclfast.distillation import kd_loss
+from mclfast._base.checks import check_not_negative
+from mclfast._base.settings import setting
+from mclfast._base.tensors import wide
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, mean_logits
+from mclfast.losses.distillation import kd_loss
+from mclfast.methods._maps import to_smallest, transfer
+from mclfast.methods._options import RampedDistillOptions, check_peers
 from mclfast.methods.base import Method, prepared
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.distilling import RampedDistillOptions, check_peers
-from mclfast.methods.feature_maps import to_smallest, transfer
-from mclfast.reference import wide
-from mclfast.types import Batch, Setup
 
 
 class FusionModule(nn.Module):

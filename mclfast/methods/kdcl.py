@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from mclfast._checks import check_not_negative, check_positive
-from mclfast._settings import setting
-from mclfast.cohort import PeerOutputs
-from mclfast.distillation import kd_loss
+from mclfast._base.checks import check_not_negative, check_positive
+from mclfast._base.settings import setting
+from mclfast._base.tensors import wide
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
+from mclfast.losses.distillation import kd_loss
+from mclfast.methods._options import DistillOptions, check_peers
+from mclfast.methods._simplex import best_mixture, relative_to_label
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.distilling import DistillOptions, check_peers
-from mclfast.reference import wide
-from mclfast.simplex import best_mixture, relative_to_label
-from mclfast.types import Batch, Setup
 
 
 class KDCL(Method):
@@ -29,7 +28,7 @@ class KDCL(Method):
 
     * ``naive``: per image, the logits of the network with the least cross entropy.
     * ``linear``: the convex combination of the logits with the least cross entropy over the batch,
-      to 1e-4 nats (:func:`mclfast.simplex.best_mixture`).
+      to 1e-4 nats (:func:`mclfast.methods._simplex.best_mixture`).
     * ``minlogit``: per class, the least logit relative to that of the true class.
     * ``general``: a combination by the correlation of the networks' errors on training images kept
       back, C_ij = E[(softmax_i - label) . (softmax_j - label)], renewed before every epoch: weights

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mclfast._checks import check_integer, check_temperature
-from mclfast._settings import setting
-from mclfast.aggregation import LogitAggregator
-from mclfast.cohort import PeerOutputs
-from mclfast.distillation import kd_loss
-from mclfast.matching import LayerMatcher
+from mclfast._base.checks import check_integer, check_temperature
+from mclfast._base.settings import setting
+from mclfast._base.tensors import wide
+from mclfast.cohort.heads import LayerMatcher, LogitAggregator
+from mclfast.cohort.outputs import Batch, PeerOutputs
+from mclfast.losses.distillation import kd_loss
+from mclfast.methods._contrastive import ContrastiveMethod
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.contrastive import ContrastiveMethod
-from mclfast.reference import wide
-from mclfast.types import Batch
 
 
 class LayerwiseMCL(ContrastiveMethod):

@@ -8,13 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mclfast._checks import check_temperature
-from mclfast._settings import setting
-from mclfast.cohort import PeerOutputs, mean_logits
-from mclfast.distillation import kd_loss
+from mclfast._base.checks import check_temperature
+from mclfast._base.settings import setting
+from mclfast.cohort.outputs import Batch, PeerOutputs, mean_logits
+from mclfast.losses.distillation import kd_loss
+from mclfast.methods._contrastive import ContrastiveMethod
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.contrastive import ContrastiveMethod
-from mclfast.types import Batch
 
 
 class MCL(ContrastiveMethod):

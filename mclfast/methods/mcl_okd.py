@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mclfast._checks import check_not_negative
-from mclfast._settings import setting
-from mclfast.bank_functional import bank_nce_loss
-from mclfast.cohort import PeerOutputs, mean_logits
-from mclfast.distillation import kd_loss
-from mclfast.methods.banked import BankMethod
+from mclfast._base.checks import check_not_negative
+from mclfast._base.settings import setting
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, mean_logits
+from mclfast.losses.banks import bank_nce_loss
+from mclfast.losses.distillation import kd_loss
+from mclfast.methods._banked import BankMethod
+from mclfast.methods._options import DistillOptions, check_peers
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.distilling import DistillOptions, check_peers
-from mclfast.types import Batch, Setup
 
 
 class MCLOKD(BankMethod):

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mclfast._checks import check_integer, check_temperature
-from mclfast._settings import setting
-from mclfast.cohort import PeerOutputs
+from mclfast._base.checks import check_integer, check_temperature
+from mclfast._base.settings import setting
+from mclfast._base.tensors import wide
+from mclfast.banks.key_queue import KeyQueue, check_queue_size
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.data.augment_contrastive import CONTRASTIVE, ContrastiveAugmentation
-from mclfast.key_queue import KeyQueue, check_queue_size
+from mclfast.losses.reference import distribution_kl_rows
+from mclfast.losses.results import MCLTerms
+from mclfast.methods._options import check_term_weights, term_weights
 from mclfast.methods.base import Method
-from mclfast.methods.term_weights import check_term_weights, term_weights
-from mclfast.reference import distribution_kl_rows, wide
-from mclfast.types import Batch, MCLTerms, Setup
 
 # Anchors whose similarities to all keys are held at a time.
 _ROWS = 64

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mclfast.cohort import PeerOutputs
-from mclfast.distillation import kd_loss_through_teacher
+from mclfast._base.tensors import wide
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
+from mclfast.losses.distillation import kd_loss_through_teacher
+from mclfast.methods._options import RampedDistillOptions, check_peers
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.distilling import RampedDistillOptions, check_peers
-from mclfast.reference import wide
-from mclfast.types import Batch, Setup
 
 _REDUCTION = 8
 

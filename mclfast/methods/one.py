@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mclfast.cohort import PeerOutputs
-from mclfast.distillation import kd_loss
+from mclfast._base.tensors import wide
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
+from mclfast.losses.distillation import kd_loss
+from mclfast.methods._options import RampedDistillOptions, check_peers
 from mclfast.methods.base import Method
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.methods.distilling import RampedDistillOptions, check_peers
 from mclfast.models.staged import global_average_pool
-from mclfast.reference import wide
-from mclfast.types import Batch, Setup
 
 
 class BranchGate(nn.Module):

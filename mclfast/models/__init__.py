@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mclfast._checks import unknown_name
+from mclfast._base.checks import unknown_name
 from mclfast.models.auxiliary import AuxiliaryHead, PeerNetwork, StageOutputs
 from mclfast.models.cifar_shufflenet import (
     CifarShuffleNetV2,
@@ -19,14 +19,7 @@ from mclfast.models.imagenet_shufflenet import (
     shufflenet_v2_x0_5,
     shufflenet_v2_x1_0,
 )
-from mclfast.models.resnet import (
-    CifarResNet,
-    resnet8,
-    resnet20,
-    resnet32,
-    resnet56,
-    resnet110,
-)
+from mclfast.models.resnet import CifarResNet, resnet8, resnet20, resnet32, resnet56, resnet110
 from mclfast.models.staged import StagedNetwork, Taps, staged
 from mclfast.models.vgg import Vgg, vgg16
 from mclfast.models.wrn import WideResNet, wrn_16_2, wrn_20_8, wrn_28_4, wrn_40_2

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mclfast._checks import shortened
-from mclfast._optional import optional_import
+from mclfast._base.checks import shortened
+from mclfast._base.optional import optional_import
 from mclfast.models.staged import StagedNetwork, staged
 
 PREFIXES = ("timm:", "torchvision:")

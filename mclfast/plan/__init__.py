@@ -4,6 +4,6 @@ A rehearsal runs the true training step on tensors that have a shape and no valu
 (:mod:`mclfast.plan.rehearsal`), so that nothing is computed and nothing large is allocated.
 """
 
-from mclfast.plan.sizes import format_bytes, parse_bytes
+from mclfast._base.sizes import format_bytes, parse_bytes
 
 __all__ = ["format_bytes", "parse_bytes"]

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
-from mclfast._checks import shortened
-from mclfast.plan.allowed import refusal
+import torch
+
+from mclfast._base.checks import shortened
+from mclfast._base.machine import free_memory
+from mclfast._base.sizes import format_bytes
+from mclfast.config import TrainConfig
+from mclfast.execution import layout, offload
+from mclfast.execution.cuda_graphs import check_graphs
+from mclfast.methods import Method
 from mclfast.plan.estimate import Choice, estimate
-from mclfast.plan.free_memory import free_memory
 from mclfast.plan.rehearsal import has_bilevel, rehearse_bilevel
-from mclfast.plan.sizes import format_bytes
 from mclfast.plan.stand_in import facts_of
 
 if TYPE_CHECKING:
-    from mclfast.train import Trainer
+    from mclfast.train.trainer import Trainer
+if TYPE_CHECKING:
+    from mclfast.plan.estimate import Choice
 
 #: From the fastest to the one that needs least.
 MODES = ("ordinary", "checkpoint", "sequential")
+
 #: Share of a device's memory that a run may take: estimates are off by a few percent, and other
 #: processes and the libraries' own workspaces want some.
 SHARE = 0.85
+
 #: In the ordinary mode a bilevel step adds less than this many times what an ordinary step does:
 #: 2.1 to 2.5 times by forward mode, 3.4 times by gradients of gradients, on which networks without
 #: forward mode fall back.
@@ -140,3 +150,26 @@ class _Steps:
                 self._trainer, one_at_a_time=one_at_a_time, amp=c.amp, batch_size=c.batch_size
             )
         return self._bilevel[one_at_a_time]
+
+
+def refusal(
+    config: TrainConfig, method: Method, device: torch.device, choice: Choice
+) -> str | None:
+    """Why training would refuse a choice, in its words; None where it would not.
+
+    Args:
+        config: of the run; its memory, offload and amp do not matter.
+        method: of the run.
+        device: of the run; need not be here.
+        choice: the settings.
+    """
+    try:
+        config = dataclasses.replace(config, **choice._asdict())
+        layout.check_memory(config, config.memory)
+        if config.offload == "peers":
+            offload.check_method(method)
+        if config.cuda_graphs:
+            check_graphs(config, method, config.memory, device)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from mclfast.methods.banked import BankMethod
+from mclfast.methods._banked import BankMethod
 from mclfast.plan.live_bytes import HOST, WORKSPACE
 from mclfast.plan.rehearsal import (
     ACTIVATIONS,
@@ -22,7 +22,7 @@ from mclfast.plan.rehearsal import (
 from mclfast.plan.stand_in import DataFacts, scaled_bytes
 
 if TYPE_CHECKING:
-    from mclfast.train import Trainer
+    from mclfast.train.trainer import Trainer
 
 PARAMETERS, BANK, DATA, HEAP = "parameters", "bank", "data set", "heap"
 #: What memory goes to, in the order of the report.

@@ -19,18 +19,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from mclfast import memory_modes, throughput
-from mclfast._rng import rng_restored
-from mclfast.cohort import PeerOutputs
-from mclfast.evaluate import evaluation_mode
-from mclfast.methods.banked import BankMethod
+from mclfast._base.modules import evaluation_mode
+from mclfast._base.random import rng_restored
+from mclfast.cohort.outputs import Batch, PeerOutputs
+from mclfast.execution import layout, modes
+from mclfast.execution.offload import PeerOffload
+from mclfast.methods._banked import BankMethod
 from mclfast.methods.baseline import sum_cross_entropy
-from mclfast.offload import PeerOffload
 from mclfast.plan.live_bytes import HOST_MEMORY, LiveBytes
-from mclfast.types import Batch
 
 if TYPE_CHECKING:
-    from mclfast.train import Trainer
+    from mclfast.train.trainer import Trainer
 
 ACTIVATIONS, GRADIENTS, OPTIMIZER, LOSS = "activations", "gradients", "optimiser", "loss"
 
@@ -181,7 +180,7 @@ def _fake_copy(
     read = (trainer.data, trainer.held_out, trainer.mean_images, trainer.sampler, trainer.feed)
     memo: dict[int, Any] = {id(part): part for part in (*read, batch)}
     # Neither compiled calls nor a graph of kernels are rehearsed.
-    with FakeCopyMode(mode), throughput.plain_calls(trainer.cohort):
+    with FakeCopyMode(mode), layout.plain_calls(trainer.cohort):
         twin = copy.deepcopy(trainer, memo)
     twin.compute = twin._gradients
     twin.config = dataclasses.replace(trainer.config, **settings)
@@ -193,7 +192,7 @@ def _fake_copy(
         with mode:
             PeerOffload(twin.cohort, twin.device, HOST_MEMORY)
     twin.memory = twin.config.memory
-    twin.runner = memory_modes.runner(twin)
+    twin.runner = modes.runner(twin)
     twin.cohort.train()
     twin.method.train()
     return twin

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mclfast._base.sizes import format_bytes
 from mclfast.plan.choose import SHARE
 from mclfast.plan.estimate import HEAP, HEAP_SHARE, PARTS
-from mclfast.plan.planner import Plan, Row
-from mclfast.plan.search import MOST
-from mclfast.plan.sizes import format_bytes
+from mclfast.plan.planner import MOST, Plan, Row
 
 
 def as_values(plan: Plan) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mclfast.config import TrainConfig
-from mclfast.data.cifar import CIFAR10, CIFAR100
 from mclfast.data.dataset import Dataset, ImageSet
-from mclfast.data.imagefolder import IMAGE_SIZE
+from mclfast.data.sets.cifar import CIFAR10, CIFAR100
 from mclfast.data.source import LoaderTimes, Views
+from mclfast.data.stream.imagefolder import IMAGE_SIZE
 
 if TYPE_CHECKING:
-    from mclfast.train import Trainer
+    from mclfast.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def facts(config: TrainConfig) -> DataFacts:
         side = config.image_size or IMAGE_SIZE
         known = DataFacts("ImageNet", 1_281_167, 50_000, 1000, (3, side, side), False, assumed=True)
     if known is None:
-        from mclfast.run_parts import load_images
+        from mclfast.execution.parts import load_images
 
         return facts_of(load_images(config))
     if per_class is not None:
@@ -139,8 +139,8 @@ def stand_in_trainer(config: TrainConfig, known: DataFacts) -> Trainer:
     Raises:
         ValueError: a config that no trainer could be built from.
     """
-    from mclfast.run_parts import make_parts
-    from mclfast.train import Trainer
+    from mclfast.execution.parts import make_parts
+    from mclfast.train.trainer import Trainer
 
     config = dataclasses.replace(
         config,

@@ -1,0 +1,265 @@
+"""What a measurement is about: case, inputs, implementations, and the check of a result.
+
+A provider builds a function from leaves to a scalar loss. One that cannot run here raises
+:class:`Unavailable` with the reason, which the report lists.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mclfast.ops import backends
+
+FORWARD = "forward"
+BOTH = "forward_backward"
+WEIGHTS = "forward_backward_weights"
+SECOND = "second_order"
+MODES = (FORWARD, BOTH, WEIGHTS, SECOND)
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+#: Largest relative difference from the reference in float64. The gradient comes in the dtype of
+#: the embeddings, so half precision is judged by the rounding of its result.
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+#: The same for float32 inputs that the Triton kernels round to tf32 (10 bits of mantissa).
+TF32_TOLERANCE = 2e-3
+
+Loss = Callable[[Sequence[Tensor]], Tensor]
+
+
+class Unavailable(Exception):
+    """A provider cannot measure a case here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point: an operation, what is differentiated, a shape, a dtype and a device.
+
+    Attributes:
+        op: a key of :data:`PROVIDERS`.
+        mode: forward (the graph is built, not used); forward_backward; forward_backward_weights
+            (the pair weights get a gradient too); second_order (a product with the gradient is
+            differentiated once more).
+        m: networks, or views.
+        l: stages of each network.
+        b: batch.
+        d: width of the embeddings.
+        dtype: a key of :data:`DTYPES`.
+        device: "cpu" or "cuda".
+        k: negatives of each anchor in the memory banks; 0 for the in-batch operations.
+        n: rows of each memory bank; 0 for the in-batch operations.
+        bank_dtype: a key of :data:`DTYPES`.
+        shared_negatives: one set of negatives for the whole batch.
+    """
+
+    op: str
+    mode: str
+    m: int
+    l: int  # noqa: E741 - the L of (M, L, B, D)
+    b: int
+    d: int = 128
+    dtype: str = "float32"
+    device: str = "cpu"
+    k: int = 0
+    n: int = 0
+    bank_dtype: str = "float32"
+    shared_negatives: bool = False
+
+    @property
+    def positives(self) -> int:
+        """Positives of each anchor in the memory banks, beside its own entry: P."""
+        return int(self.op == "bank_layerwise_mcl")
+
+    @property
+    def keys(self) -> int:
+        """Rows of each bank that an anchor is compared with, 1 + P + K; 0 without banks."""
+        return 1 + self.positives + self.k if self.k else 0
+
+    @property
+    def nodes(self) -> int:
+        """Stages of all networks, N."""
+        return self.m * self.l
+
+    @property
+    def unordered_pairs(self) -> int:
+        """Pairs of nodes of different networks, |X|."""
+        return self.m * (self.m - 1) // 2 * self.l**2
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.m},{self.l},{self.b},{self.d}"
+        if self.k:
+            shape += f",K={self.k}"
+        return f"{self.op}[{','.join([self.mode, shape, *self.kind])}]"
+
+    @property
+    def kind(self) -> list[str]:
+        """What a table calls a case beside operation, mode and shape."""
+        words = [self.dtype, self.device]
+        if self.k:
+            words += [f"n={self.n}", f"{self.bank_dtype} bank"]
+        if self.shared_negatives:
+            words.append("shared negatives")
+        return words
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Memory banks, and the rows of them that each anchor is compared with.
+
+    Attributes:
+        banks: [M, n, D].
+        pos_idx: [B, 1 + P], the anchor's own row first.
+        neg_idx: [B, K], or [K] where all anchors share their negatives.
+        rows: [B, 1 + P + K], all in one.
+    """
+
+    banks: Tensor
+    pos_idx: Tensor
+    neg_idx: Tensor
+    rows: Tensor
+
+    def block(self, start: int, count: int) -> Keys:
+        """Those of the anchors from ``start`` on, at most ``count``."""
+        chosen = slice(start, start + count)
+        shared = self.neg_idx.dim() == 1
+        negatives = self.neg_idx if shared else self.neg_idx[chosen]
+        return Keys(self.banks, self.pos_idx[chosen], negatives, self.rows[chosen])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case.
+
+    Attributes:
+        leaves: what is differentiated: nodes [N, B, D] and perhaps the pair weights [N, N, B], or
+            views of [B, D].
+        networks: the network of each node.
+        labels: [B]; with memory banks, the numbers of the samples.
+        pair_weights: [N, N, B], or None for the other operations.
+        direction: what the gradient is multiplied by for the second order, like the first leaves.
+        keys: of the operations with memory banks.
+    """
+
+    leaves: tuple[Tensor, ...]
+    networks: tuple[int, ...]
+    labels: Tensor
+    pair_weights: Tensor | None
+    direction: tuple[Tensor, ...]
+    keys: Keys | None = None
+
+    def held(self) -> tuple[Tensor, ...]:
+        """Leaves, banks and the tables of keys: tensors that stay, whatever a graph keeps."""
+        keys = self.keys
+        if keys is None:
+            return self.leaves
+        return *self.leaves, keys.banks, keys.pos_idx, keys.neg_idx, keys.rows
+
+    def double(self) -> Inputs:
+        """The same numbers in float64, as leaves of their own; banks keep their dtype."""
+        weights = self.pair_weights
+        return Inputs(
+            tuple(x.detach().double().requires_grad_() for x in self.leaves),
+            self.networks,
+            self.labels,
+            None if weights is None else weights.detach().double(),
+            tuple(x.double() for x in self.direction),
+            self.keys,
+        )
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation of an operation.
+
+    Attributes:
+        name: how the report calls it.
+        build: from a case and its inputs to the loss; may raise :class:`Unavailable`.
+        kept: bytes it is expected to need, to refuse what does not fit into memory.
+        ours: whether it is to be judged by the targets.
+        tangent: it normalises its inputs itself, so the part of its gradient along an embedding
+            is zero; the gradients are compared without that part.
+        rounding: relative error that its way of writing the loss is known for in float32, where
+            that is more than :data:`TOLERANCE`.
+    """
+
+    name: str
+    build: Callable[[Case, Inputs], Loss]
+    kept: Callable[[Case], float] = lambda case: 0.0
+    ours: bool = False
+    tangent: bool = False
+    rounding: float = 0.0
+
+
+def step(case: Case, inputs: Inputs, loss: Loss) -> Callable[[], tuple[Tensor, ...]]:
+    """The measured call: the loss, and the derivatives that the mode asks for."""
+    leaves = inputs.leaves
+
+    def forward() -> tuple[Tensor, ...]:
+        return (loss(leaves),)
+
+    def both() -> tuple[Tensor, ...]:
+        value = loss(leaves)
+        return (value.detach(), *torch.autograd.grad(value, leaves))
+
+    def second() -> tuple[Tensor, ...]:
+        value = loss(leaves)
+        first = torch.autograd.grad(value, leaves, create_graph=True)
+        pairs = zip(first, inputs.direction, strict=True)
+        product = torch.stack([(g * v).sum() for g, v in pairs]).sum()
+        found = torch.autograd.grad(product, leaves)
+        return (value.detach(), *(g.detach() for g in first), *found)
+
+    return {FORWARD: forward, BOTH: both, WEIGHTS: both, SECOND: second}[case.mode]
+
+
+def tolerance(case: Case, provider: Provider) -> float:
+    """Largest relative difference from the reference that a provider's numbers are given for."""
+    rounds = os.environ.get("MCLFAST_FP32_PRECISION", "tf32") == "tf32"
+    if rounds and case.dtype == "float32" and provider.name.startswith("triton"):
+        return TF32_TOLERANCE
+    if case.dtype == "float32":
+        return max(TOLERANCE["float32"], provider.rounding)
+    return TOLERANCE[case.dtype]
+
+
+def difference(case: Case, provider: Provider, inputs: Inputs, found: Sequence[Tensor],
+               expected: Sequence[Tensor]) -> float:  # fmt: skip
+    """Largest relative difference, in norm, over the value and each derivative; NaN counts."""
+    worst = 0.0
+    leaves = [x.detach().double() for x in inputs.leaves]
+    for i, (ours, exact) in enumerate(zip(found, expected, strict=True)):
+        ours = ours.detach().double()
+        if provider.tangent and i > 0:
+            e = leaves[(i - 1) % len(leaves)]
+            ours, exact = (x - (x * e).sum(-1, keepdim=True) * e for x in (ours, exact))
+        scale = float(exact.norm()) or 1.0
+        error = float((ours - exact).norm()) / scale
+        worst = error if math.isnan(error) else max(worst, error)
+        if math.isnan(worst):
+            break
+    return worst
+
+
+#: The device that a backend is measured on; on the other one it is no candidate.
+_DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+def check_backend(backend: str, case: Case) -> None:
+    """Raises :class:`Unavailable` where a backend cannot run a case, or is not meant to."""
+    device = _DEVICES.get(backend, case.device)
+    if case.device != device:
+        raise Unavailable(f"measured on {device} only")
+    status = backends.backend_report()[backend]
+    if not status.available:
+        raise Unavailable(status.reason)

@@ -1,0 +1,1 @@
+"""What every package needs and none owns: checks, files, tensors, modules, the machine."""

@@ -1,0 +1,73 @@
+"""Files that are whole or absent: written beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path in the same folder that replaces ``path`` when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # What a killed process left; no two processes write the same file.
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        stray.unlink(missing_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically, indented."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object; a missing or damaged file gives one line naming it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{what}: expected a file {path}, found none") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what}: expected JSON in {path}, got {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{what}: expected a JSON object in {path}, got {type(value).__name__}")
+    return value
+
+
+def read_yaml(path: Path, argument: str) -> dict[str, Any]:
+    """The YAML mapping of a file.
+
+    Raises:
+        ValueError: the file is not a YAML mapping; the text begins with ``argument``.
+        FileNotFoundError: there is none.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument}: expected a file {path}, found none")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{argument}: expected YAML in {path}, got {problem}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(
+            f"{argument}: expected `field: value` lines in {path}, got {type(values).__name__}"
+        )
+    return values

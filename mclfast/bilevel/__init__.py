@@ -1,0 +1,1 @@
+"""Exact gradients of an outer loss through steps of training."""

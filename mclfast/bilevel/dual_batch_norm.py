@@ -1,0 +1,176 @@
+"""Batch normalisation in training together with its tangent, and the backward pass of both.
+
+y = w n + b on batch statistics, n = (x - mean) / std, and y' = w n' + w' n + b'. With the
+projection P(g) = (g - mean(g) - n mean(n g)) / std, which is its own transpose, n' = P(x') and, for
+gradients u of y and v of y',
+
+    dL/dx' = w P(v)
+    dL/dx  = w P(u) + (w' - w q / std) P(v) - w (mean(n v) n' + mean(n' v) n) / std
+    dL/dw  = sum(n u + n' v),   dL/db = sum(u),   q = mean(n x')
+
+w', b' are constants.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mclfast.ops import backends
+
+_FUSED_DTYPES = (torch.float32, torch.float64)
+
+class Running(NamedTuple):
+    """Running statistics, updated in place; None where there are none."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    momentum: float
+
+
+def dual_batch_norm(
+    x: Tensor,
+    x_t: Tensor,
+    weight: Tensor | None,
+    weight_t: Tensor | None,
+    bias: Tensor | None,
+    bias_t: Tensor | None,
+    running: Running,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Value and tangent of ``batch_norm(training=True)``.
+
+    Args:
+        x, x_t: [N, C, ...] and its tangent.
+        weight, bias: [C].
+        weight_t, bias_t: their tangents, constants; None for zero.
+        running: updated once.
+        eps: added to the variance.
+
+    Returns:
+        y and y', differentiable once by x, x_t, weight and bias.
+    """
+    numbers = [x, x_t, weight, weight_t, bias, bias_t, running.mean, running.var]
+    fused = (
+        x.device.type == "cpu"
+        and x.dtype in _FUSED_DTYPES
+        and all(t is None or t.dtype == x.dtype for t in numbers)
+        and _fused_here()
+    )
+    function = FusedBatchNorm if fused else PlainBatchNorm
+    y, y_t = function.apply(x, x_t, weight, weight_t, bias, bias_t, running, eps)
+    return y, y_t
+
+
+@functools.cache
+def _fused_here() -> bool:
+    if backends.resolve("auto", "cpu") != "cpu":
+        return False
+
+    # The plan of a training step runs on tensors without data.
+    @torch.library.register_fake("mclfast_cpu::dual_batch_norm")
+    def _(x: Tensor, *_: object) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), torch.empty_like(x), *x.new_empty(4, x.shape[1]).unbind()
+
+    @torch.library.register_fake("mclfast_cpu::dual_batch_norm_backward")
+    def _(g: Tensor, g_t: Tensor, x: Tensor, *_: object) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), torch.empty_like(x), *x.new_empty(2, x.shape[1]).unbind()
+
+    return True
+
+
+class FusedBatchNorm(torch.autograd.Function):
+    """One operator for value and tangent, one for their gradients; on a CPU."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, x_t, weight, weight_t, bias, bias_t, running, eps
+    ):
+        mean, var, momentum = running
+        y, y_t, *statistics = torch.ops.mclfast_cpu.dual_batch_norm(
+            x, x_t, weight, weight_t, bias, bias_t, mean, var, momentum, eps
+        )
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, x_t, weight, weight_t, *statistics)
+        return y, y_t
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_t):  # type: ignore[no-untyped-def]
+        g_x, g_x_t, g_weight, g_bias = torch.ops.mclfast_cpu.dual_batch_norm_backward(
+            grad, grad_t, *ctx.saved_tensors
+        )
+        has_weight = ctx.saved_tensors[2] is not None
+        return (
+            g_x, g_x_t, g_weight if has_weight else None, None, g_bias if ctx.has_bias else None,
+            None, None, None,
+        )  # fmt: skip
+
+
+class PlainBatchNorm(torch.autograd.Function):
+    """The same by operators of PyTorch, on any device."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, x_t, weight, weight_t, bias, bias_t, running, eps
+    ):
+        running_mean, running_var, momentum = running
+        value, mean, rstd = torch.native_batch_norm(
+            x, weight, bias, running_mean, running_var, True, momentum, eps
+        )
+        count = x.numel() // x.shape[1]
+        tangent, n_x_t, _ = _project(x_t, x, mean, rstd, eps)
+        if weight is not None:
+            tangent *= _along_channels(weight, x)
+        if weight_t is not None:
+            tangent.addcmul_(x, _along_channels(weight_t * rstd, x))
+            shift = -weight_t * rstd * mean
+            bias_t = shift if bias_t is None else bias_t + shift
+        if bias_t is not None:
+            tangent += _along_channels(bias_t, x)
+        ctx.eps = eps
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, x_t, weight, weight_t, mean, rstd, n_x_t / count)
+        return value, tangent
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, grad_t):  # type: ignore[no-untyped-def]
+        x, x_t, weight, weight_t, mean, rstd, q = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        statistics = x, mean, rstd, ctx.eps
+        g_x, n_u, u = _project(grad, *statistics)
+        g_x_t, n_v, _ = _project(grad_t, *statistics)
+        n_t = _project(x_t, *statistics)[0]
+        axes = [0, *range(2, x.dim())]
+        n_t_v = (n_t * grad_t).sum(axes, dtype=mean.dtype)
+        if weight is None:
+            weight = torch.ones_like(mean)
+        scale = weight * rstd / count
+        of_v = -weight * rstd * q if weight_t is None else weight_t - weight * rstd * q
+        of_x = -scale * n_t_v * rstd
+        g_x *= _along_channels(weight, x)
+        g_x.addcmul_(g_x_t, _along_channels(of_v, x))
+        g_x.addcmul_(n_t, _along_channels(-scale * n_v, x))
+        g_x.addcmul_(x, _along_channels(of_x, x))
+        g_x.sub_(_along_channels(of_x * mean, x))
+        g_x_t *= _along_channels(weight, x)
+        g_weight = n_u + n_t_v if ctx.needs_input_grad[2] else None
+        return g_x, g_x_t, g_weight, None, u if ctx.has_bias else None, None, None, None
+
+
+def _along_channels(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+def _project(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P(g) of the formulas above, and sum(n g), sum(g) for each channel."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+        grad, x, None, None, None, mean, rstd, True, eps, [True, True, True]
+    )
+    return found

@@ -1,0 +1,214 @@
+"""A step on a loss of the outputs of networks: products by forward mode.
+
+With outputs o, loss L, parameters theta, hyperparameters phi, and tangents J u of the outputs in a
+direction u, the product is <dL/dtheta, u> = <dL/do, J u>. With l = dL/do and m = (d2L/do2) J u held
+constant, its gradient is
+
+    for phi     <d2L/(do dphi), J u>, without another pass through the networks
+    for theta   the gradient of <l, J u> + <m, o>, one backward pass through values and tangents
+
+A gradient of the gradient would differentiate the backward pass of every layer instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mclfast._base.random import RngState, rng_state, set_rng_state
+from mclfast.bilevel.dual_ops import ConvolutionTape, DualOps, RecordConvolutions, unpacked
+from mclfast.bilevel.step import Params, Step, grad, inner_product, zeros_for_none
+
+Part = Callable[[Params], Any]
+Element = TypeVar("Element")
+
+
+class Networks(NamedTuple):
+    """Networks as functions of the parameters.
+
+    Attributes:
+        parts: each gives outputs, any nest of tuples, lists and dictionaries with tensors.
+        alone: whether there is one part whose outputs the loss takes, not a list of those of all.
+    """
+
+    parts: tuple[Part, ...]
+    alone: bool
+
+
+class SplitStep(Step):
+    """A step on ``loss(outputs of networks)``.
+
+    The activations of one part live at once. Where there are several, each runs without a graph
+    first, for the loss, and once more for its backward pass.
+
+    Args:
+        argument: what error messages call the loss.
+        objective: the loss of the outputs.
+        networks: give them.
+        params: values before the step.
+        tape: keeps outputs of convolutions in :meth:`gradient` for :meth:`product`; for one part.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        objective: Callable[[Any], Tensor],
+        networks: Networks,
+        params: Params,
+        tape: ConvolutionTape | None = None,
+    ) -> None:
+        super().__init__(argument, objective, params)
+        self.parts = networks.parts
+        self.alone = networks.alone
+        self.tape = tape if len(self.parts) == 1 else None
+        #: Before each part, and before the loss.
+        self.states: list[RngState] = []
+
+    def loss(self, params: Params) -> Tensor:
+        return self._loss([part(params) for part in self.parts])
+
+    def _loss(self, outputs: list[Any]) -> Tensor:
+        return self.objective(outputs[0] if self.alone else outputs)
+
+    def gradient(self) -> tuple[Tensor, list[Tensor]]:
+        graph = len(self.parts) == 1
+        leaves = self.leaves()
+        outputs = []
+        for part in self.parts:
+            self.states.append(rng_state())
+            with torch.set_grad_enabled(graph), self._recording():
+                outputs.append(part(leaves if graph else self.params))
+        self.states.append(rng_state())
+        if graph:
+            loss = self.checked(self._loss(outputs))
+            return loss.detach(), self.used(grad([loss], leaves.values()))
+        nests = [_Nest(values) for values in outputs]
+        free, loss = self._loss_of(nests)
+        after = rng_state()
+        cotangents = _divided(grad([loss], _joined(free)), free)
+        total: list[Tensor | None] = [None] * len(leaves)
+        for part, state, own in zip(self.parts, self.states, cotangents, strict=False):
+            set_rng_state(state)
+            total = _added(total, grad(_Nest(part(leaves)).tensors, leaves.values(), own))
+        set_rng_state(after)
+        return loss.detach(), self.used(total)
+
+    def product(
+        self, direction: Sequence[Tensor], hyperparams: Sequence[Tensor], *, with_params: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        try:
+            return self._forward_mode_product(direction, hyperparams, with_params)
+        except NotImplementedError:
+            # An operation of the networks has no rule for forward mode.
+            return super().product(direction, hyperparams, with_params=with_params)
+
+    def _forward_mode_product(
+        self, direction: Sequence[Tensor], hyperparams: Sequence[Tensor], with_params: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        graph = with_params and len(self.parts) == 1
+        places = range(len(self.parts))
+        runs = [self._dual_run(j, direction, graph) for j in places]
+        tangents = [run.tangents for run in runs]
+        set_rng_state(self.states[-1])
+        free, loss = self._loss_of([run.nest for run in runs])
+        first = grad([loss], _joined(free), create_graph=True)
+        # No graph of the networks: their part comes below.
+        along = inner_product(first, [None if t is None else t.detach() for t in _joined(tangents)])
+        wanted = [*(_joined(free) if with_params else ()), *hyperparams]
+        found = grad([along], wanted)
+        for_hyperparams = zeros_for_none(found[len(wanted) - len(hyperparams) :], hyperparams)
+        if not with_params:
+            return self.filled([]), for_hyperparams
+        of_tangents = _divided([None if f is None else f.detach() for f in first], free)
+        of_values = _divided(found[: len(_joined(free))], free)
+        del first, along, loss
+        total: list[Tensor | None] = [None] * len(self.params)
+        for j in places:
+            cotangents = [*of_values[j], *of_tangents[j]]
+            # Without a name, the graph of a part is gone before that of the next is made.
+            grads = (runs[j] if graph else self._dual_run(j, direction, True)).grad(cotangents)
+            total = _added(total, grads)
+        return self.filled(total), for_hyperparams
+
+    def _recording(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.tape is None else RecordConvolutions(self.tape)
+
+    def _loss_of(self, nests: Sequence[_Nest]) -> tuple[list[list[Tensor]], Tensor]:
+        """The loss, and the outputs that it was computed from, new to autograd."""
+        free = [[t.detach().requires_grad_() for t in nest.tensors] for nest in nests]
+        outputs = [nest.rebuilt(own) for nest, own in zip(nests, free, strict=True)]
+        return free, self.checked(self._loss(outputs))
+
+    def _dual_run(self, part: int, direction: Sequence[Tensor], graph: bool) -> _DualRun:
+        set_rng_state(self.states[part])
+        leaves = self.leaves() if graph else self.params
+        with torch.set_grad_enabled(graph), forward_ad.dual_level():
+            duals = {
+                name: forward_ad.make_dual(value, along)
+                for (name, value), along in zip(leaves.items(), direction, strict=True)
+            }
+            with DualOps(self.tape):
+                nest = _Nest(self.parts[part](duals))
+            pairs = [unpacked(t) for t in nest.tensors]
+        return _DualRun(leaves, nest, [value for value, _ in pairs], [t for _, t in pairs])
+
+
+class _Nest:
+    """Outputs of a part; ``tensors`` are those that can have a gradient."""
+
+    def __init__(self, outputs: Any) -> None:
+        self._flat, self._spec = pytree.tree_flatten(outputs)
+        self._places = [
+            i
+            for i, x in enumerate(self._flat)
+            if isinstance(x, Tensor) and x.is_floating_point()
+        ]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self._flat[i] for i in self._places]
+
+    def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
+        """The same nest with other tensors."""
+        flat = list(self._flat)
+        for i, tensor in zip(self._places, tensors, strict=True):
+            flat[i] = tensor
+        return pytree.tree_unflatten(flat, self._spec)
+
+
+class _DualRun(NamedTuple):
+    """A part run in forward mode; a tangent is None where no parameter has a part in the value."""
+
+    leaves: Params
+    nest: _Nest
+    values: list[Tensor]
+    tangents: list[Tensor | None]
+
+    def grad(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradient for the parameters, from cotangents of values and tangents."""
+        pairs = zip([*self.values, *self.tangents], cotangents, strict=True)
+        known = [(o, c) for o, c in pairs if o is not None]
+        return grad([o for o, _ in known], self.leaves.values(), [c for _, c in known])
+
+
+def _joined(lists: Sequence[Sequence[Element]]) -> list[Element]:
+    return [x for own in lists for x in own]
+
+
+def _divided(values: Sequence[Element], like: Sequence[Sequence[Any]]) -> list[list[Element]]:
+    """The inverse of :func:`_joined`, into lists of the lengths of ``like``."""
+    rest = iter(values)
+    return [list(islice(rest, len(own))) for own in like]
+
+
+def _added(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [
+        x if y is None else y if x is None else x + y for x, y in zip(a, b, strict=True)
+    ]

@@ -1,0 +1,124 @@
+"""One SGD step of a bilevel gradient: the gradient of its objective, and products with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mclfast._base.checks import describe
+from mclfast._base.random import RngState, rng_state, set_rng_state
+
+Params = dict[str, Tensor]
+
+
+class Step:
+    """A step on an objective of which nothing is known: a product is a gradient of a gradient.
+
+    Args:
+        argument: what error messages call the objective.
+        objective: maps parameters to a loss.
+        params: values before the step.
+    """
+
+    def __init__(self, argument: str, objective: Callable[[Any], Tensor], params: Params) -> None:
+        self.argument = argument
+        self.objective = objective
+        self.params = params
+        self._before: RngState = rng_state()
+
+    def loss(self, params: Params) -> Tensor:
+        """The objective at parameters."""
+        return self.objective(params)
+
+    def gradient(self) -> tuple[Tensor, list[Tensor]]:
+        """Value and gradient; a parameter that the objective does not use has gradient zero."""
+        leaves = self.leaves()
+        loss = self.checked(self.loss(leaves))
+        return loss.detach(), self.used(grad([loss], leaves.values()))
+
+    def product(
+        self, direction: Sequence[Tensor], hyperparams: Sequence[Tensor], *, with_params: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradient of <g, direction>, where g is the objective's gradient.
+
+        Args:
+            direction: one tensor per parameter.
+            hyperparams: what to differentiate by, beside the parameters.
+            with_params: whether the parameters' part is wanted; it is zero otherwise.
+
+        Returns:
+            The parts of parameters and hyperparameters.
+        """
+        set_rng_state(self._before)
+        leaves = self.leaves()
+        grads = grad([self.loss(leaves)], leaves.values(), create_graph=True)
+        wanted = [*(leaves.values() if with_params else ()), *hyperparams]
+        found = grad([inner_product(grads, direction)], wanted)
+        split = len(wanted) - len(hyperparams)
+        return self.filled(found[:split]), zeros_for_none(found[split:], hyperparams)
+
+    def leaves(self) -> Params:
+        """The parameters, new to autograd."""
+        return {n: v.detach().requires_grad_() for n, v in self.params.items()}
+
+    def checked(self, loss: Tensor) -> Tensor:
+        """The loss; ValueError unless it is one number."""
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            raise ValueError(f"{self.argument}: expected a 0-dim loss, got {describe(loss)}")
+        return loss
+
+    def used(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradient, zeros where there is none; ValueError where there is none at all."""
+        # An objective that reads its module's own parameters would give zeros without a word.
+        if all(g is None for g in grads):
+            raise ValueError(
+                f"{self.argument}: expected a loss that depends on the params it is passed, "
+                "got one that does not"
+            )
+        return self.filled(grads)
+
+    def filled(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        return zeros_for_none(grads or [None] * len(self.params), self.params.values())
+
+
+def grad(
+    outputs: Sequence[Tensor],
+    inputs: Iterable[Tensor],
+    cotangents: Sequence[Tensor | None] | None = None,
+    *,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """:func:`torch.autograd.grad`, which also takes outputs without a graph: no gradient comes
+    from them, nor from those whose cotangent is None."""
+    inputs = list(inputs)
+    pairs = [
+        (o, c)
+        for o, c in zip(outputs, cotangents or [torch.ones_like(o) for o in outputs], strict=True)
+        if o.requires_grad and c is not None
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            inputs,
+            [c for _, c in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+
+
+def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
+    """Sum of the products of all pairs; None counts as zero."""
+    parts = [(x * y).sum() for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def zeros_for_none(values: Sequence[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
+    return [
+        torch.zeros_like(x) if v is None else v for v, x in zip(values, like, strict=True)
+    ]

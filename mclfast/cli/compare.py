@@ -1,0 +1,172 @@
+"""``mclfast compare``: trains several methods with several seeds and reports them side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mclfast.cli.options import check_folder, cohort_name
+from mclfast.cli.settings import an_integer, dashed, given_settings
+
+if TYPE_CHECKING:
+    from mclfast.compare.design import Plan
+    from mclfast.compare.runner import Finished, Run
+
+HELP = "train several methods with several seeds and report them side by side"
+
+# Settings that differ between the runs of a comparison.
+_OF_EACH_RUN = {"method", "seed"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``mclfast compare`` but the settings, which come last."""
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="show all settings and exit")
+    add("--methods", metavar="A,B,...", help="methods, or entries of the plan file, in order")
+    add("--seeds", metavar="N", help="number of seeds, or seeds separated by commas (default: 3)")
+    add("--recipe", metavar="NAME",
+        help="recipe, or YAML file with settings, that give the defaults of all methods; those of "
+        "the recipe's own method are for that method")
+    add("--plan", type=Path, metavar="FILE",
+        help="YAML file with methods (each with settings of its own, topology and cohort "
+        "included), defaults and seeds; plan.yaml of a comparison is one")
+    add("--set", action="append", default=[], metavar="METHOD.SETTING=X",
+        help="a setting of one method, before those of all; repeatable")
+    add("--out", type=Path, metavar="DIR",
+        help="folder of runs and report (default: under runs/); what is finished there is not "
+        "repeated, what is not goes on")
+    add("--overwrite", action="store_true",
+        help="replace runs in the folder that were made with other settings")
+    add("--jobs", type=an_integer, default=1, metavar="N",
+        help="runs at a time, each in a process of its own; 0 for all in this process, without "
+        "peak memory on a CPU (default: 1)")
+    add("--no-progress", action="store_true", help="no progress bars")
+
+
+def run(known: argparse.Namespace, rest: list[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        1 if a run failed, else 0.
+    """
+    from mclfast import recipe
+    from mclfast._base.checks import shortened
+
+    defaults = recipe.load(known.recipe) if known.recipe else {}
+    settings = _settings(known, rest, defaults)
+
+    from mclfast.compare.design import make_plan, write_plan
+    from mclfast.compare.runner import changed, others_in, runs_of
+
+    if known.jobs < 0:
+        raise ValueError(f"jobs: expected a value >= 0, got {known.jobs}")
+    plan = make_plan(known.plan, known.methods, known.seeds, settings, known.set, defaults)
+    folder = known.out or _default_folder(plan)
+    check_folder("out", folder)
+    runs = runs_of(plan, folder)
+    replaced = changed(runs, overwrite=known.overwrite)
+    if others := others_in(folder, runs):
+        names = shortened(", ".join(others), 200)
+        print(f"not of this comparison, and not in its report: {names}", flush=True)
+    write_plan(folder / "plan.yaml", plan, known.command_line)
+    try:
+        failed = _execute(known, runs, replaced)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return _report(folder, plan, runs, failed, known.command_line)
+
+
+def _settings(
+    known: argparse.Namespace, rest: list[str], defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings of all methods given on the command line; ``defaults`` are shown in the help."""
+    from mclfast.config import TrainConfig
+
+    return given_settings(
+        known, rest, {"settings of all methods": TrainConfig}, defaults,
+        unknown_flag=_unknown_flag, leave_out=_OF_EACH_RUN,
+    )  # fmt: skip
+
+
+def _unknown_flag(flag: str) -> ValueError:
+    from mclfast._base.checks import unknown_name
+    from mclfast._base.settings import field_types
+    from mclfast.config import TrainConfig
+    from mclfast.methods import available, method_class
+
+    name = flag.replace("-", "_")
+    if name in _OF_EACH_RUN:
+        return ValueError(f"{name}: expected --{name}s in a comparison, got --{name}")
+    owners = [m for m in available() if name in field_types(method_class(m).Options)]
+    if owners:
+        return ValueError(
+            f"{flag}: expected a setting of all methods, got one of method "
+            f"{' or '.join(owners)}; use --set {owners[0]}.{name}=X"
+        )
+    known = field_types(TrainConfig).keys() - _OF_EACH_RUN
+    return unknown_name("setting", flag, map(dashed, known))
+
+
+def _default_folder(plan: Plan) -> Path:
+    """``runs/compare-<data>-<cohort>``, of the first entry."""
+    config = next(iter(plan.configs.values()))
+    return Path("runs") / f"compare-{config.data}-{cohort_name(config.cohort)}"
+
+
+def _execute(
+    known: argparse.Namespace, runs: list[Run], replaced: set[Path]
+) -> dict[Run, str]:
+    """Does what is not done yet; returns the failed runs with the reasons."""
+    from mclfast.compare.runner import execute
+
+    open_ = [run for run in runs if not run.finished or run.folder in replaced]
+    if len(open_) < len(runs):
+        print(f"{len(runs) - len(open_)} of {len(runs)} runs are finished already", flush=True)
+    failed: dict[Run, str] = {}
+    ended = execute(
+        open_, jobs=known.jobs, replaced=replaced, progress=not known.no_progress
+    )
+    for number, (run, reason) in enumerate(ended, start=1):
+        head = f"[{number}/{len(open_)}] {run.label}, seed {run.seed}: "
+        if reason is not None:
+            failed[run] = reason
+        elif found := _loaded(run, failed):
+            result = found.result
+            reached = sum(result.peers) / len(result.peers)
+            print(f"{head}mean of peers {reached:.2f} %, {result.seconds:.1f} s", flush=True)
+        if run in failed:
+            print(f"{head}failed: {failed[run]}", flush=True)
+    return failed
+
+
+def _loaded(run: Run, failed: dict[Run, str]) -> Finished | None:
+    """What a finished run left; None where that cannot be read, with the reason in ``failed``."""
+    from mclfast.compare.runner import load
+
+    try:
+        return load(run)
+    except ValueError as error:
+        failed[run] = str(error)
+        return None
+
+
+def _report(
+    folder: Path, plan: Plan, runs: list[Run], failed: dict[Run, str], command: str
+) -> int:
+    from mclfast.compare import report
+
+    left = (_loaded(run, failed) for run in runs if run not in failed)
+    finished = [found for found in left if found]
+    if not finished:
+        print("no run finished: nothing to report", file=sys.stderr)
+        return 1
+    made = report.write_report(folder, plan, finished, failed, command)
+    for table in made.tables:
+        print(f"\n{table.title}\n{report.text(table)}")
+    print(f"\nreport    {folder / report.REPORT}, {folder / report.PAGE}")
+    print(f"pictures  {folder / report.ACCURACY}, {folder / report.CURVES}")
+    print(f"tables    {folder / report.TABLE}, {folder / report.SUMMARY}")
+    return 1 if failed else 0

@@ -1,0 +1,60 @@
+"""``mclfast export``: writes the bare backbone of a peer of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mclfast.cli.settings import an_integer
+
+if TYPE_CHECKING:
+    from mclfast.train.trainer import Trainer
+
+HELP = "write the bare backbone of a peer of a run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, help="folder of a run, finished or not")
+    parser.add_argument(
+        "--peer", type=an_integer, default=0, metavar="N", help="which peer, from 0 on (default: 0)"
+    )
+    parser.add_argument(
+        "--data-root", metavar="DIR",
+        help="folder with the data set, where it has moved (default: that of the run)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (default: RUN_DIR/peerN)"
+    )
+
+
+def run(known: argparse.Namespace, _: list[str]) -> int:
+    from mclfast.train import checkpoint
+    from mclfast.train.folder import CHECKPOINT
+
+    trainer = _trainer_of(known)
+    names = trainer.config.cohort
+    if not 0 <= known.peer < len(names):
+        raise ValueError(f"peer: expected 0 to {len(names) - 1}, got {known.peer}")
+    trainer.load_state(checkpoint.load(known.run_dir / CHECKPOINT))
+    folder = trainer.export(known.peer, known.out or known.run_dir / f"peer{known.peer}")
+    print(f"{names[known.peer]} written to {folder}")
+    return 0
+
+
+def _trainer_of(known: argparse.Namespace) -> Trainer:
+    """The trainer of the run, with the weights that it began with."""
+    from mclfast.config import TrainConfig
+    from mclfast.train.builder import build
+    from mclfast.train.folder import read_settings
+    from mclfast.train.transfer import build_transfer, split_origin, transfer_config
+
+    values = read_settings(known.run_dir, "run_dir") | {"device": "cpu"}
+    if known.data_root:
+        values["data_root"] = known.data_root
+    origin = split_origin(values)
+    if origin is None:
+        return build(TrainConfig.from_values(values))
+    # The names of the parts of a network are those of the backbone, as with --resume.
+    path, mode = origin
+    return build_transfer(path, mode, transfer_config(path, mode, values))

@@ -1,0 +1,87 @@
+"""``mclfast train | plan | compare | eval | linear | export | transfer | bench | env``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from mclfast._version import __version__
+from mclfast.cli import bench, compare, env, eval, export, linear, plan, train, transfer
+from mclfast.cli.settings import OneLineParser
+from mclfast.ops.backends import BackendUnavailableError
+
+_COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "plan": plan,
+    "compare": compare,
+    "eval": eval,
+    "linear": linear,
+    "export": export,
+    "transfer": transfer,
+    "bench": bench,
+    "env": env,
+}
+
+# Which options these have depends on the settings there are, so they read the rest themselves.
+_WITH_SETTINGS = ("train", "plan", "compare")
+
+# What a wrong setting, a missing file or a missing package raises. Anything else is a defect of
+# ours and keeps its traceback.
+_USER_ERRORS = (
+    ValueError, OSError, ImportError, FloatingPointError, BackendUnavailableError,
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            # What is still buffered would fail at exit, where nothing can be caught.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output wanted no more of it, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = OneLineParser(prog="mclfast", description=sys.modules["mclfast"].__doc__)
+    parser.add_argument("--version", action="version", version=f"mclfast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        text = module.HELP
+        command = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False,
+            add_help=name not in _WITH_SETTINGS,
+        )  # fmt: skip
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, parser=command)
+    known, rest = parser.parse_known_args([_with_dashes(a) for a in arguments])
+    known.command_line = shlex.join(["mclfast", *arguments])
+    if rest and known.command not in _WITH_SETTINGS:
+        known.parser.error(f"{rest[0]}: unknown argument")
+    try:
+        status: int = known.run(known, rest)
+        return status
+    except KeyboardInterrupt:
+        print(f"\nmclfast {known.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        raise
+    except _USER_ERRORS as error:
+        if os.environ.get("MCLFAST_TRACEBACK") == "1":
+            raise
+        text = " ".join(str(error).split())
+        print(f"mclfast {known.command}: error: {text}", file=sys.stderr)
+        return 2
+
+
+def _with_dashes(argument: str) -> str:
+    """--data_root as --data-root: recipes and Python spell the settings with underscores."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument

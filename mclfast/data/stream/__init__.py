@@ -1,0 +1,1 @@
+"""Data sets that are decoded from files batch by batch."""

@@ -1,0 +1,301 @@
+"""Image sets too large for memory: files read, decoded and cropped by worker processes.
+
+Workers are started by a server process and not forked from this one, which has threads and maybe a
+GPU context. A script of your own that trains on a streamed set therefore needs the usual
+
+    if __name__ == "__main__":
+        main()
+
+or `workers=0`, which decodes in the training process.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mclfast.data.source import LoaderTimes, Views
+from mclfast.data.stream import decode
+
+
+class Reader(Protocol):
+    """Contents of image files by number; goes to the worker processes by pickle."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one numbering of the files from another."""
+
+    def __len__(self) -> int:
+        """Number of files N."""
+
+    def read(self, index: int) -> bytes:
+        """The content of a file; OSError where it cannot be read."""
+
+    def describe(self, index: int) -> str:
+        """Where the file lies, for an error message."""
+
+    def subset(self, index: Tensor) -> Reader:
+        """The files with these numbers, int64 [n], in that order."""
+
+
+class StreamedSet:
+    """Labelled images in files: a training image is a random crop, mirrored half of the time.
+
+    One pass at a time: a second call of `pixels` ends the first.
+
+    Args:
+        reader: gives the content of file 0 to N - 1.
+        labels: int64 [N].
+        size: side S of the images that are made of the files.
+        workers: processes that read and decode; None for one per core, 0 for none.
+
+    Raises:
+        TypeError: labels of another dtype.
+        ValueError: no file, labels of another length, or a size or number of workers that is
+            too small.
+        ImportError: Pillow is not installed.
+    """
+
+    def __init__(
+        self, reader: Reader, labels: Tensor, *, size: int, workers: int | None = None
+    ) -> None:
+        decode.require_pillow()
+        if size < 1:
+            raise ValueError(f"image_size: expected at least 1, got {size}")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers: expected at least 0, got {workers}")
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
+        if labels.shape != (len(reader),) or len(reader) == 0:
+            raise ValueError(
+                f"labels: expected [N] for N={len(reader)} > 0 files, got {list(labels.shape)}"
+            )
+        self.labels = labels
+        self.image_shape = (3, size, size)
+        self.workers = core_count() if workers is None else workers
+        self._reader = reader
+        self._loader = _Loader(_Decoder(reader, size), self.workers)
+
+    @property
+    def makes_views(self) -> bool:
+        """Crops and flips are drawn where the files are decoded."""
+        return True
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one numbering of the files from another."""
+        return self._reader.fingerprint
+
+    def __len__(self) -> int:
+        """Number of images N."""
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> StreamedSet:
+        """The same set with its labels on `device`."""
+        # Copied, not built anew: both share the worker processes.
+        moved = copy.copy(self)
+        moved.labels = self.labels.to(device)
+        return moved
+
+    def subset(self, index: Tensor) -> StreamedSet:
+        """The images with these numbers, int64 [n], in that order."""
+        return StreamedSet(
+            self._reader.subset(index.cpu()),
+            self.labels[index.to(self.labels.device)],
+            size=self.image_shape[1],
+            workers=self.workers,
+        )
+
+    def pixels(
+        self,
+        rows: Sequence[Tensor] | Tensor,
+        device: torch.device | str,
+        *,
+        views: Views | None = None,
+        times: LoaderTimes | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields uint8 [B, 3, S, S] for each row of numbers, see `ImageSource.pixels`.
+
+        The same for any number of workers.
+
+        Raises:
+            ValueError: a file that cannot be read or decoded; the text names it.
+        """
+        device = torch.device(device)
+        times = LoaderTimes() if times is None else times
+        times.workers = max(1, self.workers)
+        jobs = [
+            _Job(
+                row.cpu().numpy(),
+                None if views is None else views.of_row(i),
+                decode.SCALE[0] if views is None else views.min_area,
+            )
+            for i, row in enumerate(rows)
+        ]
+        arriving = self._loader.run(jobs, pin=device.type == "cuda")
+        while True:
+            started = time.perf_counter()
+            batch = next(arriving, None)
+            if batch is None:
+                return
+            times.wait += time.perf_counter() - started
+            if batch.error:
+                raise ValueError(batch.error)
+            times.images += len(batch.pixels)
+            times.read += batch.read
+            times.decode += batch.decode
+            times.transform += batch.transform
+            times.cpu += batch.cpu
+            yield batch.pixels.to(device, non_blocking=True)
+
+
+def core_count() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Job(NamedTuple):
+    """One batch to make: image numbers int64 [B], (seed, step) of random views, smallest area."""
+
+    numbers: np.ndarray
+    views: tuple[int, int] | None
+    min_area: float
+
+
+class _Decoded(NamedTuple):
+    """One batch uint8 [B, 3, S, S], or an error, with the seconds it took."""
+
+    pixels: Tensor
+    error: str
+    read: float
+    decode: float
+    transform: float
+    cpu: float
+
+
+class _Decoder(Dataset[_Decoded]):
+    """Turns jobs into batches, in a worker or in this process."""
+
+    def __init__(self, reader: Reader, size: int) -> None:
+        self._reader = reader
+        self._size = size
+
+    def __getitem__(self, job: _Job) -> _Decoded:
+        started, cpu = time.perf_counter(), time.thread_time()
+        pixels = torch.empty(len(job.numbers), 3, self._size, self._size, dtype=torch.uint8)
+        stages, read, error = decode.Stages(), 0.0, ""
+        for row, index in enumerate(job.numbers.tolist()):
+            try:
+                before = time.perf_counter()
+                data = self._reader.read(index)
+                read += time.perf_counter() - before
+                pixels[row] = self._view(data, index, job, stages)
+            # The decoders raise many types on damaged files, some of them their own. Handed over
+            # as text: an exception that crosses processes brings its traceback in its message.
+            except Exception as problem:
+                where = self._reader.describe(index)
+                error = f"{where}: expected a readable image, got {problem!r}"
+                break
+        # What is neither reading nor decoding is making the batch.
+        transform = time.perf_counter() - started - read - stages.decode
+        return _Decoded(pixels, error, read, stages.decode, transform, time.thread_time() - cpu)
+
+    def _view(self, data: bytes, index: int, job: _Job, stages: decode.Stages) -> Tensor:
+        if job.views is None:
+            return decode.evaluation_view(data, self._size, stages)
+        generator = decode.view_generator(*job.views, index)
+        return decode.training_view(data, self._size, generator, stages, job.min_area)
+
+
+class _Jobs:
+    """What the loader iterates over; set anew for every pass, as its workers stay."""
+
+    def __init__(self) -> None:
+        self.items: Sequence[_Job] = ()
+
+    def __iter__(self) -> Iterator[_Job]:
+        return iter(self.items)
+
+
+class _Loader:
+    """A `DataLoader` whose workers, started by the first pass, serve all of them."""
+
+    def __init__(self, decoder: _Decoder, workers: int) -> None:
+        self._decoder = decoder
+        self._workers = workers
+        self._jobs = _Jobs()
+        self._loader: DataLoader[_Decoded] | None = None
+        self._passes = 0
+
+    def run(self, jobs: Sequence[_Job], *, pin: bool) -> Iterator[_Decoded]:
+        """The batches in the order of the jobs, in pinned memory with `pin`."""
+        self._passes += 1
+        current = self._passes
+        self._jobs.items = jobs
+        if self._loader is None or self._loader.pin_memory != pin:
+            self._loader = self._start(pin)
+        for batch in self._loader:
+            yield batch
+            if self._passes != current:
+                raise RuntimeError(
+                    "pixels: expected one pass over a streamed set at a time, got a second one "
+                    "before the first had ended"
+                )
+
+    def _start(self, pin: bool) -> DataLoader[_Decoded]:
+        processes: dict[str, Any] = {}
+        if self._workers:
+            processes = {
+                "num_workers": self._workers,
+                "multiprocessing_context": _context(),
+                "persistent_workers": True,
+                "worker_init_fn": _init_worker,
+            }
+        return DataLoader(
+            self._decoder,
+            batch_size=None,
+            sampler=self._jobs,
+            pin_memory=pin,
+            # The loader draws a seed for its workers: not from the generator of the run.
+            generator=torch.Generator(),
+            **processes,
+        )
+
+
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, by the server, and not by every worker.
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _end_with_main_process() -> None:
+    main = multiprocessing.parent_process()
+    if main is not None:
+        main.join()
+        os._exit(1)
+
+
+def _init_worker(_: int) -> None:
+    # Ctrl-C reaches the whole group of processes; the main one ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A main process that is killed cannot, and it is not the parent that the loader looks at.
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    # Pillow warns of damaged metadata, as in some files of ImageNet, each time it reads them.
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")

@@ -1,0 +1,1 @@
+"""How a training step runs the peers: memory modes, offload, layout, CUDA graphs."""

@@ -1,0 +1,1 @@
+"""The losses: functions, modules, and the plain PyTorch that defines them."""

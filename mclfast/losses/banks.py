@@ -1,0 +1,433 @@
+"""The memory-bank losses as functions: validate, choose a backend, call it.
+
+For data sets whose batches hold too few samples of a class to contrast: each anchor is compared
+with stored embeddings, a few positives and thousands of negatives, gathered once and never kept.
+What :mod:`mclfast.losses.in_batch` says of embeddings, dtypes and derivatives holds here too;
+banks get no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from mclfast._base.checks import (
+    check_banks,
+    check_coefficients,
+    check_constant,
+    check_embeddings,
+    check_indices,
+    check_pair_weights,
+    check_range,
+    check_temperature,
+    describe,
+    stack_nodes,
+)
+from mclfast._base.tensors import statistics_dtype
+from mclfast.losses import reference_banks, weighting
+from mclfast.losses.in_batch import Networks, Nodes
+from mclfast.losses.results import BankMCLRows, MCLObjective, MCLTerms
+from mclfast.losses.weighting import plain_objective, scaled, weighted_sums
+from mclfast.ops import backends
+from mclfast.ops import banks as bank_ops
+from mclfast.ops import in_batch as ops
+
+
+def _checked(
+    nodes: Tensor,
+    networks: tuple[int, ...],
+    banks: Any,
+    pos_idx: Any,
+    neg_idx: Any,
+    temperature: float,
+    kl_temperature: float,
+    backend: str,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[list[int], float, float], str]:
+    """Checks what all share; returns (banks, pos_idx, neg_idx), the settings and the backend."""
+    check_banks(banks, nodes, networks[-1] + 1)
+    batch = nodes.shape[1]
+    check_indices("pos_idx", pos_idx, [batch, "1 + P"], nodes.device)
+    # One set of negatives for the batch is a view: it is not copied for every anchor.
+    if isinstance(neg_idx, Tensor) and neg_idx.dim() == 1:
+        check_indices("neg_idx", neg_idx, ["K"], nodes.device)
+        neg_idx = neg_idx.contiguous().expand(batch, -1)
+    else:
+        check_indices("neg_idx", neg_idx, [batch, "K"], nodes.device)
+    check_temperature("temperature", temperature)
+    check_temperature("kl_temperature", kl_temperature)
+    found = backends.resolve_for(backend, nodes, banks, banks=True)
+    if found == "reference":
+        check_range("pos_idx", pos_idx, banks.shape[1])
+        check_range("neg_idx", neg_idx, banks.shape[1])
+    keys = banks, _with_plain_rows(pos_idx), _with_plain_rows(neg_idx)
+    return keys, (list(networks), temperature, kl_temperature), found
+
+
+def _with_plain_rows(index: Tensor) -> Tensor:
+    """Rows of adjacent numbers, as the backends read them; any stride between rows stays."""
+    return index if index.stride(-1) == 1 else index.contiguous()
+
+
+def _rows(nodes: Tensor, networks: tuple[int, ...], *arguments: Any) -> BankMCLRows:
+    keys, settings, backend = _checked(nodes, networks, *arguments)
+    with torch.autocast(nodes.device.type, enabled=False):
+        if backend == "reference":
+            return reference_banks.bank_mcl_rows(
+                nodes, networks, *keys, temperature=settings[1], kl_temperature=settings[2]
+            )
+        return BankMCLRows(*bank_ops.bank_mcl_rows(nodes, *keys, *settings, ops.ALL, backend)[:4])
+
+
+def bank_mcl_rows(
+    embeddings: Nodes,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> BankMCLRows:
+    """Per-anchor rows of the four mutual contrastive terms against memory banks.
+
+    With ``keys = cat([pos_idx, neg_idx], 1)``, ``na`` the network of node a and
+    ``z[m, e][r] = banks[m][keys[r]] @ E_e[r] / temperature``:
+
+    * ``vcl[a] = logsumexp(z[na, a][:, 1:]) - z[na, a][:, 1 : 1 + P].mean()``, 0 for P = 0
+    * ``icl[m, e] = logsumexp(z[m, e]) - z[m, e][:, : 1 + P].mean()``, m not the network of e
+    * ``soft_vcl[a, b] = T**2 * kl(softmax(z[nb, b][:, 1:] / T) || softmax(z[na, a][:, 1:] / T))``
+    * ``soft_icl[a, b] = T**2 * kl(softmax(z[nb, a] / T) || softmax(z[na, b] / T))``
+
+    where the first distribution of a kl is a constant and T is the ``kl_temperature``.
+
+    Args:
+        embeddings: [M, L, B, D] unit-norm, or a sequence (networks) of sequences (stages) of
+            [B, D]. N nodes, network-major.
+        banks: [M, n, D], one bank for each network, contiguous; float32 or bfloat16 (float16 and
+            float64 too), on the device of the embeddings or in pinned host memory.
+        pos_idx: [B, 1 + P] int64, first the anchor's own number in the data set, then positives.
+        neg_idx: [B, K] int64, or [K]: one set of negatives for the whole batch.
+        temperature: divides the cosine similarities, in [1e-6, 1e6]; the published runs take 0.07.
+        kl_temperature: softens the distributions the soft terms compare, in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        BankMCLRows(vcl [N, B], soft_vcl [N, N, B], icl [M, N, B], soft_icl [N, N, B]).
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        RuntimeError: the backend asked for is not available here; an index out of range (on a CPU;
+            on a GPU indices are not checked).
+
+    Source: MCL, arXiv 2104.12565, section 3 (memory bank for ImageNet); layer-wise, arXiv
+    2207.11518, section 3.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=True)
+    return _rows(nodes, networks, banks, pos_idx, neg_idx, temperature, kl_temperature, backend)
+
+
+@overload
+def bank_mcl_loss(
+    embeddings: Networks,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: None = None,
+) -> MCLTerms: ...
+
+
+@overload
+def bank_mcl_loss(
+    embeddings: Networks,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float],
+) -> MCLObjective: ...
+
+
+def bank_mcl_loss(
+    embeddings: Networks,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float] | None = None,
+) -> MCLTerms | MCLObjective:
+    """Mutual contrastive learning of M networks against their memory banks.
+
+    Equals ``rows.mean(-1).sum()`` of each family of :func:`bank_mcl_rows` with one stage per
+    network: sums over networks (vcl) and ordered pairs (the others), means over the batch.
+
+    Args:
+        embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
+        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: as in
+            :func:`bank_mcl_rows`.
+        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
+            let values and gradient be computed in one call: the fastest form.
+
+    Returns:
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
+        MCLObjective(loss, terms), where only the loss gives a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
+
+    Source: arXiv 2104.12565, equations 4 to 9; published ImageNet weights 0.1, 1, 0.1, 1 at
+    temperature 0.07 with 1 positive and 8192 negatives.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=False)
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    if coefficients is None:
+        return weighting.bank_mcl_terms(_rows(nodes, networks, *arguments))
+    count, batch = nodes.shape[:2]
+    between = weighting.between_networks(networks, nodes).to(statistics_dtype(nodes))
+    pairs = (between / batch)[..., None].expand(-1, -1, batch)
+    lone = pairs.new_full((count, batch), 1.0 / batch)
+    return _objective(nodes, networks, (lone, pairs, pairs, pairs), coefficients, *arguments)
+
+
+@overload
+def layerwise_bank_mcl_loss(
+    embeddings: Nodes,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: None = None,
+) -> MCLTerms: ...
+
+
+@overload
+def layerwise_bank_mcl_loss(
+    embeddings: Nodes,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float],
+) -> MCLObjective: ...
+
+
+def layerwise_bank_mcl_loss(
+    embeddings: Nodes,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float] | None = None,
+) -> MCLTerms | MCLObjective:
+    """Layer-wise mutual contrastive learning against memory banks.
+
+    With ``u = pair_weights + pair_weights.transpose(0, 1)``, zero inside one network, and the rows
+    of :func:`bank_mcl_rows`: ``vcl = (u.sum(1) * rows.vcl).sum() / B``, the soft terms
+    ``(u * rows).sum() / B``, and ``icl`` the sum over banks m and nodes e of ``rows.icl[m, e]``
+    times the sum of ``u[f, e]`` over the nodes f of network m (the published scale: sums over
+    ordered pairs).
+
+    Args:
+        embeddings: [M, L, B, D] unit-norm, or networks of stages of [B, D].
+        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: as in
+            :func:`bank_mcl_rows`. A bank holds embeddings of its network's last stage; every stage
+            is compared with it.
+        pair_weights: [N, N, B] weight of each pair of nodes for each sample, as a
+            :class:`mclfast.LayerMatcher` gives; None for ones.
+        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
+            let values and gradient be computed in one call: the fastest form. The pair weights
+            get no gradient then, and must not ask for one.
+
+    Returns:
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
+        MCLObjective(loss, terms), where only the loss gives a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
+
+    Source: arXiv 2207.11518, section 3.3; published ImageNet weights 0.01, 1, 0.01, 1. The
+    published code reads the bank of the first network of a pair for both; here each reads its own.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=True)
+    weights = check_pair_weights(pair_weights, nodes)
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    with torch.autocast(nodes.device.type, enabled=False):
+        if coefficients is None:
+            rows = _rows(nodes, networks, *arguments)
+            return weighting.layerwise_bank_mcl_terms(rows, networks, weights)
+        check_constant(weights)
+        # Before the weights are spread over the banks: their number gives the shape.
+        check_banks(banks, nodes, networks[-1] + 1)
+        lone, pairs, per_bank = (
+            w / nodes.shape[1]
+            for w in weighting.bank_row_weights(weights, networks, len(banks), nodes)
+        )
+        row_weights = (lone, pairs, per_bank, pairs)
+        return _objective(nodes, networks, row_weights, coefficients, *arguments)
+
+
+def _objective(
+    nodes: Tensor,
+    networks: tuple[int, ...],
+    row_weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    coefficients: Sequence[float],
+    *arguments: Any,
+) -> MCLObjective:
+    """``coefficients`` times the terms, which are sums of ``row_weights`` times rows."""
+    check_coefficients(coefficients)
+    keys, settings, backend = _checked(nodes, networks, *arguments)
+    with torch.autocast(nodes.device.type, enabled=False):
+        if backend == "reference":
+            all_rows = reference_banks.bank_mcl_rows(
+                nodes, networks, *keys, temperature=settings[1], kl_temperature=settings[2]
+            )
+            return plain_objective(row_weights, all_rows, coefficients)
+        loss, *rows = bank_ops.bank_mcl_objective(
+            *scaled(row_weights, coefficients), nodes, *keys, *settings, ops.ALL, backend
+        )
+        return MCLObjective(loss, weighted_sums(row_weights, rows[:4]))
+
+
+def _checked_nce(
+    embeddings: Networks, banks: Any, contrast_idx: Any, temperature: float, backend: str
+) -> tuple[Tensor, Tensor, str]:
+    """Checks; returns (nodes, contrast_idx, backend)."""
+    nodes, networks = stack_nodes(embeddings, stages=False)
+    check_banks(banks, nodes, len(networks))
+    check_indices("contrast_idx", contrast_idx, [nodes.shape[1], "1 + K"], nodes.device)
+    if contrast_idx.shape[1] < 2:
+        raise ValueError("contrast_idx: expected at least one negative in each row, got none")
+    check_temperature("temperature", temperature)
+    found = backends.resolve_for(backend, nodes, banks, banks=True)
+    if found == "reference":
+        check_range("contrast_idx", contrast_idx, banks.shape[1])
+    return nodes, _with_plain_rows(contrast_idx), found
+
+
+def bank_nce_log_normalizer(
+    embeddings: Networks,
+    banks: Tensor,
+    contrast_idx: Tensor,
+    *,
+    temperature: float = 0.1,
+    backend: str = "auto",
+) -> Tensor:
+    """The log of the normalising constants that :func:`bank_nce_loss` estimates from a batch.
+
+    Equals ``log(n * exp(banks[i][contrast_idx] @ E_j / temperature).mean())`` for bank i and
+    anchors of network j. Contrastive representation distillation keeps those of its first batch.
+
+    Args:
+        embeddings, banks, contrast_idx, temperature, backend: as in :func:`bank_nce_loss`.
+
+    Returns:
+        [M, M], 0 on the diagonal; no gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`bank_nce_loss`.
+    """
+    checked = _checked_nce(embeddings, banks, contrast_idx, temperature, backend)
+    nodes, contrast_idx, backend = checked
+    return _log_normalizer(nodes, banks, contrast_idx, temperature, backend)
+
+
+def _log_normalizer(
+    nodes: Tensor, banks: Tensor, contrast_idx: Tensor, temperature: float, backend: str
+) -> Tensor:
+    with torch.autocast(nodes.device.type, enabled=False):
+        if backend == "reference":
+            return reference_banks.bank_nce_log_normalizer(
+                nodes, banks, contrast_idx, temperature=temperature
+            )
+        own, noise = contrast_idx[:, :1], contrast_idx[:, 1:]
+        lse = bank_ops.bank_nce_lse(nodes.detach(), banks, own, noise, temperature, backend)
+        log_z = lse.logsumexp(-1) + math.log(banks.shape[1] / contrast_idx.numel())
+        return log_z.fill_diagonal_(0.0)
+
+
+def bank_nce_loss(
+    embeddings: Networks,
+    banks: Tensor,
+    contrast_idx: Tensor,
+    *,
+    temperature: float = 0.1,
+    log_normalizer: Tensor | None = None,
+    eps: float = 1e-7,
+    backend: str = "auto",
+) -> Tensor:
+    """Noise-contrastive estimation between M networks and the memory banks of the others.
+
+    For each ordered pair of networks i, j with ``s = exp(banks[i][contrast_idx] @ E_j /
+    temperature)`` [B, 1 + K], ``p = s / Z`` and ``c = K / n``:
+
+        ``-(log(p[:, 0] / (p[:, 0] + c + eps)) + log(c / (p[:, 1:] + c + eps)).sum(1)).mean()``
+
+    summed over the pairs. Z is a constant: ``n * s.mean()`` of this batch, or what
+    ``log_normalizer`` gives.
+
+    With two networks, the second a frozen teacher whose features are projected, this is the loss of
+    contrastive representation distillation (``examples/crd_large_bank.py``).
+
+    Args:
+        embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
+        banks: [M, n, D] as in :func:`bank_mcl_rows`.
+        contrast_idx: [B, 1 + K] int64, first the anchor's own number (or that of another sample of
+            its class), then K noise samples of other classes.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        log_normalizer: [M, M] log Z for bank i and anchors j, as
+            :func:`bank_nce_log_normalizer` gives; None to estimate it from every batch.
+        eps: added to the denominators, >= 0; the published constant unless given.
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        0-dim, differentiable to second order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
+
+    Source: MCL-OKD, arXiv 2006.04093, section 3.2; CRD, arXiv 1910.10699, equation 19.
+    """
+    checked = _checked_nce(embeddings, banks, contrast_idx, temperature, backend)
+    nodes, contrast_idx, backend = checked
+    count, wide_dtype = nodes.shape[0], statistics_dtype(nodes)
+    if not isinstance(eps, (int, float)) or not 0 <= eps < 1:
+        raise ValueError(f"eps: expected a number in [0, 1), got {describe(eps)}")
+    if log_normalizer is None:
+        log_normalizer = _log_normalizer(nodes, banks, contrast_idx, temperature, backend)
+    else:
+        check_embeddings("log_normalizer", log_normalizer, [count, count])
+    log_normalizer = log_normalizer.detach().to(nodes.device, wide_dtype)
+    with torch.autocast(nodes.device.type, enabled=False):
+        if backend == "reference":
+            return reference_banks.bank_nce_loss(
+                nodes, banks, contrast_idx, log_normalizer, temperature=temperature, eps=eps
+            )
+        own, noise = contrast_idx[:, :1], contrast_idx[:, 1:]
+        return bank_ops.bank_nce(
+            nodes, banks, own, noise, log_normalizer, temperature, eps, backend
+        )[0]

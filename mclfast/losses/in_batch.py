@@ -1,0 +1,450 @@
+"""The losses as functions: validate, choose a backend, call it.
+
+Embeddings are expected to have unit norm; nothing here normalises them. Statistics are computed in
+float32 or wider and results come in that dtype (float32, or float64 for float64 inputs), under
+autocast too. Every function is differentiable to second order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mclfast._base.checks import (
+    check_coefficients,
+    check_constant,
+    check_embeddings,
+    check_labels,
+    check_pair_weights,
+    check_rows,
+    check_same,
+    check_temperature,
+    stack_nodes,
+)
+from mclfast._base.tensors import statistics_dtype
+from mclfast.losses import reference, weighting
+from mclfast.losses.results import MCLObjective, MCLRows, MCLTerms
+from mclfast.losses.weighting import plain_objective, scaled, weighted_sums
+from mclfast.ops import backends
+from mclfast.ops import in_batch as ops
+
+Nodes = Tensor | Sequence[Sequence[Tensor]]
+
+Networks = Tensor | Sequence[Tensor]
+
+
+def _checked(
+    nodes: Tensor, labels: Tensor, temperature: float, kl_temperature: float, backend: str
+) -> str:
+    """Checks what all losses share; returns the name of the backend."""
+    check_labels(labels, nodes.shape[1], nodes.device)
+    check_temperature("temperature", temperature)
+    check_temperature("kl_temperature", kl_temperature)
+    return backends.resolve_for(backend, nodes)
+
+
+def _rows(
+    nodes: Tensor,
+    networks: tuple[int, ...],
+    labels: Tensor,
+    temperature: float,
+    kl_temperature: float,
+    backend: str,
+    row_start: int = 0,
+    row_count: int | None = None,
+) -> MCLRows:
+    backend = _checked(nodes, labels, temperature, kl_temperature, backend)
+    row_start, row_count = check_rows(row_start, row_count, nodes.shape[1])
+    with torch.autocast(nodes.device.type, enabled=False):
+        if backend == "reference":
+            return reference.mcl_rows(
+                nodes,
+                networks,
+                labels,
+                temperature=temperature,
+                kl_temperature=kl_temperature,
+                row_start=row_start,
+                row_count=row_count,
+            )
+        vcl, soft_vcl, icl, soft_icl, _, _ = ops.mcl_rows(
+            nodes, labels, list(networks), temperature, kl_temperature, ops.ALL, row_start,
+            row_count, backend,
+        )  # fmt: skip
+        valid = has_positive(labels)[row_start : row_start + row_count]
+        return MCLRows(vcl, soft_vcl, icl, soft_icl, valid)
+
+
+def has_positive(labels: Tensor) -> Tensor:
+    """[B] bool, whether another sample has the same label; by sorting, without a [B, B] mask."""
+    ordered, order = labels.sort()
+    equal = ordered[1:] == ordered[:-1]
+    none = equal.new_zeros(1)
+    found = torch.cat([none, equal]) | torch.cat([equal, none])
+    return torch.empty_like(found).scatter(0, order, found)
+
+
+def _objective(
+    nodes: Tensor,
+    networks: tuple[int, ...],
+    labels: Tensor,
+    row_weights: Sequence[Tensor],
+    temperature: float,
+    kl_temperature: float,
+    families: int,
+    backend: str,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The sum of weights times rows, with the gradient computed in the same sweep; the rows."""
+    loss, vcl, soft_vcl, icl, soft_icl, _, _, _ = ops.mcl_objective(
+        *row_weights, nodes, labels, list(networks), temperature, kl_temperature, families, backend
+    )
+    return loss, (vcl, soft_vcl, icl, soft_icl)
+
+
+def mcl_rows(
+    embeddings: Nodes,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    row_start: int = 0,
+    row_count: int | None = None,
+    backend: str = "auto",
+) -> MCLRows:
+    """Per-anchor rows of the four mutual contrastive terms for every node and pair of nodes.
+
+    With ``S_ab = E_a @ E_b.T / temperature``, ``P(r)`` the other samples of r's class and T the
+    ``kl_temperature``:
+
+    * ``vcl[a, r] = logsumexp(S_aa[r, c != r]) - S_aa[r, P(r)].mean()``
+    * ``icl[a, b, r]``: the same with ``S_ab``
+    * ``soft_vcl[a, b, r] = T**2 * kl(softmax(S_bb[r] / T) || softmax(S_aa[r] / T))``, b detached
+    * ``soft_icl[a, b, r] = T**2 * kl(softmax(S_ba[r] / T) || softmax(S_ab[r] / T))``, S_ba detached
+
+    Rows of pairs inside one network are zero. An anchor without a positive has zero ``vcl`` and
+    ``icl`` rows and ``valid`` False.
+
+    Args:
+        embeddings: [M, L, B, D] unit-norm, or a sequence (networks) of sequences (stages) of
+            [B, D]; networks may differ in their number of stages. N nodes, network-major.
+        labels: [B] integers.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: softens the distributions the soft terms compare, in [1e-6, 1e6].
+        row_start, row_count: compute only these anchors (R of them) against the whole batch; all
+            of them by default. A batch spread over processes gives each its own slice.
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        MCLRows(vcl [N, R], soft_vcl [N, N, R], icl [N, N, R], soft_icl [N, N, R], valid [R]).
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        RuntimeError: the backend asked for is not available here.
+
+    Source: MCL, arXiv 2104.12565, section 3; layer-wise, arXiv 2207.11518, section 3.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=True)
+    return _rows(
+        nodes, networks, labels, temperature, kl_temperature, backend, row_start, row_count
+    )
+
+
+@overload
+def mcl_loss(
+    embeddings: Networks,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: None = None,
+) -> MCLTerms: ...
+
+
+@overload
+def mcl_loss(
+    embeddings: Networks,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float],
+) -> MCLObjective: ...
+
+
+def mcl_loss(
+    embeddings: Networks,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float] | None = None,
+) -> MCLTerms | MCLObjective:
+    """Mutual contrastive learning between M networks, one embedding each.
+
+    Equals ``rows.mean(-1).sum()`` of each family of :func:`mcl_rows` with one stage per network:
+    sums over networks (vcl) and ordered pairs (the others), means over the batch.
+
+    Args:
+        embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
+        labels: [B] integers.
+        temperature, kl_temperature, backend: as in :func:`mcl_rows`.
+        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
+            let values and gradient be computed in one sweep: the fastest form.
+
+    Returns:
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
+        MCLObjective(loss, terms), where only the loss gives a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 2104.12565, equations 4 to 9; published weights 0.1, 1, 0.1, 1.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=False)
+    settings = temperature, kl_temperature, backend
+    if coefficients is None:
+        return weighting.mcl_terms(_rows(nodes, networks, labels, *settings))
+    batch = nodes.shape[1]
+    between = weighting.between_networks(networks, nodes).to(statistics_dtype(nodes))
+    pairs = (between / batch)[..., None].expand(-1, -1, batch)
+    lone = pairs.new_full((len(networks), batch), 1.0 / batch)
+    return _weighted_objective(nodes, networks, labels, lone, pairs, coefficients, *settings)
+
+
+@overload
+def layerwise_mcl_loss(
+    embeddings: Nodes,
+    labels: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: None = None,
+) -> MCLTerms: ...
+
+
+@overload
+def layerwise_mcl_loss(
+    embeddings: Nodes,
+    labels: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float],
+) -> MCLObjective: ...
+
+
+def layerwise_mcl_loss(
+    embeddings: Nodes,
+    labels: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+    coefficients: Sequence[float] | None = None,
+) -> MCLTerms | MCLObjective:
+    """Layer-wise mutual contrastive learning: every stage with every stage of the peers.
+
+    With ``u = pair_weights + pair_weights.transpose(0, 1)``, zero inside one network, and the rows
+    of :func:`mcl_rows`: ``icl = (u * rows.icl).sum() / B``, the soft terms alike, and
+    ``vcl = (u.sum(1) * rows.vcl).sum() / B`` (the published scale: sums over ordered pairs).
+
+    Args:
+        embeddings: [M, L, B, D] unit-norm, or networks of stages of [B, D].
+        labels: [B] integers.
+        pair_weights: [N, N, B] weight of each pair of nodes for each sample (N = all stages of all
+            networks, network-major), as a :class:`mclfast.LayerMatcher` gives; None for ones.
+        temperature, kl_temperature, backend: as in :func:`mcl_rows`.
+        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
+            let values and gradient be computed in one sweep: the fastest form. The pair weights
+            get no gradient then, and must not ask for one.
+
+    Returns:
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
+        MCLObjective(loss, terms), where only the loss gives a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 2207.11518, section 3.3; published weights 0.1, 1, 0.1, 1 on CIFAR-100.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=True)
+    weights = check_pair_weights(pair_weights, nodes)
+    settings = temperature, kl_temperature, backend
+    with torch.autocast(nodes.device.type, enabled=False):
+        if coefficients is None:
+            rows = _rows(nodes, networks, labels, *settings)
+            return weighting.layerwise_mcl_terms(rows, networks, weights)
+        check_constant(weights)
+        pairs = weighting.both_directions(weights, networks, nodes) / nodes.shape[1]
+        return _weighted_objective(
+            nodes, networks, labels, pairs.sum(1), pairs, coefficients, *settings
+        )
+
+
+def _weighted_objective(
+    nodes: Tensor,
+    networks: tuple[int, ...],
+    labels: Tensor,
+    lone: Tensor,
+    pairs: Tensor,
+    coefficients: Sequence[float],
+    temperature: float,
+    kl_temperature: float,
+    backend: str,
+) -> MCLObjective:
+    """``coefficients`` times the terms; row weights ``lone`` [N, B] (vcl), ``pairs`` [N, N, B]."""
+    check_coefficients(coefficients)
+    backend = _checked(nodes, labels, temperature, kl_temperature, backend)
+    row_weights = (lone, pairs, pairs, pairs)
+    with torch.autocast(nodes.device.type, enabled=False):
+        if backend == "reference":
+            all_rows = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
+            return plain_objective(row_weights, all_rows[:4], coefficients)
+        loss, rows = _objective(
+            nodes,
+            networks,
+            labels,
+            scaled(row_weights, coefficients),
+            temperature,
+            kl_temperature,
+            ops.ALL,
+            backend,
+        )
+        return MCLObjective(loss, weighted_sums(row_weights, rows))
+
+
+def supcon_loss(
+    embeddings: Tensor, labels: Tensor, *, temperature: float = 0.1, backend: str = "auto"
+) -> Tensor:
+    """Supervised contrastive loss, mean over the batch.
+
+    Equals, with ``S = embeddings @ embeddings.T / temperature``, the mean over anchors r of
+    ``logsumexp(S[r, c != r]) - S[r, positives].mean()``; an anchor without a positive counts 0.
+
+    Args:
+        embeddings: [B, D] unit-norm.
+        labels: [B] integers.
+        temperature: in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        0-dim.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 2004.11362, equation 2 (L_out).
+    """
+    nodes = check_embeddings("embeddings", embeddings, ["B", "D"])[None]
+    backend = _checked(nodes, labels, temperature, 1.0, backend)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        if backend == "reference":
+            return reference.supcon_loss(embeddings, labels, temperature=temperature)
+        batch = embeddings.shape[0]
+        mean = nodes.new_full((1, batch), 1.0 / batch, dtype=statistics_dtype(nodes))
+        weights = (mean, *(mean.new_zeros(1, 1, batch) for _ in range(3)))
+        return _objective(nodes, (0,), labels, weights, temperature, 1.0, ops.VCL, backend)[0]
+
+
+def info_nce_loss(
+    a: Tensor, b: Tensor, *, temperature: float = 0.1, backend: str = "auto"
+) -> Tensor:
+    """Symmetric InfoNCE of two views (the CLIP form).
+
+    Equals, with ``S = a @ b.T / temperature`` and ``t = arange(B)``,
+    ``(cross_entropy(S, t) + cross_entropy(S.T, t)) / 2``.
+
+    Args:
+        a, b: [B, D] unit-norm; row r of ``b`` is the positive of row r of ``a``.
+        temperature: in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        0-dim.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 1807.03748, equation 4; symmetric form arXiv 2103.00020, figure 3.
+    """
+    check_embeddings("a", a, ["B", "D"])
+    check_embeddings("b", b, list(a.shape))
+    check_same("b", b, "a", a)
+    check_temperature("temperature", temperature)
+    backend = backends.resolve_for(backend, a)
+    with torch.autocast(a.device.type, enabled=False):
+        if backend == "reference":
+            return reference.info_nce_loss(a, b, temperature=temperature)
+        row_lse, col_lse, diagonal = ops.info_nce(a, b, temperature, backend)
+        return ((row_lse + col_lse) / 2 - diagonal).mean()
+
+
+def similarity_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> Tensor:
+    """KL between the similarity distributions of two sets of embeddings, mean over the batch.
+
+    Equals, with ``S(x) = x @ x.T / temperature`` and T the ``kl_temperature``,
+    ``T**2 * kl_div(log_softmax(S(student) / T), softmax(S(teacher) / T), reduction="batchmean")``.
+    The factor T**2 keeps the gradient's scale when T changes. The teacher gets no gradient.
+
+    Args:
+        student: [B, D] unit-norm.
+        teacher: [B, D'] unit-norm; its width may differ.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
+
+    Returns:
+        0-dim.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Source: arXiv 2104.12565, equation 8 (soft VCL of one ordered pair).
+    """
+    check_embeddings("student", student, ["B", "D"])
+    check_embeddings("teacher", teacher, [student.shape[0], "D"])
+    check_same("teacher", teacher, "student", student)
+    check_temperature("temperature", temperature)
+    check_temperature("kl_temperature", kl_temperature)
+    backend = backends.resolve_for(backend, student)
+    with torch.autocast(student.device.type, enabled=False):
+        if backend == "reference":
+            return reference.similarity_kl_loss(
+                student, teacher, temperature=temperature, kl_temperature=kl_temperature
+            )
+        batch, width = student.shape[0], max(student.shape[1], teacher.shape[1])
+        # Columns of zeros change no similarity.
+        nodes = torch.stack(
+            [pad(x, (0, width - x.shape[1])) for x in (student, teacher.detach())]
+        )
+        pairs = nodes.new_zeros(2, 2, batch, dtype=statistics_dtype(nodes))
+        weights = pairs.clone()
+        weights[0, 1] = 1.0 / batch
+        return _objective(
+            nodes,
+            (0, 1),
+            torch.zeros(batch, dtype=torch.long, device=nodes.device),
+            (pairs[0], weights, pairs, pairs),
+            temperature,
+            kl_temperature,
+            ops.SOFT_VCL,
+            backend,
+        )[0]

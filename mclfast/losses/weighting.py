@@ -1,0 +1,126 @@
+"""From rows to terms: the weights of anchors and pairs of nodes, and the sums over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mclfast._base.tensors import statistics_dtype
+from mclfast.losses.results import BankMCLRows, MCLObjective, MCLRows, MCLTerms
+from mclfast.ops import in_batch as ops
+
+
+def mcl_terms(rows: MCLRows) -> MCLTerms:
+    """MCL: every term is the batch mean of its rows, summed over networks and ordered pairs."""
+    return MCLTerms(*(term.mean(-1).sum() for term in rows[:4]))
+
+
+def node_networks(networks: Sequence[int], device: torch.device) -> Tensor:
+    """The network of each node, int64 [N], filled in on the device: a copy would wait for it."""
+    runs: list[list[int]] = []
+    for network in networks:
+        if runs and runs[-1][0] == network:
+            runs[-1][1] += 1
+        else:
+            runs.append([network, 1])
+    return torch.cat([torch.full((count,), number, device=device) for number, count in runs])
+
+
+def between_networks(networks: Sequence[int], like: Tensor) -> Tensor:
+    """[N, N] bool, whether the two nodes belong to different networks."""
+    index = node_networks(networks, like.device)
+    return index[:, None] != index[None, :]
+
+
+def both_directions(pair_weights: Tensor | None, networks: Sequence[int], like: Tensor) -> Tensor:
+    """w_ab + w_ba [N, N, B], zero inside a network; ``like`` [N, B, ...] gives size and dtype."""
+    if pair_weights is None:
+        pair_weights = like.new_ones((), dtype=statistics_dtype(like)).expand(
+            len(networks), len(networks), like.shape[1]
+        )
+    weights = pair_weights.to(statistics_dtype(like))
+    between = between_networks(networks, like)[..., None]
+    return torch.where(between, weights + weights.transpose(0, 1), 0.0)
+
+
+def layerwise_mcl_terms(
+    rows: MCLRows, networks: Sequence[int], pair_weights: Tensor | None
+) -> MCLTerms:
+    """Layer-wise MCL: rows weighted by w_ab + w_ba, summed over ordered pairs, divided by B.
+
+    The published loop visits every ordered pair and adds both directions each time, so a direction
+    [a, b] is counted with w_ab and again with w_ba (arXiv 2207.11518, section 3.3). A node's own
+    row (vcl) gets the weights of all the pairs it takes part in.
+
+    Args:
+        pair_weights: [N, N, B], or None for ones; entries inside one network are not used.
+    """
+    both = both_directions(pair_weights, networks, rows.vcl)
+    batch = rows.vcl.shape[-1]
+    return MCLTerms(
+        vcl=(both.sum(1) * rows.vcl).sum() / batch,
+        soft_vcl=(both * rows.soft_vcl).sum() / batch,
+        icl=(both * rows.icl).sum() / batch,
+        soft_icl=(both * rows.soft_icl).sum() / batch,
+    )
+
+
+def bank_mcl_terms(rows: BankMCLRows) -> MCLTerms:
+    """MCL: every term is the batch mean of its rows, summed over networks and ordered pairs."""
+    return MCLTerms(*(term.mean(-1).sum() for term in rows))
+
+
+def bank_row_weights(
+    pair_weights: Tensor | None, networks: Sequence[int], num_banks: int, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the rows in the layer-wise terms, for pair weights w [N, N, B] or None for ones.
+
+    Every ordered pair of nodes adds the rows of both its directions with its weight, so with
+    u = w + w^T (zero inside a network): ``vcl[a]`` gets the sum of ``u[a]``, the soft terms [a, b]
+    get ``u[a, b]`` and ``icl[m, e]`` gets the sum of ``u[f, e]`` over the nodes f of network m.
+
+    Args:
+        like: [N, B, ...], gives the batch size, dtype and device.
+
+    Returns:
+        For vcl [N, B], for the soft terms [N, N, B], for icl [M, N, B].
+    """
+    both = both_directions(pair_weights, networks, like)
+    index = node_networks(networks, both.device)
+    per_bank = both.new_zeros(num_banks, *both.shape[1:]).index_add(0, index, both)
+    return both.sum(1), both, per_bank
+
+
+def layerwise_bank_mcl_terms(
+    rows: BankMCLRows, networks: Sequence[int], pair_weights: Tensor | None
+) -> MCLTerms:
+    """Layer-wise MCL: rows weighted by :func:`bank_row_weights`, added up, divided by B."""
+    lone, pairs, per_bank = bank_row_weights(pair_weights, networks, rows.icl.shape[0], rows.vcl)
+    batch = rows.vcl.shape[-1]
+    return MCLTerms(
+        vcl=(lone * rows.vcl).sum() / batch,
+        soft_vcl=(pairs * rows.soft_vcl).sum() / batch,
+        icl=(per_bank * rows.icl).sum() / batch,
+        soft_icl=(pairs * rows.soft_icl).sum() / batch,
+    )
+
+
+def scaled(row_weights: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
+    """The weights of each family times its coefficient."""
+    return [w if c == 1 else c * w for c, w in zip(coefficients, row_weights, strict=True)]
+
+
+def plain_objective(
+    row_weights: Sequence[Tensor], rows: Sequence[Tensor], coefficients: Sequence[float]
+) -> MCLObjective:
+    """The objective from differentiable rows."""
+    terms = weighted_sums(row_weights, rows)
+    detached = MCLTerms(*(term.detach() for term in terms))
+    return MCLObjective(terms.weighted_sum(*coefficients), detached)
+
+
+def weighted_sums(row_weights: Sequence[Tensor], rows: Sequence[Tensor]) -> MCLTerms:
+    """The terms as sums of weights times rows."""
+    return MCLTerms(*(ops.weighted_sum(w, r) for w, r in zip(row_weights, rows, strict=True)))

@@ -1,0 +1,260 @@
+"""The memory-bank losses as torch.library operators; see ``in_batch.py`` for what they have in common.
+
+An operator gathers each bank row it needs once or twice and keeps statistics of [M, N, B], never
+the gathered rows. Index tensors may have any row stride, so that one set of negatives for the whole
+batch is passed as an expanded view. Banks get no gradient; they must not be updated between an
+operator and its backward, which autograd checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mclfast._base.tensors import statistics_dtype
+from mclfast.ops.in_batch import (
+    fused_objective,
+    gradient_of_fused,
+    implementation,
+    like,
+    passed_on,
+    with_statistics,
+)
+
+_KEYS = "Tensor banks, Tensor pos_idx, Tensor neg_idx"
+_SETTINGS = "int[] networks, float temperature, float kl_temperature, int families, str backend"
+_COTANGENTS = "Tensor g_vcl, Tensor g_soft_vcl, Tensor g_icl, Tensor g_soft_icl"
+
+
+def _row_shapes(nodes: Tensor, banks: Tensor) -> list[Tensor]:
+    """Empty tensors like vcl, soft_vcl, icl, soft_icl, lse, kl_lse."""
+    (count, batch), dtype = nodes.shape[:2], statistics_dtype(nodes)
+    pair, per_bank = (count, count, batch), (banks.shape[0], count, batch)
+    shapes = ((count, batch), pair, per_bank, pair, per_bank, per_bank)
+    return [nodes.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+#: (nodes [N, B, D], banks [M, n, D], pos_idx [B, 1 + P], neg_idx [B, K], ...) -> vcl [N, B],
+#: soft_vcl [N, N, B], icl [M, N, B], soft_icl [N, N, B], and the statistics lse, kl_lse [M, N, B],
+#: which are not differentiable.
+bank_mcl_rows = torch.library.custom_op(
+    "mclfast::bank_mcl_rows",
+    passed_on("bank_mcl_forward"),
+    mutates_args=(),
+    schema=f"(Tensor nodes, {_KEYS}, {_SETTINGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@bank_mcl_rows.register_fake
+def _(nodes: Tensor, banks: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(_row_shapes(nodes, banks))
+
+
+def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[4:])
+    ctx.save_for_backward(*inputs[:4], *output[4:])
+    ctx.settings = inputs[4:]
+
+
+def _rows_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    grad = bank_mcl_rows_backward(*grads[:4], *ctx.saved_tensors, *ctx.settings)
+    return grad, *(None,) * 8
+
+
+bank_mcl_rows.register_autograd(_rows_backward, setup_context=_rows_context)
+
+
+def _single(name: str) -> Any:
+    """The implementation ``name`` of the backend that the last argument names."""
+
+    def call(*arguments: Any) -> Tensor:
+        *values, backend = arguments
+        found: Tensor = implementation(backend, name)(*values)
+        return found
+
+    return call
+
+
+#: (four cotangents, nodes, banks, indices, statistics, ...) -> gradient [N, B, D] in the dtype of
+#: nodes.
+bank_mcl_rows_backward = torch.library.custom_op(
+    "mclfast::bank_mcl_rows_backward",
+    with_statistics("bank_mcl_backward", 8),
+    mutates_args=(),
+    schema=f"({_COTANGENTS}, Tensor nodes, {_KEYS}, Tensor lse, Tensor kl_lse, {_SETTINGS})"
+    " -> Tensor",
+)
+
+
+@bank_mcl_rows_backward.register_fake
+def _(*inputs: Any) -> Tensor:
+    return like(inputs[4])
+
+
+def _rows_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.settings = inputs[10:]
+
+
+def _rows_double_backward(ctx: Any, v_nodes: Tensor) -> tuple[Any, ...]:
+    h_nodes, *h_cotangents = bank_mcl_rows_double_backward(
+        v_nodes, *ctx.saved_tensors, *ctx.settings
+    )
+    return *h_cotangents, h_nodes, *(None,) * 10
+
+
+bank_mcl_rows_backward.register_autograd(
+    _rows_double_backward, setup_context=_rows_backward_context
+)
+
+
+#: (v [N, B, D], four cotangents, nodes, ...) -> gradient of <v, backward(cotangents, nodes)> for
+#: nodes and the four cotangents.
+bank_mcl_rows_double_backward = torch.library.custom_op(
+    "mclfast::bank_mcl_rows_double_backward",
+    with_statistics("bank_mcl_double_backward", 9),
+    mutates_args=(),
+    schema=f"(Tensor v_nodes, {_COTANGENTS}, Tensor nodes, {_KEYS}, Tensor lse, Tensor kl_lse, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@bank_mcl_rows_double_backward.register_fake
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    nodes, banks = inputs[5:7]
+    return like(nodes), *_row_shapes(nodes, banks)[:4]
+
+
+#: (four row weights, nodes, banks, indices, ...) -> loss = sum of weights times rows, the rows,
+#: lse, kl_lse and the gradient of the loss for nodes. The loss is differentiable for nodes, twice;
+#: the weights get no gradient and the rows give none.
+bank_mcl_objective = torch.library.custom_op(
+    "mclfast::bank_mcl_objective",
+    fused_objective("bank_mcl_fused"),
+    mutates_args=(),
+    schema=f"({_COTANGENTS}, Tensor nodes, {_KEYS}, {_SETTINGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@bank_mcl_objective.register_fake
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    nodes, banks = inputs[4:6]
+    loss = nodes.new_empty((), dtype=statistics_dtype(nodes))
+    return loss, *_row_shapes(nodes, banks), like(nodes)
+
+
+def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:7])
+    ctx.save_for_backward(*inputs[:8], *output[5:8])
+    ctx.settings = inputs[8:]
+
+
+def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """The gradient of the loss is an output already; that output's own gradient is second order."""
+    *inputs, grad_nodes = ctx.saved_tensors
+
+    def second(v_nodes: Tensor) -> Tensor:
+        return bank_mcl_rows_double_backward(v_nodes, *inputs, *ctx.settings)[0]
+
+    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second)
+    return *(None,) * 4, total, *(None,) * 8
+
+
+bank_mcl_objective.register_autograd(_objective_backward, setup_context=_objective_context)
+
+
+#: (nodes [M, B, D], banks [M, n, D], pos_idx [B, 1], neg_idx [B, K], ...) -> log-sum-exp over the
+#: keys of anchor j's logits with bank i, [M, M, B]; 0 on the diagonal, not differentiable.
+bank_nce_lse = torch.library.custom_op(
+    "mclfast::bank_nce_lse",
+    _single("bank_nce_lse"),
+    mutates_args=(),
+    schema=f"(Tensor nodes, {_KEYS}, float temperature, str backend) -> Tensor",
+)
+
+
+@bank_nce_lse.register_fake
+def _(nodes: Tensor, banks: Tensor, *rest: Any) -> Tensor:
+    return _row_shapes(nodes, banks)[4]
+
+
+_NCE = f"Tensor nodes, {_KEYS}, Tensor log_normalizer, float temperature, float eps, str backend"
+
+
+def _bank_nce(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *values, backend = arguments
+    rows, grad = implementation(backend, "bank_nce_fused")(*values)
+    return rows.sum() / rows.shape[-1], grad
+
+
+#: (nodes, banks, indices, log_normalizer [M, M], ...) -> the loss, differentiable for nodes, twice,
+#: and its gradient.
+bank_nce = torch.library.custom_op(
+    "mclfast::bank_nce",
+    _bank_nce,
+    mutates_args=(),
+    schema=f"({_NCE}) -> (Tensor, Tensor)",
+)
+
+
+@bank_nce.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    nodes = inputs[0]
+    return nodes.new_empty((), dtype=statistics_dtype(nodes)), like(nodes)
+
+
+def _nce_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.settings = inputs[5:]
+
+
+def _nce_backward(ctx: Any, g_loss: Tensor | None, v_nodes: Tensor | None) -> tuple[Any, ...]:
+    *inputs, grad_nodes = ctx.saved_tensors
+
+    def second(v: Tensor) -> Tensor:
+        return bank_nce_double_backward(v, *inputs, *ctx.settings)
+
+    return gradient_of_fused(g_loss, grad_nodes, v_nodes, second), *(None,) * 7
+
+
+bank_nce.register_autograd(_nce_backward, setup_context=_nce_context)
+
+
+#: (v [M, B, D], ...) -> gradient of <v, gradient of the loss> for nodes.
+bank_nce_double_backward = torch.library.custom_op(
+    "mclfast::bank_nce_double_backward",
+    _single("bank_nce_double_backward"),
+    mutates_args=(),
+    schema=f"(Tensor v_nodes, {_NCE}) -> Tensor",
+)
+
+
+@bank_nce_double_backward.register_fake
+def _(*inputs: Any) -> Tensor:
+    return like(inputs[1])
+
+
+def _bank_update(
+    banks: Tensor, index: Tensor, embeddings: Tensor, momentum: float, backend: str
+) -> None:
+    implementation(backend, "bank_update_")(banks, index, embeddings, momentum)
+
+
+#: (banks [M, n, D], index [B], embeddings [M, B, D], ...): banks are changed in place.
+bank_update = torch.library.custom_op(
+    "mclfast::bank_update",
+    _bank_update,
+    mutates_args=("banks",),
+    schema="(Tensor(a!) banks, Tensor index, Tensor embeddings, float momentum, str backend) -> ()",
+)
+
+
+@bank_update.register_fake
+def _(*inputs: Any) -> None:
+    return None

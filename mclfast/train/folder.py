@@ -1,0 +1,114 @@
+"""The folder of a run: which files lie in it, who writes them when, and reading them back.
+
+Beside them, ``peer0``, ``peer1``, ... are exported backbones, see :mod:`mclfast.train.export`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mclfast import env
+from mclfast._base.files import read_json, read_yaml, write_json, write_text
+from mclfast.train import checkpoint, plots
+from mclfast.train import history as metrics
+from mclfast.train.export import DESCRIPTION, WEIGHTS
+from mclfast.train.history import RunResult
+
+#: Written before the first epoch.
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+#: Written after every epoch.
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.csv"
+#: Written after the last epoch.
+RESULT, CURVES = "result.json", "curves.png"
+
+
+def write_start(folder: Path, settings: Mapping[str, Any], memory: Mapping[str, str]) -> None:
+    """Writes what is known before the first step: settings and environment."""
+    import yaml
+
+    write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+    write_json(folder / ENVIRONMENT, env.report_dict() | {"memory": memory})
+
+
+def write_epoch(
+    folder: Path, history: Sequence[Mapping[str, float]], state: dict[str, Any]
+) -> None:
+    """Writes the records of all epochs so far, then the checkpoint."""
+    metrics.write_csv(folder / METRICS, history)
+    checkpoint.save(folder / CHECKPOINT, state)
+
+
+def write_result(folder: Path, result: RunResult, names: Sequence[str], title: str) -> None:
+    """Writes what a finished run reached, and draws its curves.
+
+    Args:
+        folder: of the run.
+        result: of its last epoch.
+        names: of the peers.
+        title: heading of the curves.
+    """
+    write_json(
+        folder / RESULT,
+        {
+            "peers": result.peers,
+            "ensemble": result.ensemble,
+            "published_protocol": result.published_protocol,
+            "seconds": round(result.seconds, 2),
+        },
+    )
+    plots.run_curves(result.history, names, folder / CURVES, title)
+
+
+def read_settings(folder: Path, argument: str) -> dict[str, Any]:
+    """The settings of the run in a folder.
+
+    Args:
+        folder: of the run.
+        argument: what the folder was given as, for errors.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: its settings cannot be read.
+    """
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{argument}: expected a run with {CONFIG} in {folder}")
+    return read_yaml(folder / CONFIG, argument)
+
+
+def read_result(folder: Path) -> RunResult:
+    """What the finished run in a folder reached.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged.
+    """
+    values = read_json(folder / RESULT, "run")
+    return RunResult(
+        peers=tuple(values["peers"]),
+        ensemble=values["ensemble"],
+        published_protocol=values["published_protocol"],
+        seconds=values["seconds"],
+        history=metrics.read_csv(folder / METRICS),
+    )
+
+
+def refuse_old_run(folder: Path) -> None:
+    """Raises ValueError where there is a run in a folder that a new one is to be written into."""
+    if (folder / CONFIG).exists():
+        finished = (folder / RESULT).exists()
+        remedy = "" if finished else f"--resume {folder}, "
+        raise ValueError(
+            f"run_dir: expected a new folder, got {folder} with "
+            f"{'a finished' if finished else 'an unfinished'} run; use {remedy}--overwrite or "
+            "another --run-dir"
+        )
+
+
+def remove_old_run(folder: Path) -> None:
+    """Removes what a run writes, so that a new one does not mix with it."""
+    for name in (CHECKPOINT, RESULT, CURVES, METRICS, CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    for name in (DESCRIPTION, WEIGHTS):
+        for path in folder.glob(f"peer*/{name}"):
+            path.unlink()

@@ -1,0 +1,95 @@
+"""What a run has reached: one record per epoch, kept as ``metrics.csv``, and its result."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mclfast._base.files import write_text
+
+if TYPE_CHECKING:
+    from mclfast.train.evaluation import CohortAccuracy
+
+
+def accuracies(
+    found: CohortAccuracy | None, history: Sequence[Mapping[str, float]], peers: int
+) -> dict[str, float]:
+    """The accuracies of an epoch's record, in percent.
+
+    Args:
+        found: those of the epoch; None where it was not evaluated, which gives NaN.
+        history: the records before it.
+        peers: number of networks.
+    """
+    best = [row["acc_best_head_so_far"] for row in history[-1:]]
+    if found is None:
+        names = [*(f"acc_peer{i}" for i in range(peers)), "acc_mean", "acc_ensemble"]
+        return dict.fromkeys(names, math.nan) | {"acc_best_head_so_far": max(best, default=0.0)}
+    return {
+        **{f"acc_peer{i}": accuracy for i, accuracy in enumerate(found.peers)},
+        "acc_mean": sum(found.peers) / len(found.peers),
+        "acc_ensemble": found.ensemble,
+        "acc_best_head_so_far": max([found.best_head, *best]),
+    }
+
+
+def evaluated(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The records of the epochs that were evaluated."""
+    return [row for row in history if not math.isnan(row["acc_mean"])]
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Writes all rows anew.
+
+    A run writes them before the checkpoint of the same epoch: one that is killed between the two
+    leaves a row too many, which the resumed run writes over.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """Reads what :func:`write_csv` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run reached.
+
+    Attributes:
+        peers: final test accuracy in percent of each peer's own classifier, at the last epoch.
+        ensemble: of the mean of the peers' logits, at the last epoch.
+        published_protocol: best accuracy of any classifier of any peer at any evaluated epoch on
+            the test set, as the published code reports it. It selects on the test set: for
+            comparison only.
+        seconds: training and evaluation time, over all resumed parts.
+        history: one record per epoch.
+    """
+
+    peers: tuple[float, ...]
+    ensemble: float
+    published_protocol: float
+    seconds: float
+    history: list[dict[str, float]]
+
+
+def result_of(history: list[dict[str, float]], peers: int) -> RunResult:
+    """The result of a run of that many peers, from its records."""
+    row = history[-1]
+    return RunResult(
+        peers=tuple(row[f"acc_peer{i}"] for i in range(peers)),
+        ensemble=row["acc_ensemble"],
+        published_protocol=row["acc_best_head_so_far"],
+        seconds=row["seconds"],
+        history=history,
+    )

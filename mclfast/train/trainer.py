@@ -1,0 +1,446 @@
+"""The training loop, in the order things happen.
+
+    config = TrainConfig.from_values({"method": "lmcl", "data": "digits"})
+    result = train(config, "runs/mine")          # build, train, evaluate, checkpoint, export
+
+or with your own parts: ``Trainer(cohort, method, data, config, run_dir).fit()``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mclfast._base.machine import select_device
+from mclfast._base.modules import evaluation_mode
+from mclfast._base.tensors import all_finite
+from mclfast.bilevel.gradient import bilevel_gradient
+from mclfast.cohort.average import frozen_copy, update_average
+from mclfast.cohort.cohort import Cohort
+from mclfast.cohort.functions import networks_for
+from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, detached
+from mclfast.config import TrainConfig, learning_rate
+from mclfast.data.dataset import Dataset
+from mclfast.data.feed import TrainingFeed
+from mclfast.data.subsets import hold_out
+from mclfast.execution import layout, modes
+from mclfast.execution.batch_parts import forward_in_parts, shuffled_order
+from mclfast.execution.cuda_graphs import Gradients, GraphedStep, check_graphs
+from mclfast.execution.offload import PeerOffload, check_method
+from mclfast.execution.parts import make_sampler, make_sgd
+from mclfast.methods import Method
+from mclfast.models.staged import class_name
+from mclfast.train import checkpoint
+from mclfast.train import folder as run_folder
+from mclfast.train import history as metrics
+from mclfast.train import state as run_state
+from mclfast.train.class_means import class_mean_images, set_class_means
+from mclfast.train.evaluation import CohortAccuracy, cohort_accuracy, peer_logits
+from mclfast.train.export import describe, export_backbone
+from mclfast.train.history import RunResult, result_of
+from mclfast.train.progress import progress_bar
+from mclfast.train.state import EpochSoFar, Identity, Parts, Place, data_facts
+
+
+class Trainer:
+    """Trains a cohort with a method; knows neither networks nor methods by name.
+
+    Args:
+        cohort: the peers.
+        method: says the loss; moved to the device with the cohort.
+        data: images and labels.
+        config: settings of the loop; its ``cohort`` and ``data`` are names that :func:`build`
+            reads, and are not used here.
+        run_dir: folder for checkpoint, metrics, curves, result and exported backbones; a
+            checkpoint found in it is resumed. None writes nothing.
+        network_names: names in ``mclfast.models`` that the networks were built from. None for
+            networks and data of your own: the command line cannot build those again, so their
+            exports are for :func:`torch.nn.Module.load_state_dict`.
+
+    Raises:
+        ValueError: settings that cannot work on this data, or a checkpoint of other settings or
+            other data.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        method: Method,
+        data: Dataset,
+        config: TrainConfig,
+        run_dir: Path | str | None = None,
+        *,
+        network_names: Sequence[str] | None = None,
+    ) -> None:
+        if cohort.num_classes != data.num_classes:
+            raise ValueError(
+                f"cohort: expected {data.num_classes} classes as the data has, "
+                f"got {cohort.num_classes}"
+            )
+        if config.sampler == "balanced" and not method.supervised:
+            raise ValueError(
+                f"sampler: expected shuffle for method {config.method}, which uses no labels, "
+                "got balanced"
+            )
+
+        self.config = config
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.device = select_device(config.device)
+        self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
+        self.cohort = cohort
+        if config.offload == "peers":
+            check_method(method)
+            PeerOffload(cohort, self.device)
+        else:
+            cohort.to(self.device)
+        layout.arrange(self.cohort, config, self.device)
+
+        self.method = method
+        self.method.check_device(self.device)
+        self.method.prepare(
+            Setup(
+                self.data.train.labels,
+                self.data.num_classes,
+                self.cohort.projection_dim,
+                self._example(),
+                config.seed,
+                config.batch_size,
+            )
+        )
+        self.method.to(self.device)
+        self.average = frozen_copy(self.cohort) if method.teacher else None
+        if self.average is not None:
+            self.average.train(method.teacher_mode == "train")
+        self.mean_images = None if method.supervised else class_mean_images(self.data)
+
+        #: Where the weights come from, where not from the seed; kept with the settings, so that no
+        #: run of other weights goes on with this one.
+        self.origin: dict[str, str] = {}
+        self.own_parts = network_names is None
+        self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
+
+        self.sampler = make_sampler(config, self.data.train, self.data.num_classes)
+        self.feed = TrainingFeed(
+            self.data,
+            device=self.device,
+            seed=config.seed,
+            augmented=config.augment,
+            views=method.view_count(len(self.cohort.peers)),
+            contrastive=method.augmentation(),
+        )
+
+        self.history: list[dict[str, float]] = []
+        self.step = 0
+        self._so_far = EpochSoFar()
+        self._started = 0.0
+
+        meta = self.method.meta_parameters()
+        groups = [{"params": list(self.cohort.parameters())}, *self.method.parameter_groups()]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = make_sgd(config, groups)
+        self.meta_optimizer = make_sgd(config, meta) if meta else None
+        # Only fp16 underflows: with the scaler off, its methods do nothing.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+
+        self.compute: Gradients = self._gradients
+        self.memory, self.memory_reason = modes.resolve(config, self)
+        self.runner = modes.runner(self)
+        layout.check_memory(config, self.memory)
+        if config.cuda_graphs:
+            check_graphs(config, self.method, self.memory, self.device)
+            modules = [self.cohort, self.method]
+            self.compute = GraphedStep(self._gradients, self.parameters, modules, self.device)
+
+    @torch.no_grad()
+    def _example(self) -> PeerOutputs:
+        """Outputs for two blank images."""
+        with evaluation_mode(self.cohort):
+            outputs: PeerOutputs = self.cohort(
+                torch.zeros(2, *self.data.train.image_shape, device=self.device)
+            )
+        return outputs
+
+    def fit(self, *, progress: bool = True, stop_after: int | None = None) -> RunResult:
+        """Trains to the last epoch, from the checkpoint in ``run_dir`` if there is one.
+
+        Args:
+            progress: show a progress bar with the time left.
+            stop_after: leave after this many epochs of this call, as an interruption would.
+
+        Raises:
+            FloatingPointError: the loss became infinite or NaN; the last checkpoint stays.
+        """
+        if self.run_dir is not None:
+            self._resume_or_start(self.run_dir)
+        if stop_after is not None and stop_after < 1:
+            raise ValueError(f"stop_after: expected an integer >= 1 or None, got {stop_after!r}")
+        first = len(self.history)
+        last = self.config.epochs if stop_after is None else first + stop_after
+        bar = progress_bar(
+            f"{self.config.method} seed {self.config.seed}",
+            steps=self.config.epochs * len(self.sampler),
+            done=self.step,
+            shown=progress,
+        )
+        try:
+            for epoch in range(first, min(last, self.config.epochs)):
+                self._started = time.perf_counter() - self._so_far.seconds
+                record = self._train_epoch(epoch, bar)
+                record |= metrics.accuracies(
+                    self._evaluate() if self._is_evaluated(epoch) else None,
+                    self.history,
+                    len(self.cohort.peers),
+                )
+                before = self.history[-1]["seconds"] if self.history else 0.0
+                record["seconds"] = before + time.perf_counter() - self._started
+                self.history.append(record)
+                self._so_far = EpochSoFar()
+                tested = metrics.evaluated(self.history)[-1:]
+                bar.set_postfix_str(
+                    f"loss {record['train_loss']:.3g}"
+                    + "".join(f", test {row['acc_mean']:.1f} %" for row in tested)
+                )
+                if self.run_dir is not None:
+                    run_folder.write_epoch(self.run_dir, self.history, self.state())
+        finally:
+            bar.close()
+        result = result_of(self.history, len(self.cohort.peers))
+        if self.run_dir is not None and len(self.history) == self.config.epochs:
+            self._finish(self.run_dir, result)
+        return result
+
+    def _resume_or_start(self, run_dir: Path) -> None:
+        path = run_dir / run_folder.CHECKPOINT
+        if path.exists():
+            # In host memory: beside the modules, a second copy of the banks may not fit the GPU.
+            self.load_state(checkpoint.load(path))
+            return
+        memory = {"mode": self.memory, "reason": self.memory_reason}
+        run_folder.write_start(run_dir, self._identity().settings, memory)
+
+    def _train_epoch(self, epoch: int, bar: Any) -> dict[str, float]:
+        c = self.config
+        lr = learning_rate(c, epoch)
+        for optimizer in (self.optimizer, self.meta_optimizer):
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = lr
+        self.cohort.train()
+        self.method.train()
+        totals = self._so_far.totals
+        done = self.step - epoch * len(self.sampler)
+        if done == 0:
+            self._tell_held_out()
+        rows = self.sampler.epoch(epoch)
+        for images, labels, index in self.feed.batches(rows[done:], first_step=self.step):
+            batch = Batch(labels, index, self.step, epoch)
+            parts = self.train_step(images, batch)
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+            if self.meta_optimizer and c.bilevel_every and self.step % c.bilevel_every == 0:
+                self.bilevel_step(images, batch, lr)
+            self.step += 1
+            done += 1
+            bar.update()
+            if c.checkpoint_every and self.step % c.checkpoint_every == 0 and done < len(rows):
+                self._save_within_epoch(done)
+        # Nothing before this in an epoch waits for the device, but for checkpoints within it.
+        means = {f"train_{k}": float(v) / len(rows) for k, v in totals.items()}
+        self._check_finite(means["train_loss"])
+        return {
+            "epoch": epoch + 1, "step": self.step, "lr": lr, **means, **self.feed.throughput()
+        }  # fmt: skip
+
+    def _tell_held_out(self) -> None:
+        if self.held_out is None:
+            self.method.before_epoch(None, None)
+            return
+        size = self.config.eval_batch_size
+        logits = peer_logits(self.cohort, self.held_out, self.data, batch_size=size)
+        self.method.before_epoch(logits, self.held_out.labels)
+
+    def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
+        outputs, parts = self.compute(images, batch)
+        if self.config.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None and self.method.teacher_mode == "eval":
+            update_average(self.average, self.cohort, self.method.teacher_decay(batch.step))
+        self.method.after_step(outputs, batch)
+        return parts
+
+    def _gradients(
+        self, images: Tensor | list[Tensor], batch: Batch
+    ) -> tuple[PeerOutputs, dict[str, Tensor]]:
+        """Outputs and loss parts; the gradients are in ``.grad`` afterwards."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            outputs = self._outputs(images, batch)
+            parts = self.method.loss(outputs, batch)
+        self.scaler.scale(parts["loss"]).backward()
+        self.runner.backward(outputs)
+        return detached(outputs), parts
+
+    def _outputs(self, images: Tensor | list[Tensor], batch: Batch) -> PeerOutputs:
+        """Those of the peers, and those of their moving average where there is one."""
+        method = self.method
+        own, others = images if method.views == "query_key" else (images, images)
+        outputs = self.runner.forward(own)
+        if self.average is None:
+            return outputs
+        order = None
+        if method.teacher_mode == "train":
+            decay = method.teacher_decay(batch.step)
+            update_average(self.average, self.cohort, decay, buffers=False)
+            order = shuffled_order(
+                len(batch.index), seed=self.config.seed, step=batch.step, device=self.device
+            )
+        with torch.no_grad():
+            teacher = forward_in_parts(self.average, others, method.batch_parts(), order)
+        return outputs._replace(teacher=teacher)
+
+    def bilevel_step(self, images: Tensor | list[Tensor], batch: Batch, lr: float) -> None:
+        """One SGD step of the method's meta parameters along the exact bilevel gradient.
+
+        Networks, their buffers and the ordinary optimiser stay as they are. In fp16 it runs in
+        fp32: its second-order gradients are not scaled against underflow. Where the memory mode is
+        not the ordinary one, activations of one peer live at a time.
+        """
+        assert self.meta_optimizer is not None
+        c = self.config
+        inner, outer = self.method.inner_loss, self.method.outer_loss
+        meta = self.method.meta_parameters()
+        # Checkpointing would not reach into forward mode: one peer at a time saves as much.
+        alone = self.memory in ("sequential", "checkpoint")
+        network, whole = networks_for(self.cohort, images, one_at_a_time=alone)
+        autocast = nullcontext() if c.amp == "fp16" else self.autocast()
+        with layout.plain_calls(self.cohort), autocast:
+            result = bilevel_gradient(
+                lambda outputs: inner(whole(outputs), batch),
+                lambda outputs: outer(whole(outputs), batch),
+                dict(self.cohort.named_parameters()),
+                meta,
+                network=network,
+                inner_steps=c.inner_steps,
+                outer_steps=c.outer_steps,
+                lr=lr,
+                momentum=c.momentum,
+                weight_decay=c.weight_decay,
+            )
+        for parameter, grad in zip(meta, result.grads, strict=True):
+            parameter.grad = grad
+        self.meta_optimizer.step()
+        self.meta_optimizer.zero_grad(set_to_none=True)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that forward runs and losses are computed in: mixed precision if set."""
+        if self.config.amp == "off":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.config.amp == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+    def _save_within_epoch(self, done: int) -> None:
+        if self.run_dir is None:
+            return
+        self._check_finite(float(self._so_far.totals["loss"]) / done)
+        self._so_far.seconds = time.perf_counter() - self._started
+        checkpoint.save(self.run_dir / run_folder.CHECKPOINT, self.state())
+
+    def _check_finite(self, loss: float) -> None:
+        """Raises before weights that are not finite get into a checkpoint."""
+        self._wait()
+        # The last step shows in no loss yet.
+        tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
+        if not (math.isfinite(loss) and all_finite(tensors, self.device)):
+            epoch = len(self.history)
+            raise FloatingPointError(
+                f"lr: expected a finite loss and weights, got loss {loss} in epoch {epoch + 1}; "
+                "try a smaller learning rate or clip_grad_norm "
+                f"(lr was {learning_rate(self.config, epoch):.3g})"
+            )
+
+    def _wait(self) -> None:
+        """Until the device has written what it writes to host memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _is_evaluated(self, epoch: int) -> bool:
+        return (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
+
+    def _evaluate(self) -> CohortAccuracy:
+        self.method.eval()
+        if self.mean_images is not None:
+            size = self.config.eval_batch_size
+            set_class_means(self.cohort, self.mean_images, self.data, batch_size=size)
+        return self._accuracy()
+
+    def _accuracy(self) -> CohortAccuracy:
+        return cohort_accuracy(
+            self.cohort,
+            self.data,
+            batch_size=self.config.eval_batch_size,
+            ensemble=self.method.ensemble,
+        )
+
+    def _finish(self, run_dir: Path, result: RunResult) -> None:
+        title = f"{self.config.method} on {self.data.name}, seed {self.config.seed}"
+        run_folder.write_result(run_dir, result, self.names, title)
+        for i in range(len(self.cohort.peers)):
+            self.export(i, run_dir / f"peer{i}")
+
+    def export(self, peer: int, folder: Path) -> Path:
+        """Writes one peer's bare backbone, see :func:`mclfast.train.export.export_backbone`."""
+        self._wait()
+        backbone = self.cohort.peers[peer].backbone
+        tested = metrics.evaluated(self.history[-1:])
+        description = describe(
+            backbone,
+            self.data,
+            self.config,
+            own_parts=self.own_parts,
+            epochs=len(self.history),
+            accuracy=tested[-1][f"acc_peer{peer}"] if tested else None,
+        )
+        network = None if self.own_parts else self.names[peer]
+        return export_backbone(backbone, folder, network=network, description=description)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training changes, as tensors and plain values."""
+        self._wait()
+        place = Place(self.step, self._so_far, self.history)
+        return run_state.gather(self._identity(), self._stateful(), place)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from what :meth:`state` gave.
+
+        Raises:
+            ValueError: the state is of other settings, other data or other networks.
+        """
+        self._wait()
+        place = run_state.restore(state, self._identity(), self._stateful(), self.device)
+        self.step, self._so_far, self.history = place
+
+    def _stateful(self) -> Parts:
+        """What holds the tensors of the run."""
+        return {
+            "cohort": self.cohort,
+            "method": self.method,
+            "optimizer": self.optimizer,
+            "meta_optimizer": self.meta_optimizer,
+            "own_optimizers": self.method.own_optimizers(),
+            "average": self.average,
+            "scaler": self.scaler,
+        }
+
+    def _identity(self) -> Identity:
+        names = {"cohort": list(self.names), "data": self.data.name}
+        return Identity(self.config.to_values() | names | self.origin, data_facts(self.data))

@@ -1,0 +1,1 @@
+"""What several tests share: inputs, reference forms, checks."""

@@ -1,0 +1,227 @@
+"""Checkpoints: whole or absent, refused when damaged, foreign or of other settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mclfast._base import files
+from mclfast._base.random import rng_state, set_rng_state
+from mclfast.config import TrainConfig
+from mclfast.train import checkpoint
+from mclfast.train.builder import build
+from mclfast.train.trainer import Trainer
+
+STATE = {"step": 3, "weights": torch.arange(6.0).view(2, 3), "history": [{"loss": 0.5}]}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Creates:
+    """A pickle of this runs code that makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def trainer(**values: Any) -> Trainer:
+    small: dict[str, Any] = {
+        "method": "lmcl", "cohort": "resnet8", "data": "digits-full", "train_per_class": 2,
+        "batch_size": 20, "images_per_class": 2, "projection_dim": 4, "device": "cpu",
+        "lr": 0.1, "seed": 0, "epochs": 60, "temperature": 0.1, "amp": "off",
+    }  # fmt: skip
+    if values.get("method") == "baseline":
+        del small["temperature"]
+    return build(TrainConfig.from_values(small | values))
+
+
+def message(error: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_round_trip(tmp_path):
+    checkpoint.save(tmp_path / "new" / "c.pt", STATE)
+    found = checkpoint.load(tmp_path / "new" / "c.pt")
+    assert torch.equal(found.pop("weights"), STATE["weights"])
+    assert found == {"format": checkpoint.FORMAT, "step": 3, "history": [{"loss": 0.5}]}
+
+
+def test_an_error_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, STATE)
+    before = path.read_bytes()
+    real = torch.save
+
+    def broken(value: Any, file: Path) -> None:
+        real(value, file)
+        assert path.read_bytes() == before
+        with file.open("r+b") as stream:
+            stream.truncate(100)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(path, {"step": 4})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_an_interruption_before_the_move_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, STATE)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"step": 4})
+    assert checkpoint.load(path)["step"] == 3
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_text_and_json_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "half \ud800")
+    assert json.loads(path.read_text()) == files.read_json(path, "test") == {"a": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^checkpoint: expected a file .*c.pt, found none"):
+        checkpoint.load(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.99])
+def test_truncated(tmp_path, share):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, STATE)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match="^checkpoint: expected an intact file") as error:
+        checkpoint.load(path)
+    assert str(path) in message(error)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not a checkpoint",
+        b"\x80\x02a.",
+        b"\x80\x02u.",
+        b"\x80\x02h\x07.",
+        b"\x80\x02}q\x00.",
+        pickle.dumps({"format": 1}, protocol=2)[:-2],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_other_content(tmp_path, content):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="^checkpoint: expected an intact file") as error:
+        checkpoint.load(path)
+    message(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [({"format": 2}, "2"), ({"step": 1}, "None"), ([1, 2], "None"), (torch.zeros(2), "None")],
+)
+def test_wrong_format(tmp_path, content, found):
+    torch.save(content, tmp_path / "c.pt")
+    text = rf"^checkpoint: expected format {checkpoint.FORMAT} in .*c.pt, got {found}$"
+    with pytest.raises(ValueError, match=text):
+        checkpoint.load(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, plain):
+    path, victim = tmp_path / "c.pt", tmp_path / "made"
+    content = {"format": checkpoint.FORMAT, "step": Creates(victim)}
+    if plain:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match="^checkpoint: expected an intact file") as error:
+        checkpoint.load(path)
+    message(error)
+    assert not victim.exists()
+    # The file is a working trap: an ordinary reader walks into it.
+    if plain:
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert victim.exists()
+
+
+def test_random_state_round_trip():
+    before = rng_state()
+    first = torch.rand(3)
+    set_rng_state(before)
+    assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_random_state_of_a_machine_with_a_gpu(monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise AssertionError("there is no GPU to set")
+
+    monkeypatch.setattr(torch.cuda, "set_rng_state", refuse)
+    state = rng_state()._replace(cuda=[torch.zeros(16, dtype=torch.uint8)])
+    set_rng_state(state)
+    assert torch.equal(torch.get_rng_state(), state.cpu)
+
+
+def test_state_round_trip_through_a_file(tmp_path):
+    first = trainer()
+    first.fit(progress=False, stop_after=1)
+    checkpoint.save(tmp_path / "c.pt", first.state())
+    second = trainer(eval_batch_size=10)
+    second.load_state(checkpoint.load(tmp_path / "c.pt"))
+    assert (second.step, second.history) == (first.step, first.history)
+    for name, value in first.cohort.state_dict().items():
+        assert torch.equal(value, second.cohort.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.2}, "^lr: expected 0.1 as in the checkpoint being resumed, got 0.2"),
+        ({"seed": 1}, "^seed: expected 0 .*got 1"),
+        ({"epochs": 7}, "^epochs: expected 60 .*got 7"),
+        ({"temperature": 0.2}, "^temperature: expected 0.1 .*got 0.2"),
+        ({"cohort": "resnet8,resnet8"}, r"^cohort: expected \['resnet8'\] .*got \['resnet8', "),
+        ({"method": "baseline"}, "^method: expected 'lmcl' .*got 'baseline'"),
+        ({"amp": "bf16"}, "^amp: expected 'off' .*got 'bf16'"),
+    ],
+)
+def test_resuming_with_another_setting(changes, message):
+    state = trainer().state()
+    other = trainer(**changes)
+    weights = {k: v.clone() for k, v in other.cohort.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        other.load_state(state)
+    assert all(torch.equal(v, weights[k]) for k, v in other.cohort.state_dict().items())
+
+
+def test_where_a_run_computes_may_change():
+    first = trainer()
+    other = trainer(eval_batch_size=10, data_root="moved")
+    other.config.device = "cpu:0"
+    other.load_state(first.state())

@@ -42,6 +42,7 @@ demo: venv
 
 lint: venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	MYPY=$(abspath $(BIN))/mypy scripts/typecheck.sh
 
 # worksteal: a long test on one process does not hold up the rest.

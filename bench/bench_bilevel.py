@@ -106,8 +106,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--channels-last", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND")
     parser.add_argument("--quick", action="store_true", help="tiny networks, to see that it works")
-    parser.add_argument("--out", type=Path, help="folder for bilevel.json, with --channels-last "
-        "off for bilevel-contiguous.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for bilevel.json, with --channels-last off for bilevel-contiguous.json",
+    )
     parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if ORDINARY not in options.kinds:

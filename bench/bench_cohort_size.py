@@ -42,9 +42,7 @@ def main() -> None:
         results = read_json(options.draw, "draw")
         draw(results["rows"], results["environment"], options.draw.with_suffix(".png"))
         return
-    case = StepCase(
-        PUBLISHED, network=options.network, batch=options.batch, device=options.device
-    )
+    case = StepCase(PUBLISHED, network=options.network, batch=options.batch, device=options.device)
     if options.quick:
         case = dataclasses.replace(case, network="resnet8", batch=8, side=16, classes=10)
         options.peers, options.rounds = [1, 2], 1

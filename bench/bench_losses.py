@@ -83,12 +83,24 @@ def test_loss(benchmark: Any, case: Case, provider: Provider) -> None:
     own = [seconds * 1e3 for seconds in benchmark.stats.stats.data]
     limit = floor_ms(case)
     benchmark.extra_info.update(
-        op=case.op, mode=case.mode, M=case.m, L=case.l, B=case.b, D=case.d, dtype=case.dtype,
-        device=case.device, K=case.k, n=case.n, bank_dtype=case.bank_dtype,
-        shared_negatives=case.shared_negatives, provider=provider.name,
-        threads=torch.get_num_threads(), error=ready.error, floor_ms=limit,
+        op=case.op,
+        mode=case.mode,
+        M=case.m,
+        L=case.l,
+        B=case.b,
+        D=case.d,
+        dtype=case.dtype,
+        device=case.device,
+        K=case.k,
+        n=case.n,
+        bank_dtype=case.bank_dtype,
+        shared_negatives=case.shared_negatives,
+        provider=provider.name,
+        threads=torch.get_num_threads(),
+        error=ready.error,
+        floor_ms=limit,
         ratio_floor=statistics.median(own) / limit,
-    )  # fmt: skip
+    )
     for name, times in theirs.items():
         pairs = zip(times[-len(own) :], own, strict=True)
         benchmark.extra_info[BASELINES[name]] = statistics.median(t / o for t, o in pairs)

@@ -34,12 +34,21 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, help="folder for train-step.json")
     add("--peers", type=int, nargs="+", default=[2, 4], help="sizes of the cohort")
-    add("--bilevel-peers", type=int, nargs="*", default=[2],
-        help="sizes at which the bilevel step is measured too")
-    add("--variants", nargs="+", default=[*PLAIN, "ours", "contiguous"],
-        choices=[*PLAIN, *OURS])
-    add("--bilevel-variants", nargs="+", default=[PUBLISHED, "ours", "contiguous"],
-        choices=[*PLAIN, *OURS], help="of which the bilevel step is measured too")
+    add(
+        "--bilevel-peers",
+        type=int,
+        nargs="*",
+        default=[2],
+        help="sizes at which the bilevel step is measured too",
+    )
+    add("--variants", nargs="+", default=[*PLAIN, "ours", "contiguous"], choices=[*PLAIN, *OURS])
+    add(
+        "--bilevel-variants",
+        nargs="+",
+        default=[PUBLISHED, "ours", "contiguous"],
+        choices=[*PLAIN, *OURS],
+        help="of which the bilevel step is measured too",
+    )
     add("--network", default="resnet32", help="every peer")
     add("--batch", type=int, default=128, help="images, two of each class")
     add("--device", default="cpu", choices=["cpu", "cuda"])
@@ -47,14 +56,12 @@ def parse() -> argparse.Namespace:
     add("--bilevel-rounds", type=int, default=2, help="times that each bilevel step is timed")
     add("--no-memory", action="store_true", help="do not measure peak memory")
     add("--quick", action="store_true", help="tiny networks, to see that it works")
-    return parser.parse_args()  # fmt: skip
+    return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    case = StepCase(
-        PUBLISHED, network=options.network, batch=options.batch, device=options.device
-    )
+    case = StepCase(PUBLISHED, network=options.network, batch=options.batch, device=options.device)
     rounds = {False: options.rounds, True: options.bilevel_rounds}
     if options.quick:
         case = dataclasses.replace(case, network="resnet8", batch=8, side=16, classes=10)
@@ -78,10 +85,12 @@ def main() -> None:
             write_json(
                 options.out / "train-step.json",
                 {
-                    "environment": environment(), "settings": settings, "rows": rows,
+                    "environment": environment(),
+                    "settings": settings,
+                    "rows": rows,
                     "bilevel_every_50": with_bilevel(rows),
                 },
-            )  # fmt: skip
+            )
     if options.bilevel_peers:
         print(bilevel_table(with_bilevel(rows)))
 

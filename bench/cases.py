@@ -136,7 +136,13 @@ SWEEP_B = [(2, 1, b) for b in (64, 128, 256, 512, 1024, 2048)]
 
 
 def _bank_case(
-    op: str, mode: str, m: int, l: int, b: int, k: int, **kind: Any  # noqa: E741
+    op: str,
+    mode: str,
+    m: int,
+    l: int,  # noqa: E741
+    b: int,
+    k: int,
+    **kind: Any,
 ) -> Case:
     n = BANK_ROWS[kind.get("device", "cpu")]
     return Case(op, mode, m, l, b, **{"k": k, "n": n, **kind})

@@ -8,12 +8,7 @@ from mclfast.bench.cases import PRESETS, PROVIDERS, preset
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--preset",
-        default="small",
-        choices=PRESETS,
-        help="which shapes are measured",
-    )
+    parser.addoption("--preset", default="small", choices=PRESETS, help="which shapes are measured")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

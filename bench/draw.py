@@ -49,9 +49,7 @@ def draw(rows: Sequence[Row], folder: Path, about: dict[str, Any]) -> list[Path]
     kinds = sorted({(row["device"], row["dtype"]) for row in rows})
     for device, dtype in kinds:
         chosen = [
-            r
-            for r in rows
-            if r["mode"] == BOTH and (r["device"], r["dtype"]) == (device, dtype)
+            r for r in rows if r["mode"] == BOTH and (r["device"], r["dtype"]) == (device, dtype)
         ]
         where = about["gpu"] if device == "cuda" else machine(about)
         title = f"forward + backward, {dtype}, D = 128, {where}"
@@ -138,9 +136,14 @@ def _lines(
             continue
         places = [row[x] for row in mine]
         axis.plot(
-            places, [value(row) for row in mine], color=color, marker=marker, ms=5, lw=1.6,
+            places,
+            [value(row) for row in mine],
+            color=color,
+            marker=marker,
+            ms=5,
+            lw=1.6,
             label=provider,
-        )  # fmt: skip
+        )
         if band:
             low, high = ([row[key] for row in mine] for key in ("p20", "p80"))
             axis.fill_between(places, low, high, color=color, alpha=0.2, lw=0)
@@ -169,6 +172,10 @@ def _legend(figure: Figure, axes: Any) -> None:
         handles, labels = axis.get_legend_handles_labels()
         found.update(dict(zip(labels, handles, strict=True)))
     figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), 8),
-        frameon=False, fontsize=9,
-    )  # fmt: skip
+        found.values(),
+        found.keys(),
+        loc="outside lower center",
+        ncols=min(len(found), 8),
+        frameon=False,
+        fontsize=9,
+    )

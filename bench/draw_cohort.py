@@ -54,9 +54,7 @@ def draw(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
             )
             if mine:
                 places, heights = zip(*mine, strict=True)
-                axis.plot(
-                    places, heights, color=colour, marker=marker, ms=5, lw=1.6, label=name
-                )
+                axis.plot(places, heights, color=colour, marker=marker, ms=5, lw=1.6, label=name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, labels=[str(size) for size in sizes])
         axis.set_xlabel("networks M")

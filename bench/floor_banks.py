@@ -80,9 +80,11 @@ class BankRates:
             for name in ("gather", "gemm")
         }
         return BankRates(
-            max(self.gather, other.gather), max(self.gemm, other.gemm), max(self.exp, other.exp),
+            max(self.gather, other.gather),
+            max(self.gemm, other.gemm),
+            max(self.exp, other.exp),
             ways,
-        )  # fmt: skip
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Fit for JSON, which does not know the infinite: None where a rate is not measured."""

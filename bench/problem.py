@@ -233,8 +233,13 @@ def tolerance(case: Case, provider: Provider) -> float:
     return TOLERANCE[case.dtype]
 
 
-def difference(case: Case, provider: Provider, inputs: Inputs, found: Sequence[Tensor],
-               expected: Sequence[Tensor]) -> float:  # fmt: skip
+def difference(
+    case: Case,
+    provider: Provider,
+    inputs: Inputs,
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
+) -> float:
     """Largest relative difference, in norm, over the value and each derivative; NaN counts."""
     worst = 0.0
     leaves = [x.detach().double() for x in inputs.leaves]

@@ -38,17 +38,35 @@ SCHEMA = 1
 TARGET_THREADS = 2
 
 CASE_COLUMNS = (
-    "op", "provider", "mode", "metric", "unit", "M", "L", "B", "D", "dtype", "device",
-    "K", "n", "bank_dtype", "shared_negatives",
-)  # fmt: skip
+    "op",
+    "provider",
+    "mode",
+    "metric",
+    "unit",
+    "M",
+    "L",
+    "B",
+    "D",
+    "dtype",
+    "device",
+    "K",
+    "n",
+    "bank_dtype",
+    "shared_negatives",
+)
 VALUE_COLUMNS = ("p20", "p50", "p80", "min", "samples", "error")
 RATIO_COLUMNS = (*BASELINES.values(), "floor", "ratio_floor", "floor_gather", "ratio_first_order")
 MACHINE_COLUMNS = ("cpu", "cores", "threads", "gpu", "os")
 VERSION_COLUMNS = ("mclfast", "python", "torch", "cuda", "triton", "pytorch_metric_learning")
 COLUMNS = (
-    *CASE_COLUMNS, *VALUE_COLUMNS, *RATIO_COLUMNS, *MACHINE_COLUMNS, *VERSION_COLUMNS,
-    "commit", "date",
-)  # fmt: skip
+    *CASE_COLUMNS,
+    *VALUE_COLUMNS,
+    *RATIO_COLUMNS,
+    *MACHINE_COLUMNS,
+    *VERSION_COLUMNS,
+    "commit",
+    "date",
+)
 
 _BANK_POINT = ("op", "M", "L", "B", "K")
 
@@ -138,9 +156,7 @@ def as_csv(rows: Sequence[Row], about: dict[str, Any]) -> str:
     writer.writeheader()
     for row in rows:
         line = {**about, **row}
-        writer.writerow(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()}
-        )
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
     return buffer.getvalue()
 
 
@@ -250,10 +266,19 @@ def table(outcome: Outcome, threads: int) -> str:
         second, banks = block[0]["mode"] == SECOND, case_of(block[0]).k > 0
         used = [b for b in baselines if any(BASELINES[b] in row for row in block)]
         lines = [
-            ["M,L,B,D,K" if banks else "M,L,B,D", "provider", "ms", "20-80 %",
-             *(f"x {b}" for b in used), "x floor", *(["x first"] if second else []),
-             "peak MiB", "saved MiB", "goals"]
-        ]  # fmt: skip
+            [
+                "M,L,B,D,K" if banks else "M,L,B,D",
+                "provider",
+                "ms",
+                "20-80 %",
+                *(f"x {b}" for b in used),
+                "x floor",
+                *(["x first"] if second else []),
+                "peak MiB",
+                "saved MiB",
+                "goals",
+            ]
+        ]
         for row in block:
             peak = _find(outcome.rows, row, row["provider"], "peak_extra")
             saved = _find(outcome.rows, row, row["provider"], "saved_for_backward")
@@ -263,15 +288,17 @@ def table(outcome: Outcome, threads: int) -> str:
             ]
             lines.append(
                 [
-                    ",".join(str(row[x]) for x in ("MLBDK" if banks else "MLBD")), row["provider"],
-                    _number(row["p50"]), f"{_number(row['p20'])}-{_number(row['p80'])}",
+                    ",".join(str(row[x]) for x in ("MLBDK" if banks else "MLBD")),
+                    row["provider"],
+                    _number(row["p50"]),
+                    f"{_number(row['p20'])}-{_number(row['p80'])}",
                     *(_number(row.get(BASELINES[b])) for b in used),
                     _number(row["ratio_floor"]),
                     *([_number(row["ratio_first_order"])] if second else []),
                     *(_number(None if x is None else x["p50"]) for x in (peak, saved)),
                     "; ".join(goals),
                 ]
-            )  # fmt: skip
+            )
         text += [title, *_aligned(lines, 2), ""]
     return "\n".join(text)
 
@@ -290,10 +317,14 @@ def skipped_table(outcome: Outcome) -> str:
 
 def legend(threads: int) -> str:
     """What the columns of the table mean."""
-    judged = "" if threads == TARGET_THREADS else (
-        f"\nTargets of shapes on a CPU are stated for {TARGET_THREADS} threads and not judged "
-        f"with {threads}."
-    )  # fmt: skip
+    judged = (
+        ""
+        if threads == TARGET_THREADS
+        else (
+            f"\nTargets of shapes on a CPU are stated for {TARGET_THREADS} threads and not judged "
+            f"with {threads}."
+        )
+    )
     return (
         "ms: median of the interleaved calls. x NAME: how many times as long NAME takes (median "
         "over rounds).\nx floor: times the floor at the rates measured in this run: GEMM and exp; "

@@ -114,8 +114,11 @@ def in_child(
     task = {"kind": kind, "values": values, "side": side, "threads": torch.get_num_threads()}
     done = subprocess.run(
         [sys.executable, "-m", "mclfast.bench.resident"],
-        input=json.dumps(task), text=True, capture_output=True, env=dict(environment),
-    )  # fmt: skip
+        input=json.dumps(task),
+        text=True,
+        capture_output=True,
+        env=dict(environment),
+    )
     if done.returncode:
         raise RuntimeError(f"{kind}: the process that measures memory failed\n{done.stderr}")
     return int(done.stdout.splitlines()[-1])

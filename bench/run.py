@@ -188,18 +188,27 @@ def _first_order(case: Case, item: Ready, inputs: Inputs) -> Callable[[], tuple[
 def _row(case: Case, item: Ready, metric: str, unit: str) -> Row:
     values = asdict(case)
     return {
-        "op": values["op"], "provider": item.provider.name, "ours": item.provider.ours,
-        "mode": case.mode, "metric": metric, "unit": unit,
-        "M": case.m, "L": case.l, "B": case.b, "D": case.d,
-        "dtype": case.dtype, "device": case.device, "K": case.k, "n": case.n,
+        "op": values["op"],
+        "provider": item.provider.name,
+        "ours": item.provider.ours,
+        "mode": case.mode,
+        "metric": metric,
+        "unit": unit,
+        "M": case.m,
+        "L": case.l,
+        "B": case.b,
+        "D": case.d,
+        "dtype": case.dtype,
+        "device": case.device,
+        "K": case.k,
+        "n": case.n,
         "bank_dtype": case.bank_dtype if case.k else "",
-        "shared_negatives": case.shared_negatives, "error": item.error,
-    }  # fmt: skip
+        "shared_negatives": case.shared_negatives,
+        "error": item.error,
+    }
 
 
-def _memory_rows(
-    case: Case, ready: Sequence[Ready], inputs: Inputs, outcome: Outcome
-) -> None:
+def _memory_rows(case: Case, ready: Sequence[Ready], inputs: Inputs, outcome: Outcome) -> None:
     rows = []
     for item in ready:
         name = item.provider.name
@@ -234,10 +243,19 @@ def _exact(row: Row, size: int) -> Row:
 def case_of(row: Row) -> Case:
     """The case that a row belongs to; rows of before the memory banks lack their columns."""
     return Case(
-        row["op"], row["mode"], row["M"], row["L"], row["B"], row["D"], row["dtype"],
-        row["device"], row.get("K", 0), row.get("n", 0), row.get("bank_dtype") or "float32",
+        row["op"],
+        row["mode"],
+        row["M"],
+        row["L"],
+        row["B"],
+        row["D"],
+        row["dtype"],
+        row["device"],
+        row.get("K", 0),
+        row.get("n", 0),
+        row.get("bank_dtype") or "float32",
         row.get("shared_negatives", False),
-    )  # fmt: skip
+    )
 
 
 def rate_key(case: Case) -> str:

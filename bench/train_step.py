@@ -82,12 +82,20 @@ def make_trainer(case: StepCase, **settings: Any) -> Trainer:
     """The trainer of a case on a few images of noise; the published settings of CIFAR-100."""
     config = TrainConfig.from_values(
         {
-            "method": "lmcl", "cohort": [case.network] * case.peers, "data": "cifar100",
-            "batch_size": case.batch, "images_per_class": 2, "lr": 0.1, "weight_decay": 5e-4,
-            "bilevel_every": BILEVEL_EVERY, "device": case.device, "augment": False,
+            "method": "lmcl",
+            "cohort": [case.network] * case.peers,
+            "data": "cifar100",
+            "batch_size": case.batch,
+            "images_per_class": 2,
+            "lr": 0.1,
+            "weight_decay": 5e-4,
+            "bilevel_every": BILEVEL_EVERY,
+            "device": case.device,
+            "augment": False,
         }
-        | (PLAIN | OURS)[case.variant] | settings
-    )  # fmt: skip
+        | (PLAIN | OURS)[case.variant]
+        | settings
+    )
     return assemble(noise(case), config)
 
 
@@ -98,9 +106,14 @@ def noise(case: StepCase) -> Dataset:
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     some = ImageSet(images, torch.arange(len(images)) % case.classes)
     return Dataset(
-        name="noise", train=some, test=some, num_classes=case.classes,
-        class_names=tuple(map(str, range(case.classes))), mean=(0.5,) * 3, std=(0.25,) * 3,
-    )  # fmt: skip
+        name="noise",
+        train=some,
+        test=some,
+        num_classes=case.classes,
+        class_names=tuple(map(str, range(case.classes))),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
 
 
 def make_batch(case: StepCase) -> tuple[Tensor, Batch]:
@@ -221,10 +234,13 @@ def with_bilevel(rows: Sequence[Row], every: int = BILEVEL_EVERY) -> list[Row]:
             plain, extra = times[key, False], times[key, True]
             total = every * plain + extra
             found[key] = {
-                **{name: row[name] for name in _GROUP}, "every": every, "seconds": total / 1e3,
+                **{name: row[name] for name in _GROUP},
+                "every": every,
+                "seconds": total / 1e3,
                 "images_per_s": 1e3 * every * row["batch"] / total,
-                "added_percent": 100 * extra / (every * plain), "ordinary_steps": extra / plain,
-            }  # fmt: skip
+                "added_percent": 100 * extra / (every * plain),
+                "ordinary_steps": extra / plain,
+            }
     for key, row in found.items():
         theirs = found.get((PUBLISHED, *key[1:]))
         if theirs is not None:
@@ -246,13 +262,15 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             (
                 row["variant"] + (" bilevel" if row["bilevel"] else ""),
-                str(row["peers"]), str(row["batch"]), f"{row['p50']:.0f}",
+                str(row["peers"]),
+                str(row["batch"]),
+                f"{row['p50']:.0f}",
                 f"{row['p20']:.0f}-{row['p80']:.0f}",
                 f"{row['images_per_s']:.1f}" if "images_per_s" in row else "-",
                 f"{row['peak_mib']:.0f}" if row.get("peak_mib") else "-",
                 f"{row['ratio_published']:.2f}" if "ratio_published" in row else "-",
             )
-        )  # fmt: skip
+        )
     return _aligned(lines)
 
 

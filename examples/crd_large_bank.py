@@ -136,11 +136,18 @@ def main() -> None:
         args.results.write_text(
             json.dumps(
                 {
-                    "samples": args.samples, "dim": args.dim, "dtype": args.dtype,
-                    "batch": args.batch, "negatives": args.negatives, "device": device.type,
-                    "bank_gib": round(bank_gib, 3), "peak_gib": round(peak, 3),
-                    "before_gib": round(start, 3), "gathered_gib_float32": round(gathered, 3),
-                    "first_loss": losses[0], "last_loss": losses[-1],
+                    "samples": args.samples,
+                    "dim": args.dim,
+                    "dtype": args.dtype,
+                    "batch": args.batch,
+                    "negatives": args.negatives,
+                    "device": device.type,
+                    "bank_gib": round(bank_gib, 3),
+                    "peak_gib": round(peak, 3),
+                    "before_gib": round(start, 3),
+                    "gathered_gib_float32": round(gathered, 3),
+                    "first_loss": losses[0],
+                    "last_loss": losses[-1],
                     "command": shlex.join(["python", *sys.argv]),
                     "torch": torch.__version__,
                     "mclfast": env.report_dict()["mclfast"]["version"],
@@ -149,7 +156,7 @@ def main() -> None:
                 indent=2,
             )
             + "\n"
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

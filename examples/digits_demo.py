@@ -37,9 +37,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)
     parser.add_argument("--lr", type=float, default=TrainConfig.lr)
     parser.add_argument(
-        "--channels-last", default=TrainConfig.channels_last, choices=["auto", "on", "off"],
+        "--channels-last",
+        default=TrainConfig.channels_last,
+        choices=["auto", "on", "off"],
         help="memory layout; rounds in another order, so single runs differ (default: auto)",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs")
     parser.add_argument("--results", type=Path, help="folder of table and picture (default: OUT)")
     options = parser.parse_args()
@@ -48,9 +50,11 @@ def main() -> None:
     results_dir = options.results or options.out
 
     shared = {
-        "data": options.data, "epochs": options.epochs, "lr": options.lr,
+        "data": options.data,
+        "epochs": options.epochs,
+        "lr": options.lr,
         "channels_last": options.channels_last,
-    }  # fmt: skip
+    }
     plan = [(label, seed) for label in METHODS for seed in range(options.seeds)]
     results: dict[str, list[RunResult]] = {label: [] for label in METHODS}
     run_dirs: list[Path] = []
@@ -83,10 +87,7 @@ def main() -> None:
 
 def make_table(results: dict[str, list[RunResult]]) -> str:
     """Markdown: one line per network, final accuracies; then the gain."""
-    lines = [
-        "| network | test accuracy, own classifier, last epoch (%) | seeds |",
-        "|---|---|---|",
-    ]
+    lines = ["| network | test accuracy, own classifier, last epoch (%) | seeds |", "|---|---|---|"]
     alone = [r.peers[0] for r in results["alone"]]
     lines.append(f"| alone | {spread(alone)} | {len(alone)} |")
     cohort = results["lmcl"]

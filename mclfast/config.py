@@ -53,9 +53,7 @@ class TrainConfig:
     momentum: float = setting(0.9, "SGD momentum")
     nesterov: bool = setting(True, "Nesterov momentum in the ordinary step")
     weight_decay: float = setting(5e-4, "on all parameters")
-    schedule: Literal["cosine", "multistep"] = setting(
-        "cosine", "learning-rate schedule, by epoch"
-    )
+    schedule: Literal["cosine", "multistep"] = setting("cosine", "learning-rate schedule, by epoch")
     warmup_epochs: int = setting(
         0, "first epochs, in which the learning rate rises linearly to the schedule's"
     )
@@ -143,13 +141,16 @@ class TrainConfig:
         if self.data not in data.available():
             raise unknown_name("data", self.data, data.available())
         for name in (
-            "epochs", "batch_size", "images_per_class", "projection_dim", "inner_steps",
-            "eval_every", "eval_batch_size",
-        ):  # fmt: skip
+            "epochs",
+            "batch_size",
+            "images_per_class",
+            "projection_dim",
+            "inner_steps",
+            "eval_every",
+            "eval_batch_size",
+        ):
             _at_least(name, getattr(self, name), 1)
-        for name in (
-            "warmup_epochs", "bilevel_every", "checkpoint_every", "outer_steps", "seed",
-        ):  # fmt: skip
+        for name in ("warmup_epochs", "bilevel_every", "checkpoint_every", "outer_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
         if self.workers is not None:
             _at_least("workers", self.workers, 0)
@@ -201,11 +202,17 @@ class TrainConfig:
         for name, wanted, fits in (
             ("memory", "sequential", self.memory == "sequential"),
             ("topology", "independent", self.topology == "independent"),
-            ("clip_grad_norm", "none, as that is a norm over all peers,",
-             self.clip_grad_norm is None),
-            ("amp", "off or bf16, as fp16 skips a step by the gradients of all peers,",
-             self.amp != "fp16"),
-        ):  # fmt: skip
+            (
+                "clip_grad_norm",
+                "none, as that is a norm over all peers,",
+                self.clip_grad_norm is None,
+            ),
+            (
+                "amp",
+                "off or bf16, as fp16 skips a step by the gradients of all peers,",
+                self.amp != "fp16",
+            ),
+        ):
             if not fits:
                 raise ValueError(
                     f"{name}: expected {wanted} with offload peers, got {getattr(self, name)}"

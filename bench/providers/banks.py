@@ -126,10 +126,14 @@ def _mcl_block(
     count = len(keys.pos_idx)
     block = slice(start, start + count)
     found = reference_banks.bank_mcl_rows(
-        leaves[0][:, block], inputs.networks, keys.banks, keys.pos_idx,
-        keys.neg_idx.expand(count, -1), temperature=TEMPERATURE[case.op],
+        leaves[0][:, block],
+        inputs.networks,
+        keys.banks,
+        keys.pos_idx,
+        keys.neg_idx.expand(count, -1),
+        temperature=TEMPERATURE[case.op],
         kl_temperature=KL_TEMPERATURE,
-    )  # fmt: skip
+    )
     weights = _pair_weights(case, inputs, leaves)[..., block]
     terms = weighting.layerwise_bank_mcl_terms(found, inputs.networks, weights)
     return terms.weighted_sum(*COEFFICIENTS) * (count / case.b)
@@ -141,23 +145,34 @@ def _log_normalizer(case: Case, inputs: Inputs, blocks: Sequence[Keys]) -> Tenso
     for keys in blocks:
         count = len(keys.pos_idx)
         log_z = reference_banks.bank_nce_log_normalizer(
-            inputs.leaves[0][:, start : start + count], keys.banks, keys.rows,
+            inputs.leaves[0][:, start : start + count],
+            keys.banks,
+            keys.rows,
             temperature=TEMPERATURE[case.op],
-        )  # fmt: skip
+        )
         found.append(log_z + math.log(count / case.b))
         start += count
     return torch.stack(found).logsumexp(0)
 
 
 def _nce_block(
-    case: Case, inputs: Inputs, keys: Keys, start: int, leaves: Sequence[Tensor], *,
+    case: Case,
+    inputs: Inputs,
+    keys: Keys,
+    start: int,
+    leaves: Sequence[Tensor],
+    *,
     log_normalizer: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     count = len(keys.pos_idx)
     value = reference_banks.bank_nce_loss(
-        leaves[0][:, start : start + count], keys.banks, keys.rows, log_normalizer,
-        temperature=TEMPERATURE[case.op], eps=EPS,
-    )  # fmt: skip
+        leaves[0][:, start : start + count],
+        keys.banks,
+        keys.rows,
+        log_normalizer,
+        temperature=TEMPERATURE[case.op],
+        eps=EPS,
+    )
     return value * (count / case.b)
 
 
@@ -191,10 +206,16 @@ def _published(case: Case, inputs: Inputs, compiled: bool) -> Loss:
 
     def loss(leaves: Sequence[Tensor]) -> Tensor:
         terms = published_bank.layerwise_bank_mcl_loss(
-            leaves[0], inputs.networks, keys.banks, rows, case.positives,
-            _pair_weights(case, inputs, leaves), temperature=temperature,
-            kl_temperature=KL_TEMPERATURE, pair=pair,
-        )  # fmt: skip
+            leaves[0],
+            inputs.networks,
+            keys.banks,
+            rows,
+            case.positives,
+            _pair_weights(case, inputs, leaves),
+            temperature=temperature,
+            kl_temperature=KL_TEMPERATURE,
+            pair=pair,
+        )
         return terms.weighted_sum(*COEFFICIENTS)
 
     return loss
@@ -214,17 +235,23 @@ def _layerwise(backend: str, fused: bool, case: Case, inputs: Inputs) -> Loss:
         raise Unavailable("the one-call path gives the pair weights no gradient")
     keys = _keys(inputs)
     settings: dict[str, Any] = {
-        "temperature": TEMPERATURE[case.op], "kl_temperature": KL_TEMPERATURE, "backend": backend,
-    }  # fmt: skip
+        "temperature": TEMPERATURE[case.op],
+        "kl_temperature": KL_TEMPERATURE,
+        "backend": backend,
+    }
     if fused:
         settings["coefficients"] = COEFFICIENTS
 
     def loss(leaves: Sequence[Tensor]) -> Tensor:
         nodes = leaves[0].unflatten(0, (case.m, case.l))
         result: Any = mclfast.layerwise_bank_mcl_loss(
-            nodes, keys.banks, keys.pos_idx, keys.neg_idx, _pair_weights(case, inputs, leaves),
+            nodes,
+            keys.banks,
+            keys.pos_idx,
+            keys.neg_idx,
+            _pair_weights(case, inputs, leaves),
             **settings,
-        )  # fmt: skip
+        )
         value: Tensor = result.loss if fused else result.weighted_sum(*COEFFICIENTS)
         return value
 
@@ -234,9 +261,7 @@ def _layerwise(backend: str, fused: bool, case: Case, inputs: Inputs) -> Loss:
 def _nce(backend: str, case: Case, inputs: Inputs) -> Loss:
     _check_operators(backend, case)
     keys = _keys(inputs)
-    options: dict[str, Any] = {
-        "temperature": TEMPERATURE[case.op], "eps": EPS, "backend": backend,
-    }  # fmt: skip
+    options: dict[str, Any] = {"temperature": TEMPERATURE[case.op], "eps": EPS, "backend": backend}
     return lambda leaves: mclfast.bank_nce_loss(leaves[0], keys.banks, keys.rows, **options)
 
 
@@ -264,26 +289,36 @@ PROVIDERS: dict[str, list[Provider]] = {
     "bank_layerwise_mcl": [
         Provider("eager", functools.partial(_published, compiled=False), _gathers(4)),
         Provider("compiled", functools.partial(_published, compiled=True), _gathers(4)),
-        Provider(
-            "reference", functools.partial(_layerwise, "reference", False), _gathers(0, 1)
-        ),
+        Provider("reference", functools.partial(_layerwise, "reference", False), _gathers(0, 1)),
         *(
-            Provider(f"{backend}-{path}", functools.partial(_layerwise, backend, path == "fused"),
-                     ours=True)
+            Provider(
+                f"{backend}-{path}",
+                functools.partial(_layerwise, backend, path == "fused"),
+                ours=True,
+            )
             for backend in ("cpu", "cuda")
             for path in ("rows", "fused")
         ),
     ],
     "bank_nce": [
-        Provider("eager", functools.partial(_published, compiled=False), _gathers(1),
-                 rounding=_NCE_ROUNDING),
-        Provider("compiled", functools.partial(_published, compiled=True), _gathers(1),
-                 rounding=_NCE_ROUNDING),
-        Provider("reference", functools.partial(_nce, "reference"), _gathers(1),
-                 rounding=_NCE_ROUNDING),
+        Provider(
+            "eager",
+            functools.partial(_published, compiled=False),
+            _gathers(1),
+            rounding=_NCE_ROUNDING,
+        ),
+        Provider(
+            "compiled",
+            functools.partial(_published, compiled=True),
+            _gathers(1),
+            rounding=_NCE_ROUNDING,
+        ),
+        Provider(
+            "reference", functools.partial(_nce, "reference"), _gathers(1), rounding=_NCE_ROUNDING
+        ),
         *(
             Provider(backend, functools.partial(_nce, backend), ours=True)
             for backend in ("cpu", "cuda")
         ),
     ],
-}  # fmt: skip
+}

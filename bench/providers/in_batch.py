@@ -88,9 +88,14 @@ def _block(case: Case, inputs: Inputs, start: int, count: int, leaves: Sequence[
     weights = leaves[1] if case.mode == WEIGHTS else inputs.pair_weights
     assert weights is not None
     rows = reference.mcl_rows(
-        leaves[0], inputs.networks, inputs.labels, temperature=TEMPERATURE,
-        kl_temperature=KL_TEMPERATURE, row_start=start, row_count=count,
-    )  # fmt: skip
+        leaves[0],
+        inputs.networks,
+        inputs.labels,
+        temperature=TEMPERATURE,
+        kl_temperature=KL_TEMPERATURE,
+        row_start=start,
+        row_count=count,
+    )
     part = weights[..., start : start + count]
     terms = weighting.layerwise_mcl_terms(rows, inputs.networks, part)
     return terms.weighted_sum(*COEFFICIENTS) * (count / case.b)
@@ -101,9 +106,14 @@ def _published(case: Case, inputs: Inputs, pair: in_batch.PairFunction) -> Loss:
         weights = leaves[1] if case.mode == WEIGHTS else inputs.pair_weights
         assert weights is not None
         terms = in_batch.layerwise_mcl_loss(
-            leaves[0], inputs.networks, inputs.labels, weights,
-            temperature=TEMPERATURE, kl_temperature=KL_TEMPERATURE, pair=pair,
-        )  # fmt: skip
+            leaves[0],
+            inputs.networks,
+            inputs.labels,
+            weights,
+            temperature=TEMPERATURE,
+            kl_temperature=KL_TEMPERATURE,
+            pair=pair,
+        )
         return terms.weighted_sum(*COEFFICIENTS)
 
     return loss
@@ -134,8 +144,10 @@ def _layerwise(backend: str, fused: bool, case: Case, inputs: Inputs) -> Loss:
     if fused and case.mode == WEIGHTS:
         raise Unavailable("the one-sweep path gives the pair weights no gradient")
     settings: dict[str, Any] = {
-        "temperature": TEMPERATURE, "kl_temperature": KL_TEMPERATURE, "backend": backend,
-    }  # fmt: skip
+        "temperature": TEMPERATURE,
+        "kl_temperature": KL_TEMPERATURE,
+        "backend": backend,
+    }
     if fused:
         settings["coefficients"] = COEFFICIENTS
 

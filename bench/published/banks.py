@@ -74,9 +74,12 @@ def pair_terms(
     aa, bb, ab, ba = (
         torch.div(similarities(bank, columns, anchors), temperature)
         for bank, columns, anchors in (
-            (bank_a, others, a), (bank_b, others, b), (bank_a, keys, b), (bank_b, keys, a),
+            (bank_a, others, a),
+            (bank_b, others, b),
+            (bank_a, keys, b),
+            (bank_b, keys, a),
         )
-    )  # fmt: skip
+    )
     vcl, icl = (
         _contrastive(x, count, w) + _contrastive(y, count, w)
         for x, y, count in ((aa, bb, positives), (ab, ba, 1 + positives))
@@ -118,9 +121,16 @@ def layerwise_bank_mcl_loss(
         for j, (b, o) in enumerate(zip(embeddings, networks, strict=True)):
             if m != o:
                 terms = pair(
-                    a, b, stored[m], stored[o], keys, positives, pair_weights[i, j],
-                    temperature, kl_temperature,
-                )  # fmt: skip
+                    a,
+                    b,
+                    stored[m],
+                    stored[o],
+                    keys,
+                    positives,
+                    pair_weights[i, j],
+                    temperature,
+                    kl_temperature,
+                )
                 total = [sum_ + term for sum_, term in zip(total, terms, strict=True)]
     return MCLTerms(*total)
 

@@ -100,8 +100,7 @@ class PublishedBilevel:
             ]
             total = [t + f for t, f in zip(total, along[len(params) :], strict=True)]
             adjoint = [
-                a + decay * d + h
-                for a, d, h in zip(adjoint, u, along[: len(params)], strict=True)
+                a + decay * d + h for a, d, h in zip(adjoint, u, along[: len(params)], strict=True)
             ]
             velocity = [momentum * d for d in u]
         return total

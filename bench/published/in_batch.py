@@ -49,12 +49,7 @@ def kl_term(student: Tensor, teacher: Tensor, weights: Tensor, kl_temperature: f
 
 
 def pair_terms(
-    a: Tensor,
-    b: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    temperature: float,
-    kl_temperature: float,
+    a: Tensor, b: Tensor, labels: Tensor, weights: Tensor, temperature: float, kl_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The weighted terms of one ordered pair of nodes, both directions.
 

@@ -134,9 +134,7 @@ def check_labels(labels: Any, batch: int, device: torch.device) -> Tensor:
     if labels.shape != (batch,):
         raise ValueError(f"labels: expected shape [{batch}], got {list(labels.shape)}")
     if labels.device != device:
-        raise ValueError(
-            f"labels: expected device {device} as embeddings has, got {labels.device}"
-        )
+        raise ValueError(f"labels: expected device {device} as embeddings has, got {labels.device}")
     return labels
 
 

@@ -49,9 +49,7 @@ def coerce(name: str, kind: Any, value: Any) -> Any:
         if not isinstance(items, (list, tuple)):
             raise ValueError(f"{name}: expected a list separated by commas, got {value!r}")
         return tuple(
-            coerce(name, args[0], i.strip() if isinstance(i, str) else i)
-            for i in items
-            if i != ""
+            coerce(name, args[0], i.strip() if isinstance(i, str) else i) for i in items if i != ""
         )
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -16,8 +16,12 @@ from mclfast.losses import reference_banks
 from mclfast.ops import backends
 from mclfast.ops import banks as bank_ops
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "float64": torch.float64}  # fmt: skip
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 class MemoryBank(nn.Module):
@@ -65,8 +69,10 @@ class MemoryBank(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (
-            ("num_networks", num_networks), ("num_samples", num_samples), ("dim", dim),
-        ):  # fmt: skip
+            ("num_networks", num_networks),
+            ("num_samples", num_samples),
+            ("dim", dim),
+        ):
             check_integer(name, value, 1)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum: expected a value in [0, 1), got {momentum}")

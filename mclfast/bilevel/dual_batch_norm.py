@@ -23,6 +23,7 @@ from mclfast.ops import backends
 
 _FUSED_DTYPES = (torch.float32, torch.float64)
 
+
 class Running(NamedTuple):
     """Running statistics, updated in place; None where there are none."""
 
@@ -105,9 +106,15 @@ class FusedBatchNorm(torch.autograd.Function):
         )
         has_weight = ctx.saved_tensors[2] is not None
         return (
-            g_x, g_x_t, g_weight if has_weight else None, None, g_bias if ctx.has_bias else None,
-            None, None, None,
-        )  # fmt: skip
+            g_x,
+            g_x_t,
+            g_weight if has_weight else None,
+            None,
+            g_bias if ctx.has_bias else None,
+            None,
+            None,
+            None,
+        )
 
 
 class PlainBatchNorm(torch.autograd.Function):

@@ -227,9 +227,7 @@ class _DualConvolution(torch.autograd.Function):
             )
             g_weight = more if g_weight is None else g_weight.add_(more) if need_weight else None
         if weight_t is not None and need_x:
-            g_x += _convolve_backward(
-                grad_t, x, weight_t, ctx.settings, (True, False, False)
-            )[0]
+            g_x += _convolve_backward(grad_t, x, weight_t, ctx.settings, (True, False, False))[0]
         return g_x, g_x_t, g_weight, None, g_bias, None, None, None
 
 
@@ -245,13 +243,9 @@ def _batch_norm(
 ) -> Tensor:
     x, x_t = unpacked(input)
     if not training or x_t is None:
-        return F.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     running = Running(running_mean, running_var, momentum)
-    value, tangent = dual_batch_norm(
-        x, x_t, *_unpacked(weight), *_unpacked(bias), running, eps
-    )
+    value, tangent = dual_batch_norm(x, x_t, *_unpacked(weight), *_unpacked(bias), running, eps)
     return _made_dual(value, tangent)
 
 

@@ -166,9 +166,7 @@ class _Nest:
     def __init__(self, outputs: Any) -> None:
         self._flat, self._spec = pytree.tree_flatten(outputs)
         self._places = [
-            i
-            for i, x in enumerate(self._flat)
-            if isinstance(x, Tensor) and x.is_floating_point()
+            i for i, x in enumerate(self._flat) if isinstance(x, Tensor) and x.is_floating_point()
         ]
 
     @property
@@ -209,6 +207,4 @@ def _divided(values: Sequence[Element], like: Sequence[Sequence[Any]]) -> list[l
 
 
 def _added(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [
-        x if y is None else y if x is None else x + y for x, y in zip(a, b, strict=True)
-    ]
+    return [x if y is None else y if x is None else x + y for x, y in zip(a, b, strict=True)]

@@ -119,6 +119,4 @@ def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Ten
 
 
 def zeros_for_none(values: Sequence[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
-    return [
-        torch.zeros_like(x) if v is None else v for v, x in zip(values, like, strict=True)
-    ]
+    return [torch.zeros_like(x) if v is None else v for v, x in zip(values, like, strict=True)]

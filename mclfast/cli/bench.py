@@ -22,34 +22,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``mclfast bench``."""
     providers = sorted({p.name for entries in PROVIDERS.values() for p in entries})
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="small",
+    add(
+        "--preset",
+        choices=PRESETS,
+        default="small",
         help="smoke: seconds; small: minutes; targets: the shapes with a goal; sweeps: against "
         "M and B; paper: all of these; bank: memory banks; bank-gpu; gpu: both kinds (default: "
-        "small)")
+        "small)",
+    )
     add("--op", action="append", choices=list(PROVIDERS), help="only this operation; repeatable")
     add("--mode", action="append", choices=MODES, help="only this mode; repeatable")
-    add("--provider", action="append", choices=providers,
-        help="only this implementation; repeatable")
-    add("--out", type=Path, metavar="DIR",
-        help="folder for results.json, results.csv and the pictures")
+    add(
+        "--provider",
+        action="append",
+        choices=providers,
+        help="only this implementation; repeatable",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for results.json, results.csv and the pictures",
+    )
     add("--plot", action="store_true", help="draw the results as PNG files into the folder")
-    add("--replot", type=Path, metavar="JSON",
-        help="measure nothing: print and draw the results of an earlier run")
-    add("--budget", type=a_number, default=20.0, metavar="S",
-        help="seconds of timing per case, after at least three rounds (default: 20)")
+    add(
+        "--replot",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: print and draw the results of an earlier run",
+    )
+    add(
+        "--budget",
+        type=a_number,
+        default=20.0,
+        metavar="S",
+        help="seconds of timing per case, after at least three rounds (default: 20)",
+    )
     add("--no-memory", action="store_true", help="do not measure peak memory")
     loader = parser.add_argument_group("the loader alone")
     add = loader.add_argument
-    add("--loader", action="store_true",
+    add(
+        "--loader",
+        action="store_true",
         help="images/s at which the training images of a streamed set are read, decoded and "
-        "augmented, for --budget seconds, and nothing else")
+        "augmented, for --budget seconds, and nothing else",
+    )
     add("--data", metavar="NAME", help="imagefolder or webdataset")
     add("--data-root", metavar="DIR", help="folder with the images")
-    add("--batch-size", type=an_integer, default=256, metavar="N",
-        help="images per batch (default: 256)")
+    add(
+        "--batch-size",
+        type=an_integer,
+        default=256,
+        metavar="N",
+        help="images per batch (default: 256)",
+    )
     add("--image-size", type=an_integer, metavar="N", help="side in pixels (default: 224)")
-    add("--workers", type=an_integer, metavar="N",
-        help="processes that decode; 0 for none (default: one per core)")
+    add(
+        "--workers",
+        type=an_integer,
+        metavar="N",
+        help="processes that decode; 0 for none (default: one per core)",
+    )
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
@@ -119,9 +152,13 @@ def _measure(known: argparse.Namespace, cases: list[Case]) -> int:
 
     about = report.environment()
     settings = {
-        "preset": known.preset, "op": known.op, "mode": known.mode, "provider": known.provider,
-        "budget": known.budget, "memory": not known.no_memory,
-    }  # fmt: skip
+        "preset": known.preset,
+        "op": known.op,
+        "mode": known.mode,
+        "provider": known.provider,
+        "budget": known.budget,
+        "memory": not known.no_memory,
+    }
     smoke = known.preset == "smoke"
     outcome = Outcome()
     for number, case in enumerate(cases, start=1):

@@ -26,22 +26,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-h", "--help", action="store_true", help="show all settings and exit")
     add("--methods", metavar="A,B,...", help="methods, or entries of the plan file, in order")
     add("--seeds", metavar="N", help="number of seeds, or seeds separated by commas (default: 3)")
-    add("--recipe", metavar="NAME",
+    add(
+        "--recipe",
+        metavar="NAME",
         help="recipe, or YAML file with settings, that give the defaults of all methods; those of "
-        "the recipe's own method are for that method")
-    add("--plan", type=Path, metavar="FILE",
+        "the recipe's own method are for that method",
+    )
+    add(
+        "--plan",
+        type=Path,
+        metavar="FILE",
         help="YAML file with methods (each with settings of its own, topology and cohort "
-        "included), defaults and seeds; plan.yaml of a comparison is one")
-    add("--set", action="append", default=[], metavar="METHOD.SETTING=X",
-        help="a setting of one method, before those of all; repeatable")
-    add("--out", type=Path, metavar="DIR",
+        "included), defaults and seeds; plan.yaml of a comparison is one",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="METHOD.SETTING=X",
+        help="a setting of one method, before those of all; repeatable",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
         help="folder of runs and report (default: under runs/); what is finished there is not "
-        "repeated, what is not goes on")
-    add("--overwrite", action="store_true",
-        help="replace runs in the folder that were made with other settings")
-    add("--jobs", type=an_integer, default=1, metavar="N",
+        "repeated, what is not goes on",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace runs in the folder that were made with other settings",
+    )
+    add(
+        "--jobs",
+        type=an_integer,
+        default=1,
+        metavar="N",
         help="runs at a time, each in a process of its own; 0 for all in this process, without "
-        "peak memory on a CPU (default: 1)")
+        "peak memory on a CPU (default: 1)",
+    )
     add("--no-progress", action="store_true", help="no progress bars")
 
 
@@ -86,9 +110,13 @@ def _settings(
     from mclfast.config import TrainConfig
 
     return given_settings(
-        known, rest, {"settings of all methods": TrainConfig}, defaults,
-        unknown_flag=_unknown_flag, leave_out=_OF_EACH_RUN,
-    )  # fmt: skip
+        known,
+        rest,
+        {"settings of all methods": TrainConfig},
+        defaults,
+        unknown_flag=_unknown_flag,
+        leave_out=_OF_EACH_RUN,
+    )
 
 
 def _unknown_flag(flag: str) -> ValueError:
@@ -116,9 +144,7 @@ def _default_folder(plan: Plan) -> Path:
     return Path("runs") / f"compare-{config.data}-{cohort_name(config.cohort)}"
 
 
-def _execute(
-    known: argparse.Namespace, runs: list[Run], replaced: set[Path]
-) -> dict[Run, str]:
+def _execute(known: argparse.Namespace, runs: list[Run], replaced: set[Path]) -> dict[Run, str]:
     """Does what is not done yet; returns the failed runs with the reasons."""
     from mclfast.compare.runner import execute
 
@@ -126,9 +152,7 @@ def _execute(
     if len(open_) < len(runs):
         print(f"{len(runs) - len(open_)} of {len(runs)} runs are finished already", flush=True)
     failed: dict[Run, str] = {}
-    ended = execute(
-        open_, jobs=known.jobs, replaced=replaced, progress=not known.no_progress
-    )
+    ended = execute(open_, jobs=known.jobs, replaced=replaced, progress=not known.no_progress)
     for number, (run, reason) in enumerate(ended, start=1):
         head = f"[{number}/{len(open_)}] {run.label}, seed {run.seed}: "
         if reason is not None:
@@ -153,9 +177,7 @@ def _loaded(run: Run, failed: dict[Run, str]) -> Finished | None:
         return None
 
 
-def _report(
-    folder: Path, plan: Plan, runs: list[Run], failed: dict[Run, str], command: str
-) -> int:
+def _report(folder: Path, plan: Plan, runs: list[Run], failed: dict[Run, str], command: str) -> int:
     from mclfast.compare import report
 
     left = (_loaded(run, failed) for run in runs if run not in failed)

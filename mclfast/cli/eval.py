@@ -12,24 +12,34 @@ from mclfast.cli.settings import an_integer
 HELP = "accuracy of an exported backbone, or of all those of a run"
 
 _NEEDED = {
-    "data", "data_root", "train_per_class", "image_size", "eval_batch_size", "accuracy",
-    "class_names", "mean", "std",
-}  # fmt: skip
+    "data",
+    "data_root",
+    "train_per_class",
+    "image_size",
+    "eval_batch_size",
+    "accuracy",
+    "class_names",
+    "mean",
+    "std",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="folder of an exported backbone, or of a run")
     parser.add_argument(
-        "--data-root", metavar="DIR",
+        "--data-root",
+        metavar="DIR",
         help="folder with the data set, where it has moved (default: that of the export)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )
     parser.add_argument(
-        "--workers", type=an_integer, metavar="N",
+        "--workers",
+        type=an_integer,
+        metavar="N",
         help="processes that decode streamed images (default: one per core)",
-    )  # fmt: skip
+    )
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
@@ -63,9 +73,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
         data = with_channels(data, about["in_channels"])
         # The statistics it was trained with; those of an image folder follow its training images.
         data = replace(data, mean=tuple(about["mean"]), std=tuple(about["std"]))
-        found = accuracy(
-            exported.network.to(device), data, batch_size=about["eval_batch_size"]
-        )
+        found = accuracy(exported.network.to(device), data, batch_size=about["eval_batch_size"])
         recorded = about["accuracy"]
         shown = "nothing" if recorded is None else f"{recorded:.4f} %"
         print(

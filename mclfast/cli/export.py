@@ -20,9 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer", type=an_integer, default=0, metavar="N", help="which peer, from 0 on (default: 0)"
     )
     parser.add_argument(
-        "--data-root", metavar="DIR",
+        "--data-root",
+        metavar="DIR",
         help="folder with the data set, where it has moved (default: that of the run)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: RUN_DIR/peerN)"
     )

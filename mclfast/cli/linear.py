@@ -13,31 +13,73 @@ HELP = "score the frozen features of an exported backbone by a linear classifier
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", type=Path,
-        help="folder of an exported backbone, such as RUN/peer0, or of a run, for all its peers")
+    add(
+        "path",
+        type=Path,
+        help="folder of an exported backbone, such as RUN/peer0, or of a run, for all its peers",
+    )
     add("--data", metavar="NAME", help="data set (default: that of the export)")
-    add("--data-root", metavar="DIR",
+    add(
+        "--data-root",
+        metavar="DIR",
         help="folder with the data set's archive or images (default: that of the export, for its "
-        "own data set)")
-    add("--train-per-class", type=an_integer, metavar="N",
+        "own data set)",
+    )
+    add(
+        "--train-per-class",
+        type=an_integer,
+        metavar="N",
         help="labelled training images per class (default: that of the export, for its own data "
-        "set, else the set's own number)")
-    add("--epochs", type=an_integer, default=100, metavar="N",
-        help="passes over the training images (default: 100)")
-    add("--lr", type=a_number, default=30.0, metavar="X",
-        help="learning rate, ten times smaller after 60 and 80 %% of the epochs (default: 30)")
-    add("--weight-decay", type=a_number, default=0.0, metavar="X",
-        help="on the classifier's weights (default: 0)")
-    add("--batch-size", type=an_integer, default=256, metavar="N",
-        help="images per step (default: 256)")
-    add("--augment", action="store_true",
+        "set, else the set's own number)",
+    )
+    add(
+        "--epochs",
+        type=an_integer,
+        default=100,
+        metavar="N",
+        help="passes over the training images (default: 100)",
+    )
+    add(
+        "--lr",
+        type=a_number,
+        default=30.0,
+        metavar="X",
+        help="learning rate, ten times smaller after 60 and 80 %% of the epochs (default: 30)",
+    )
+    add(
+        "--weight-decay",
+        type=a_number,
+        default=0.0,
+        metavar="X",
+        help="on the classifier's weights (default: 0)",
+    )
+    add(
+        "--batch-size",
+        type=an_integer,
+        default=256,
+        metavar="N",
+        help="images per step (default: 256)",
+    )
+    add(
+        "--augment",
+        action="store_true",
         help="draw crops, and flips where the set has them, in every epoch, as published "
-        "evaluations do; the network then runs in every epoch, and not once (default: no)")
-    add("--seed", type=an_integer, default=0, metavar="N",
-        help="seed of weights and batches (default: 0)")
+        "evaluations do; the network then runs in every epoch, and not once (default: no)",
+    )
+    add(
+        "--seed",
+        type=an_integer,
+        default=0,
+        metavar="N",
+        help="seed of weights and batches (default: 0)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--workers", type=an_integer, metavar="N",
-        help="processes that decode streamed images (default: one per core)")
+    add(
+        "--workers",
+        type=an_integer,
+        metavar="N",
+        help="processes that decode streamed images (default: one per core)",
+    )
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
@@ -58,9 +100,17 @@ def _evaluate(known: argparse.Namespace, folder: Path) -> None:
         raise ValueError(f"data: expected --data, as {folder} names none, got none")
     is_own = name == about.get("data")
     given = (
-        "data_root", "train_per_class", "epochs", "lr", "weight_decay", "batch_size", "augment",
-        "seed", "device", "workers",
-    )  # fmt: skip
+        "data_root",
+        "train_per_class",
+        "epochs",
+        "lr",
+        "weight_decay",
+        "batch_size",
+        "augment",
+        "seed",
+        "device",
+        "workers",
+    )
     values = published_settings(known.epochs) | {key: getattr(known, key) for key in given}
     values["data"] = name
     if is_own:

@@ -30,9 +30,7 @@ _WITH_SETTINGS = ("train", "plan", "compare")
 
 # What a wrong setting, a missing file or a missing package raises. Anything else is a defect of
 # ours and keeps its traceback.
-_USER_ERRORS = (
-    ValueError, OSError, ImportError, FloatingPointError, BackendUnavailableError,
-)  # fmt: skip
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailableError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,9 +54,12 @@ def _run(arguments: Sequence[str]) -> int:
     for name, module in _COMMANDS.items():
         text = module.HELP
         command = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False,
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
             add_help=name not in _WITH_SETTINGS,
-        )  # fmt: skip
+        )
         module.add_arguments(command)
         command.set_defaults(run=module.run, parser=command)
     known, rest = parser.parse_known_args([_with_dashes(a) for a in arguments])

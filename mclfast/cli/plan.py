@@ -22,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", metavar="N", help="the same as --batch-size")
     parser.add_argument(
-        "--device-memory", metavar="SIZE",
+        "--device-memory",
+        metavar="SIZE",
         help="memory of the device, as 8GiB (default: what is free on --device)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print bytes as JSON")
 
 

@@ -32,9 +32,12 @@ def run_settings(
         f"settings of the method {method}": method_class(method).Options,
     }
     return given_settings(
-        known, rest, groups, values,
+        known,
+        rest,
+        groups,
+        values,
         unknown_flag=lambda flag: unknown_setting("setting", flag, method, spell=dashed),
-    )  # fmt: skip
+    )
 
 
 def given_settings(
@@ -59,13 +62,17 @@ def given_settings(
     from mclfast._base.settings import field_types
 
     parser = OneLineParser(
-        prog=f"mclfast {known.command}", add_help=False, parents=[known.parser],
-        conflict_handler="resolve", allow_abbrev=False, description=known.parser.description,
+        prog=f"mclfast {known.command}",
+        add_help=False,
+        parents=[known.parser],
+        conflict_handler="resolve",
+        allow_abbrev=False,
+        description=known.parser.description,
         argument_default=argparse.SUPPRESS,
         # All settings would fill a screen before the first word of explanation.
         usage=f"mclfast {known.command} [option ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     kinds: dict[str, Any] = {}
     for title, cls in groups.items():
         _add_settings(parser, title, cls, values, leave_out)
@@ -108,14 +115,14 @@ def _add_settings(
         text = f"{field_help(cls)[name]} (default: {shown(default)})"
         # argparse takes a percent sign, as in a path, for a place to fill in.
         group.add_argument(
-            f"--{dashed(name)}", dest=name, metavar=value_shape(name, kind),
+            f"--{dashed(name)}",
+            dest=name,
+            metavar=value_shape(name, kind),
             help=text.replace("%", "%%"),
-        )  # fmt: skip
+        )
 
 
-def _value_too_many(
-    rest: list[str], unknown: list[str], kinds: Mapping[str, Any]
-) -> ValueError:
+def _value_too_many(rest: list[str], unknown: list[str], kinds: Mapping[str, Any]) -> ValueError:
     """The error for a value that follows another one.
 
     Args:
@@ -165,10 +172,11 @@ def _names() -> str:
     }
     width = shutil.get_terminal_size().columns - 2
     return "\n\n".join(
-        textwrap.fill(f"{title}: {', '.join(names)}", width, subsequent_indent="  ",
-                      break_on_hyphens=False)
+        textwrap.fill(
+            f"{title}: {', '.join(names)}", width, subsequent_indent="  ", break_on_hyphens=False
+        )
         for title, names in lists.items()
-    )  # fmt: skip
+    )
 
 
 def dashed(name: str) -> str:

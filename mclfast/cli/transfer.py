@@ -19,22 +19,43 @@ from mclfast.cli.settings import dashed, shown, value_shape
 HELP = "fine-tune an exported backbone on another data set, or train a linear classifier on it"
 
 _SETTINGS = (
-    "data", "data_root", "image_size", "workers", "train_per_class", "seed", "epochs",
-    "batch_size", "augment", "lr", "momentum", "nesterov", "weight_decay", "schedule",
-    "milestones", "lr_decay", "warmup_epochs", "clip_grad_norm", "amp", "eval_every",
-    "eval_batch_size", "device",
-)  # fmt: skip
+    "data",
+    "data_root",
+    "image_size",
+    "workers",
+    "train_per_class",
+    "seed",
+    "epochs",
+    "batch_size",
+    "augment",
+    "lr",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "schedule",
+    "milestones",
+    "lr_decay",
+    "warmup_epochs",
+    "clip_grad_norm",
+    "amp",
+    "eval_every",
+    "eval_batch_size",
+    "device",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", type=Path, nargs="?",
+        "path",
+        type=Path,
+        nargs="?",
         help="folder of an exported backbone, such as RUN/peer0; not with --resume",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--mode", metavar="{linear,finetune}",
+        "--mode",
+        metavar="{linear,finetune}",
         help="linear: only a new classifier learns; finetune: all weights do (default: linear)",
-    )  # fmt: skip
+    )
     add_run_options(
         parser,
         resume_help="go on with an interrupted run; the backbone it began with must still be there",
@@ -59,9 +80,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         if name == "data":
             text = "data set to transfer to, which must be named"
         group.add_argument(
-            f"--{dashed(name)}", metavar=value_shape(name, kinds[name]), default=argparse.SUPPRESS,
+            f"--{dashed(name)}",
+            metavar=value_shape(name, kinds[name]),
+            default=argparse.SUPPRESS,
             help=text.replace("%", "%%"),
-        )  # fmt: skip
+        )
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:

@@ -142,9 +142,8 @@ def _function(
             if name not in buffers
         }
         found: PeerOutputs = functional_call(
-            module, {place: values[name] for place, name in places.items()}, args,
-            tie_weights=False,
-        )  # fmt: skip
+            module, {place: values[name] for place, name in places.items()}, args, tie_weights=False
+        )
         return found
 
     return outputs

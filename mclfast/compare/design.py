@@ -48,9 +48,10 @@ class Plan:
         """
         mine = self.configs[label]
         found = (
-            other for other, c in self.configs.items()
+            other
+            for other, c in self.configs.items()
             if c.method == BASELINE and (c.cohort, c.data) == (mine.cohort, mine.data)
-        )  # fmt: skip
+        )
         first = next(found, None)
         return None if first == label else first
 
@@ -201,6 +202,9 @@ def write_plan(path: Path, plan: Plan, command: str) -> None:
         for label, entry in values.items()
     }
     content = {
-        "command": command, "seeds": list(plan.seeds), "defaults": defaults, "methods": methods
-    }  # fmt: skip
+        "command": command,
+        "seeds": list(plan.seeds),
+        "defaults": defaults,
+        "methods": methods,
+    }
     write_text(path, yaml.safe_dump(content, sort_keys=False))

@@ -65,9 +65,7 @@ def perform(
     return None
 
 
-def _train(
-    config: TrainConfig, folder: Path, replace: bool, progress: bool, alone: bool
-) -> None:
+def _train(config: TrainConfig, folder: Path, replace: bool, progress: bool, alone: bool) -> None:
     device = select_device(config.device)
     if device.type == "cuda":
         # Before the first use of a device there are no statistics to reset.
@@ -94,8 +92,7 @@ def _train(
         "threads": torch.get_num_threads(),
         "peak_memory_bytes": peak,
         "parameters": [parameter_count(p.backbone) for p in trainer.cohort.peers],
-        "parameters_in_training": parameter_count(trainer.cohort)
-        + parameter_count(trainer.method),
+        "parameters_in_training": parameter_count(trainer.cohort) + parameter_count(trainer.method),
     }
     write_json(folder / COST, cost)
 

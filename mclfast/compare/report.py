@@ -31,9 +31,16 @@ ACCURACY, CURVES = "accuracy.png", "curves.png"
 _PICTURES = {ACCURACY: "mean of peers", CURVES: "accuracy against epoch"}
 #: Settings named at the head of a report even where they are the defaults.
 _SHOWN = (
-    "data", "cohort", "topology", "epochs", "batch_size", "sampler", "lr", "schedule",
+    "data",
+    "cohort",
+    "topology",
+    "epochs",
+    "batch_size",
+    "sampler",
+    "lr",
+    "schedule",
     "weight_decay",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,7 @@ class Report:
 
 
 def write_report(
-    folder: Path,
-    plan: Plan,
-    finished: Sequence[Finished],
-    failed: Mapping[Run, str],
-    command: str,
+    folder: Path, plan: Plan, finished: Sequence[Finished], failed: Mapping[Run, str], command: str
 ) -> Report:
     """Writes all files of a comparison of which at least one run is finished.
 
@@ -96,10 +99,16 @@ def write_report(
     metrics.write_csv(folder / TABLE, tidy_rows(finished))
     metrics.write_csv(folder / SUMMARY, summary_rows(summaries))
     plots.accuracy_bars(
-        {s.label: plots.Bar(s.values["mean_of_peers"], s.values["ensemble"], s.values.get("gain"))
-         for s in summaries},
-        folder / ACCURACY, report.title, _reference(plan, summaries),
-    )  # fmt: skip
+        {
+            s.label: plots.Bar(
+                s.values["mean_of_peers"], s.values["ensemble"], s.values.get("gain")
+            )
+            for s in summaries
+        },
+        folder / ACCURACY,
+        report.title,
+        _reference(plan, summaries),
+    )
     plots.accuracy_bands({s.label: s.histories for s in summaries}, folder / CURVES, report.title)
     write_text(folder / REPORT, markdown(report))
     write_text(folder / PAGE, page(report, [folder / ACCURACY, folder / CURVES]))
@@ -176,9 +185,14 @@ def _accuracies(plan: Plan, summaries: Sequence[Summary]) -> Table:
     known = {s.label: found for s in summaries if (found := published(s.config))}
     gains = any("gain" in s.values for s in summaries)
     header = [
-        "method", "seeds", "mean of peers", *(["gain"] if gains else []), "ensemble",
-        "published protocol", *(["published"] if known else []),
-    ]  # fmt: skip
+        "method",
+        "seeds",
+        "mean of peers",
+        *(["gain"] if gains else []),
+        "ensemble",
+        "published protocol",
+        *(["published"] if known else []),
+    ]
     rows = [
         [
             s.label,
@@ -220,9 +234,10 @@ def _count(summary: Summary, plan: Plan) -> str:
 
 def _other_cohorts(plan: Plan, summaries: Sequence[Summary]) -> str:
     others = [
-        s.label for s in summaries
+        s.label
+        for s in summaries
         if s.config.method != BASELINE and plan.baseline_of(s.label) is None
-    ]  # fmt: skip
+    ]
     return f" None for {', '.join(others)}: other networks." if others else ""
 
 
@@ -292,9 +307,12 @@ def _peers(summaries: Sequence[Summary]) -> Table:
 def _costs(summaries: Sequence[Summary], finished: Sequence[Finished]) -> Table:
     measured = any("peak_memory_mib" in s.values for s in summaries)
     header = [
-        "method", "training time (s)", *(["peak memory (MiB)"] if measured else []),
-        "parameters of the peers", "parameters in training",
-    ]  # fmt: skip
+        "method",
+        "training time (s)",
+        *(["peak memory (MiB)"] if measured else []),
+        "parameters of the peers",
+        "parameters in training",
+    ]
     rows = []
     for s in summaries:
         cost = next((f.cost for f in finished if f.run.label == s.label and f.cost), None)

@@ -116,10 +116,16 @@ def execute(
     """
     if jobs == 0:
         for run in runs:
-            yield run, perform(
-                run.config.to_values(), run.folder, replace=run.folder in replaced,
-                progress=progress, alone=False,
-            )  # fmt: skip
+            yield (
+                run,
+                perform(
+                    run.config.to_values(),
+                    run.folder,
+                    replace=run.folder in replaced,
+                    progress=progress,
+                    alone=False,
+                ),
+            )
         return
     waiting, going = list(runs), dict[subprocess.Popen[str], Run]()
     try:
@@ -154,9 +160,11 @@ def _start(run: Run, jobs: int, replaced: bool, progress: bool) -> subprocess.Po
         start_new_session=True,
     )
     task = {
-        "values": run.config.to_values(), "folder": str(run.folder), "replace": replaced,
+        "values": run.config.to_values(),
+        "folder": str(run.folder),
+        "replace": replaced,
         "progress": progress,
-    }  # fmt: skip
+    }
     # A reason of an earlier try would be taken for that of a process that dies at once. Where it
     # cannot be removed, the process cannot write either and says so.
     with suppress(OSError):

@@ -88,9 +88,7 @@ def load(
     if name not in _NAMES:
         raise unknown_name("name", name, _NAMES)
 
-    integers = {
-        "train_per_class": train_per_class, "image_size": image_size, "workers": workers
-    }  # fmt: skip
+    integers = {"train_per_class": train_per_class, "image_size": image_size, "workers": workers}
     for argument, value in integers.items():
         if value is not None and not isinstance(value, int):
             raise ValueError(f"{argument}: expected an integer or None, got {value!r}")

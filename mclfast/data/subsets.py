@@ -42,9 +42,7 @@ def class_ranks(labels: Tensor, num_classes: int, seed: int) -> Tensor:
     return ranks
 
 
-def limit_per_class(
-    image_set: Source, per_class: int, num_classes: int, seed: int = 0
-) -> Source:
+def limit_per_class(image_set: Source, per_class: int, num_classes: int, seed: int = 0) -> Source:
     """Keeps `per_class` images of every class, in their original order.
 
     Args:

@@ -27,9 +27,7 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 _WARM_UP = 3
 
 
-def check_graphs(
-    config: TrainConfig, method: Method, memory: str, device: torch.device
-) -> None:
+def check_graphs(config: TrainConfig, method: Method, memory: str, device: torch.device) -> None:
     """Raises ValueError where the ordinary step cannot be recorded."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs: expected a CUDA device, got {device.type}")

@@ -33,8 +33,9 @@ def arrange(cohort: Cohort, config: TrainConfig, device: torch.device) -> None:
     """
     shares = cohort.topology is not None and cohort.topology.shares
     for name, on in (
-        ("compile_peers", config.compile_peers), ("peers_parallel", config.peers_parallel != "off"),
-    ):  # fmt: skip
+        ("compile_peers", config.compile_peers),
+        ("peers_parallel", config.peers_parallel != "off"),
+    ):
         if on and shares:
             raise ValueError(
                 f"{name}: expected independent networks, got ones that share modules; "

@@ -196,9 +196,7 @@ class _Fastest:
         self.ways, self.report = ways, report
         self.chosen: str | None = None
 
-    def __call__(
-        self, peers: Sequence[PeerNetwork], views: Sequence[Tensor]
-    ) -> list[StageOutputs]:
+    def __call__(self, peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> list[StageOutputs]:
         if not torch.is_grad_enabled():
             return separate(peers, views)
         if self.chosen is None:

@@ -71,9 +71,16 @@ def _rows(
                 row_count=row_count,
             )
         vcl, soft_vcl, icl, soft_icl, _, _ = ops.mcl_rows(
-            nodes, labels, list(networks), temperature, kl_temperature, ops.ALL, row_start,
-            row_count, backend,
-        )  # fmt: skip
+            nodes,
+            labels,
+            list(networks),
+            temperature,
+            kl_temperature,
+            ops.ALL,
+            row_start,
+            row_count,
+            backend,
+        )
         valid = has_positive(labels)[row_start : row_start + row_count]
         return MCLRows(vcl, soft_vcl, icl, soft_icl, valid)
 
@@ -432,9 +439,7 @@ def similarity_kl_loss(
             )
         batch, width = student.shape[0], max(student.shape[1], teacher.shape[1])
         # Columns of zeros change no similarity.
-        nodes = torch.stack(
-            [pad(x, (0, width - x.shape[1])) for x in (student, teacher.detach())]
-        )
+        nodes = torch.stack([pad(x, (0, width - x.shape[1])) for x in (student, teacher.detach())])
         pairs = nodes.new_zeros(2, 2, batch, dtype=statistics_dtype(nodes))
         weights = pairs.clone()
         weights[0, 1] = 1.0 / batch

@@ -70,11 +70,7 @@ class MCLLoss(_ObjectiveLoss):
     def forward(
         self, embeddings: Tensor | Sequence[Tensor], labels: Tensor
     ) -> MCLTerms | MCLObjective:
-        return in_batch.mcl_loss(
-            embeddings,
-            labels,
-            **self._settings(),
-        )
+        return in_batch.mcl_loss(embeddings, labels, **self._settings())
 
 
 class LayerwiseMCLLoss(_ObjectiveLoss):
@@ -91,12 +87,7 @@ class LayerwiseMCLLoss(_ObjectiveLoss):
         labels: Tensor,
         pair_weights: Tensor | None = None,
     ) -> MCLTerms | MCLObjective:
-        return in_batch.layerwise_mcl_loss(
-            embeddings,
-            labels,
-            pair_weights,
-            **self._settings(),
-        )
+        return in_batch.layerwise_mcl_loss(embeddings, labels, pair_weights, **self._settings())
 
 
 class SupConLoss(_Loss):
@@ -126,9 +117,7 @@ class InfoNCELoss(_Loss):
         super().__init__(temperature, backend)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return in_batch.info_nce_loss(
-            a, b, temperature=self.temperature, backend=self.backend
-        )
+        return in_batch.info_nce_loss(a, b, temperature=self.temperature, backend=self.backend)
 
 
 class SimilarityKLLoss(_KLLoss):
@@ -165,18 +154,10 @@ class BankMCLLoss(_ObjectiveLoss):
     """
 
     def forward(
-        self,
-        embeddings: Tensor | Sequence[Tensor],
-        banks: Tensor,
-        pos_idx: Tensor,
-        neg_idx: Tensor,
+        self, embeddings: Tensor | Sequence[Tensor], banks: Tensor, pos_idx: Tensor, neg_idx: Tensor
     ) -> MCLTerms | MCLObjective:
         return bank_functional.bank_mcl_loss(
-            embeddings,
-            banks,
-            pos_idx,
-            neg_idx,
-            **self._settings(),
+            embeddings, banks, pos_idx, neg_idx, **self._settings()
         )
 
 
@@ -198,12 +179,7 @@ class LayerwiseBankMCLLoss(_ObjectiveLoss):
         pair_weights: Tensor | None = None,
     ) -> MCLTerms | MCLObjective:
         return bank_functional.layerwise_bank_mcl_loss(
-            embeddings,
-            banks,
-            pos_idx,
-            neg_idx,
-            pair_weights,
-            **self._settings(),
+            embeddings, banks, pos_idx, neg_idx, pair_weights, **self._settings()
         )
 
 

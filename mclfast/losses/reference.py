@@ -130,7 +130,5 @@ def similarity_kl_loss(
     """Batch mean of T^2 KL between the similarity distributions of teacher and student."""
     s, t = wide(student), wide(teacher)
     return distribution_kl_rows(
-        similarity_logits(s, s, temperature),
-        similarity_logits(t, t, temperature),
-        kl_temperature,
+        similarity_logits(s, s, temperature), similarity_logits(t, t, temperature), kl_temperature
     ).mean()

@@ -65,9 +65,7 @@ class MCLTerms(NamedTuple):
 
     def weighted_sum(self, vcl: float, soft_vcl: float, icl: float, soft_icl: float) -> Tensor:
         """The terms, each times its weight, added up; 0-dim."""
-        return (
-            vcl * self.vcl + soft_vcl * self.soft_vcl + icl * self.icl + soft_icl * self.soft_icl
-        )
+        return vcl * self.vcl + soft_vcl * self.soft_vcl + icl * self.icl + soft_icl * self.soft_icl
 
 
 class MCLObjective(NamedTuple):

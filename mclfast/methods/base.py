@@ -148,9 +148,11 @@ class Method(nn.Module):
         """
         apart = {id(p) for p in self.meta_parameters()}
         apart |= {
-            id(p) for o in self.own_optimizers().values() for g in o.param_groups
+            id(p)
+            for o in self.own_optimizers().values()
+            for g in o.param_groups
             for p in g["params"]
-        }  # fmt: skip
+        }
         return [{"params": [p for p in self.parameters() if id(p) not in apart]}]
 
     def own_optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -162,11 +162,17 @@ def momentum_mcl_sums(
         keys, queue = keys.detach().to(queries.dtype), queue.detach().to(queries.dtype)
         parts = [
             checkpoint(
-                _sums_of_rows, q, k, queue, temperature, kl_temperature,
-                use_reentrant=False, preserve_rng_state=False,
+                _sums_of_rows,
+                q,
+                k,
+                queue,
+                temperature,
+                kl_temperature,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
             for q, k in zip(queries.split(_ROWS, dim=1), keys.split(_ROWS, dim=1), strict=True)
-        ]  # fmt: skip
+        ]
         return torch.stack(parts).sum(0)
 
 

@@ -95,8 +95,11 @@ class OKDDip(Method):
         )
         total = ce + self.options.weight(batch.epoch) * (peer_distill + leader_distill)
         return {
-            "loss": total, "ce": ce, "peer_distill": peer_distill, "leader_distill": leader_distill
-        }  # fmt: skip
+            "loss": total,
+            "ce": ce,
+            "peer_distill": peer_distill,
+            "leader_distill": leader_distill,
+        }
 
     def ensemble(self, outputs: PeerOutputs) -> Tensor:
         """The mean of the auxiliary peers' logits, [B, C], as in the published code."""

@@ -80,10 +80,7 @@ class ONE(Method):
         ce = sum_cross_entropy(outputs, batch.labels)
         ensemble_ce = cross_entropy(ensemble, batch.labels)
         distill = torch.stack(
-            [
-                kd_loss(z, ensemble, self.options.distill_temperature)
-                for z in outputs.final_logits
-            ]
+            [kd_loss(z, ensemble, self.options.distill_temperature) for z in outputs.final_logits]
         ).sum()
         total = ce + ensemble_ce + self.options.weight(batch.epoch) * distill
         return {"loss": total, "ce": ce, "ensemble_ce": ensemble_ce, "distill": distill}

@@ -80,9 +80,7 @@ class PCL(Method):
         from_ensemble = torch.stack(
             [kd_loss(z, together, o.distill_temperature) for z in logits]
         ).sum()
-        from_average = mutual_kd_loss(
-            logits, outputs.teacher.final_logits, o.distill_temperature
-        )
+        from_average = mutual_kd_loss(logits, outputs.teacher.final_logits, o.distill_temperature)
         weight = o.distill_weight * o.weight(batch.epoch)
         return {
             "loss": ce + ensemble_ce + weight * (from_ensemble + from_average),

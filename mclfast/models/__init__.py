@@ -69,11 +69,28 @@ __all__ = [
 _NETWORKS: dict[str, Callable[..., StagedNetwork]] = {
     network.__name__: network
     for network in (
-        resnet8, resnet20, resnet32, resnet56, resnet110, wrn_16_2, wrn_40_2, wrn_28_4, wrn_20_8,
-        shufflenet_v2_x0_5_cifar, shufflenet_v2_x1_0_cifar, vgg16, densenet_40_12, hcgnet_a1,
-        hcgnet_a2, resnet18, resnet34, resnet50, shufflenet_v2_x0_5, shufflenet_v2_x1_0,
+        resnet8,
+        resnet20,
+        resnet32,
+        resnet56,
+        resnet110,
+        wrn_16_2,
+        wrn_40_2,
+        wrn_28_4,
+        wrn_20_8,
+        shufflenet_v2_x0_5_cifar,
+        shufflenet_v2_x1_0_cifar,
+        vgg16,
+        densenet_40_12,
+        hcgnet_a1,
+        hcgnet_a2,
+        resnet18,
+        resnet34,
+        resnet50,
+        shufflenet_v2_x0_5,
+        shufflenet_v2_x1_0,
     )
-}  # fmt: skip
+}
 
 
 def available() -> list[str]:

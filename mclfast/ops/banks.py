@@ -1,4 +1,4 @@
-"""The memory-bank losses as torch.library operators; see ``in_batch.py`` for what they have in common.
+"""The memory-bank losses as torch.library operators; ``in_batch.py`` says what all share.
 
 An operator gathers each bank row it needs once or twice and keeps statistics of [M, N, B], never
 the gathered rows. Index tensors may have any row stride, so that one set of negatives for the whole
@@ -195,10 +195,7 @@ def _bank_nce(*arguments: Any) -> tuple[Tensor, Tensor]:
 #: (nodes, banks, indices, log_normalizer [M, M], ...) -> the loss, differentiable for nodes, twice,
 #: and its gradient.
 bank_nce = torch.library.custom_op(
-    "mclfast::bank_nce",
-    _bank_nce,
-    mutates_args=(),
-    schema=f"({_NCE}) -> (Tensor, Tensor)",
+    "mclfast::bank_nce", _bank_nce, mutates_args=(), schema=f"({_NCE}) -> (Tensor, Tensor)"
 )
 
 

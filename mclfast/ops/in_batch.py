@@ -98,10 +98,7 @@ def fused_objective(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def gradient_of_fused(
-    g_loss: Tensor | None,
-    grad: Tensor,
-    v_grad: Tensor | None,
-    second: Callable[[Tensor], Tensor],
+    g_loss: Tensor | None, grad: Tensor, v_grad: Tensor | None, second: Callable[[Tensor], Tensor]
 ) -> Tensor | None:
     """Gradient for the nodes of an operator whose outputs are a loss and the loss's gradient.
 
@@ -304,9 +301,7 @@ def _info_nce_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -
 
 
 def _info_nce_second(ctx: Any, v_a: Tensor, v_b: Tensor) -> tuple[Any, ...]:
-    h_a, h_b, *h_cotangents = info_nce_double_backward(
-        v_a, v_b, *ctx.saved_tensors, *ctx.settings
-    )
+    h_a, h_b, *h_cotangents = info_nce_double_backward(v_a, v_b, *ctx.saved_tensors, *ctx.settings)
     return *h_cotangents, h_a, h_b, *(None,) * 4
 
 

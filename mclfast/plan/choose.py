@@ -129,9 +129,14 @@ class _Steps:
         """What the steps add in a mode, as far as it takes to tell whether that fits."""
         t, c = self._trainer, self._trainer.config
         found = estimate(
-            t, facts_of(t.data), Choice(mode, "none", c.amp), c.batch_size, device=t.device.type,
-            bilevel=False, graphed=c.cuda_graphs,
-        )  # fmt: skip
+            t,
+            facts_of(t.data),
+            Choice(mode, "none", c.amp),
+            c.batch_size,
+            device=t.device.type,
+            bilevel=False,
+            graphed=c.cuda_graphs,
+        )
         size = found.total - found.kept
         if not has_bilevel(t):
             return Need(size)

@@ -208,9 +208,12 @@ def estimate(
     alone = choice.memory != "ordinary"
     return found.with_bilevel(
         rehearse_bilevel(
-            trainer, one_at_a_time=alone, amp=choice.amp, batch_size=batch_size,
+            trainer,
+            one_at_a_time=alone,
+            amp=choice.amp,
+            batch_size=batch_size,
             offload=choice.offload,
-        )  # fmt: skip
+        )
     )
 
 

@@ -59,15 +59,19 @@ class Plan:
 
 
 def choices(
-    memory: Iterable[str] = MODES, offload: Iterable[str] = ("none", "peers"),
+    memory: Iterable[str] = MODES,
+    offload: Iterable[str] = ("none", "peers"),
     amp: Iterable[str] = ("off", "bf16"),
 ) -> list[Choice]:
     """All combinations; peers are offloaded in sequential mode alone."""
     offload = list(offload)
     return [
-        Choice(m, o, a) for a in amp for m in memory for o in offload
+        Choice(m, o, a)
+        for a in amp
+        for m in memory
+        for o in offload
         if o == "none" or m == "sequential"
-    ]  # fmt: skip
+    ]
 
 
 def make_plan(
@@ -147,9 +151,12 @@ class _Planner:
         key = trainer, choice.memory != "ordinary", choice.amp, choice.offload
         if key not in self._bilevel:
             self._bilevel[key] = rehearse_bilevel(
-                trainer, one_at_a_time=key[1], amp=key[2], batch_size=self._config.batch_size,
+                trainer,
+                one_at_a_time=key[1],
+                amp=key[2],
+                batch_size=self._config.batch_size,
                 offload=key[3],
-            )  # fmt: skip
+            )
         return self._bilevel[key]
 
     def _estimate(
@@ -157,9 +164,15 @@ class _Planner:
     ) -> Estimate:
         pinned = getattr(self._config.options, "bank_storage", "device") == "pinned"
         found = estimate(
-            trainer, self._known, choice, batch_size, device=self._device, bilevel=False,
-            graphed=self._config.cuda_graphs, pinned=pinned,
-        )  # fmt: skip
+            trainer,
+            self._known,
+            choice,
+            batch_size,
+            device=self._device,
+            bilevel=False,
+            graphed=self._config.cuda_graphs,
+            pinned=pinned,
+        )
         return found.with_bilevel(bilevel)
 
 

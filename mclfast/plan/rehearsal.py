@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeCopyMode,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensorMode
 
 from mclfast._base.modules import evaluation_mode
 from mclfast._base.random import rng_restored
@@ -51,13 +47,7 @@ class Rehearsed(NamedTuple):
 
 
 def rehearse(
-    trainer: Trainer,
-    *,
-    memory: str,
-    offload: str,
-    amp: str,
-    batch_size: int,
-    foreach: bool = False,
+    trainer: Trainer, *, memory: str, offload: str, amp: str, batch_size: int, foreach: bool = False
 ) -> Rehearsed:
     """What the ordinary steps and the evaluation of a trainer need.
 
@@ -127,12 +117,7 @@ def rehearse_bilevel(
 
 
 def _rehearsed(
-    trainer: Trainer,
-    settings: dict[str, Any],
-    batch_size: int,
-    foreach: bool,
-    *,
-    whole_loss: bool,
+    trainer: Trainer, settings: dict[str, Any], batch_size: int, foreach: bool, *, whole_loss: bool
 ) -> Rehearsed:
     twin, batch, mode, live = _prepared(trainer, settings, batch_size)
     if foreach:

@@ -58,9 +58,13 @@ class DataFacts:
 def facts_of(data: Dataset) -> DataFacts:
     """Those of a data set that is there."""
     return DataFacts(
-        data.name, len(data.train), len(data.test), data.num_classes, data.train.image_shape,
+        data.name,
+        len(data.train),
+        len(data.test),
+        data.num_classes,
+        data.train.image_shape,
         isinstance(data.train, ImageSet),
-    )  # fmt: skip
+    )
 
 
 def facts(config: TrainConfig) -> DataFacts:

@@ -53,9 +53,7 @@ def export_backbone(
     tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     with replacing(folder / WEIGHTS) as partial:
         save_file(tensors, partial)
-    write_json(
-        folder / DESCRIPTION, {"network": network, "mclfast": __version__, **description}
-    )
+    write_json(folder / DESCRIPTION, {"network": network, "mclfast": __version__, **description})
     return folder
 
 

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 History = Sequence[Mapping[str, float]]
 
 # Of Okabe and Ito, for colour-blind readers too; wine in the place of yellow, too light for a line.
-_COLOURS = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#000000",
-)  # fmt: skip
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
 
@@ -94,9 +92,13 @@ def run_curves(history: History, names: Sequence[str], path: Path, title: str) -
         values = [row[key] for row in history]
         # Parts can lie on one another: dashes let the one below be seen.
         right.plot(
-            epochs, values, color=_COLOURS[i % len(_COLOURS)],
+            epochs,
+            values,
+            color=_COLOURS[i % len(_COLOURS)],
             ls=_DASHES[(i + i // len(_COLOURS)) % len(_DASHES)],
-            lw=2 if i == 0 else 1.3, label=key.removeprefix("train_"), marker=_marker(epochs, i),
+            lw=2 if i == 0 else 1.3,
+            label=key.removeprefix("train_"),
+            marker=_marker(epochs, i),
         )
     right.set_yscale("symlog", linthresh=0.1)
     _finish(right, "training loss and its parts, unweighted", **_BESIDE)
@@ -130,18 +132,30 @@ def accuracy_bands(groups: Mapping[str, Sequence[History]], path: Path, title: s
         runs = np.array([[row["acc_mean"] for row in rows] for rows in tested])
         mean = runs.mean(0)
         spread = runs.std(0, ddof=1) if len(runs) > 1 else np.zeros_like(mean)
-        shown += [v for e, m, s in zip(epochs, mean, spread, strict=True) if e >= late
-                  for v in (m - s, m + s)]  # fmt: skip
+        shown += [
+            v
+            for e, m, s in zip(epochs, mean, spread, strict=True)
+            if e >= late
+            for v in (m - s, m + s)
+        ]
         style = _line(i)
         for axis in axes:
             axis.plot(
-                epochs, mean, label=label, lw=1.2 if many else 1.5, marker=_marker(epochs, i),
+                epochs,
+                mean,
+                label=label,
+                lw=1.2 if many else 1.5,
+                marker=_marker(epochs, i),
                 **style,
-            )  # fmt: skip
+            )
             axis.fill_between(
-                epochs, mean - spread, mean + spread, color=style["color"], lw=0,
+                epochs,
+                mean - spread,
+                mean + spread,
+                color=style["color"],
+                lw=0,
                 alpha=0.1 if many else 0.2,
-            )  # fmt: skip
+            )
     for axis in axes:
         _finish(axis, "test accuracy, mean of peers (%)", **_BESIDE)
     if enlarged:
@@ -191,9 +205,15 @@ def accuracy_bars(
     _bars(axes[0], [bar.accuracy for bar in bars.values()], start)
     for y, bar in enumerate(bars.values()):
         axes[0].plot(
-            np.mean(bar.ensemble), y, "D", ms=5, mfc="none", mec="black", ls="none",
+            np.mean(bar.ensemble),
+            y,
+            "D",
+            ms=5,
+            mfc="none",
+            mec="black",
+            ls="none",
             label="ensemble, mean" if y == 0 else None,
-        )  # fmt: skip
+        )
     axes[0].set_xlim(left=start)
     note = f"; axis from {start:g}" if start else ""
     axes[0].set_xlabel(f"test accuracy, mean of peers, last epoch (%){note}")
@@ -202,9 +222,12 @@ def accuracy_bars(
     axes[0].set_ylim(len(labels) - 0.3, -0.7)
     # Below the axes: no place among the bars is free for sure.
     figure.legend(
-        *axes[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center",
+        *axes[0].get_legend_handles_labels(),
+        fontsize=8,
+        ncols=4,
+        loc="outside lower center",
         frameon=False,
-    )  # fmt: skip
+    )
     if gains:
         _bars(axes[1], [bar.gain or () for bar in bars.values()], 0.0)
         axes[1].axvline(0, color="black", lw=0.8)
@@ -234,15 +257,26 @@ def _bars(axis: Any, groups: Sequence[Sequence[float]], start: float) -> None:
         axis.barh(y, mean - start, left=start, height=0.62, color=colour, alpha=0.45)
         if len(values) > 1:
             axis.errorbar(
-                mean, y, xerr=np.std(values, ddof=1), fmt="none", ecolor="black", capsize=4,
+                mean,
+                y,
+                xerr=np.std(values, ddof=1),
+                fmt="none",
+                ecolor="black",
+                capsize=4,
                 label="mean ± standard deviation" if first else None,
-            )  # fmt: skip
+            )
         # A little apart: equal values would hide one another.
         offsets = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else [0.0]
         axis.plot(
-            values, y + np.asarray(offsets), "o", ms=3.5, color=colour, mec="black", mew=0.5,
+            values,
+            y + np.asarray(offsets),
+            "o",
+            ms=3.5,
+            color=colour,
+            mec="black",
+            mew=0.5,
             label="one seed" if first else None,
-        )  # fmt: skip
+        )
         first = False
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)

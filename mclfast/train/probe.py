@@ -32,10 +32,17 @@ def published_settings(epochs: int = 100) -> dict[str, Any]:
     every epoch (``augment=True``); without, the network runs once.
     """
     return {
-        "epochs": epochs, "batch_size": 256, "sampler": "shuffle", "augment": False, "lr": 30.0,
-        "nesterov": False, "weight_decay": 0.0, "schedule": "multistep", "lr_decay": 0.1,
+        "epochs": epochs,
+        "batch_size": 256,
+        "sampler": "shuffle",
+        "augment": False,
+        "lr": 30.0,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "schedule": "multistep",
+        "lr_decay": 0.1,
         "milestones": [round(0.6 * epochs), round(0.8 * epochs)],
-    }  # fmt: skip
+    }
 
 
 def linear_probe(

@@ -16,9 +16,18 @@ from mclfast.data.dataset import Dataset
 #: Where a run computes, and where its data lie, may change; what it computes may not.
 FREE_SETTINGS = frozenset(
     {
-        "device", "memory", "offload", "checkpoint_every", "eval_batch_size", "data_root",
-        "workers", "channels_last", "compile_peers", "cuda_graphs", "peers_parallel",
-    }  # fmt: skip
+        "device",
+        "memory",
+        "offload",
+        "checkpoint_every",
+        "eval_batch_size",
+        "data_root",
+        "workers",
+        "channels_last",
+        "compile_peers",
+        "cuda_graphs",
+        "peers_parallel",
+    }
 )
 
 
@@ -111,9 +120,7 @@ def gather(identity: Identity, parts: Parts, place: Place) -> dict[str, Any]:
     }
 
 
-def restore(
-    state: dict[str, Any], identity: Identity, parts: Parts, device: torch.device
-) -> Place:
+def restore(state: dict[str, Any], identity: Identity, parts: Parts, device: torch.device) -> Place:
     """Brings parts, and the global generators, to a state that :func:`gather` gave.
 
     Args:
@@ -129,9 +136,7 @@ def restore(
         ValueError: the state is of other settings, other data or other networks.
     """
     try:
-        for saved, mine in (
-            (state["settings"], identity.settings), (state["data"], identity.data),
-        ):  # fmt: skip
+        for saved, mine in ((state["settings"], identity.settings), (state["data"], identity.data)):
             for name, *values in differences(saved, mine):
                 want, got = (shortened(repr(value), 80) for value in values)
                 raise ValueError(

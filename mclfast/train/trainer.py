@@ -253,9 +253,7 @@ class Trainer:
         # Nothing before this in an epoch waits for the device, but for checkpoints within it.
         means = {f"train_{k}": float(v) / len(rows) for k, v in totals.items()}
         self._check_finite(means["train_loss"])
-        return {
-            "epoch": epoch + 1, "step": self.step, "lr": lr, **means, **self.feed.throughput()
-        }  # fmt: skip
+        return {"epoch": epoch + 1, "step": self.step, "lr": lr, **means, **self.feed.throughput()}
 
     def _tell_held_out(self) -> None:
         if self.held_out is None:

@@ -97,9 +97,7 @@ def test_draws_depend_on_seed_step_and_anchor_only():
 @pytest.mark.parametrize("positives", [0, 1, 4])
 @pytest.mark.parametrize("negatives", [1, 8, 127])
 def test_backends_draw_the_same_numbers(positives, negatives):
-    sampler = ContrastSampler(
-        unbalanced(), negatives, num_positives=positives, seed=2**63 - 12345
-    )
+    sampler = ContrastSampler(unbalanced(), negatives, num_positives=positives, seed=2**63 - 12345)
     index = torch.tensor([0, 199, 5, 5, 77])
     for step in (0, 1, 2**32 - 1):
         got, want = sampler.sample(index, step), sampler.sample(index, step, backend="reference")

@@ -15,9 +15,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 def test_updates_of_the_published_code(golden_dir):
     for name, index in (("lmcl_bank_m2_l3", "pos_idx"), ("mcl_okd_m4", "index")):
         g = golden.load(golden_dir / f"{name}.npz")
-        bank = MemoryBank(
-            *g["bank"].shape, momentum=float(g["bank_momentum"]), dtype=torch.float64
-        )
+        bank = MemoryBank(*g["bank"].shape, momentum=float(g["bank_momentum"]), dtype=torch.float64)
         bank.banks.copy_(g["bank"])
         e = g["embeddings"]
         last = e[:, -1].contiguous() if e.dim() == 4 else e

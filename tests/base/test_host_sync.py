@@ -25,9 +25,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Their results have a size, or are a number, that only the device knows.
 _WAITS = {
-    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal",
-    "unique_consecutive", "is_nonzero", "_is_all_true", "_is_any_true",
-}  # fmt: skip
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "equal",
+    "unique_consecutive",
+    "is_nonzero",
+    "_is_all_true",
+    "_is_any_true",
+}
 # These copy numbers of the host.
 _COPIES = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.tolist}
 
@@ -81,12 +89,18 @@ def watched() -> ExitStack:
 @pytest.mark.parametrize(
     "wait",
     [
-        lambda x: x.sum().item(), lambda x: float(x[0]), lambda x: bool((x > 0).all()),
-        lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.tolist(),
-        lambda x: torch.tensor([1.0, 2.0]), lambda x: torch.equal(x, x), lambda x: x.unique(),
+        lambda x: x.sum().item(),
+        lambda x: float(x[0]),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.tolist(),
+        lambda x: torch.tensor([1.0, 2.0]),
+        lambda x: torch.equal(x, x),
+        lambda x: x.unique(),
         lambda x: x.repeat_interleave((x > 0).long()),
     ],
-)  # fmt: skip
+)
 def test_the_watch_sees_what_waits(wait: Any):
     with watched(), pytest.raises(HostSync):
         wait(torch.ones(3))

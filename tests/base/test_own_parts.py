@@ -48,9 +48,7 @@ def my_trainer(peers: int, run_dir, data: Dataset | None = None, method=Layerwis
         projection_dim=4 if method.projections else None,
     )
     config = TrainConfig(epochs=2, batch_size=4, images_per_class=2, bilevel_every=2, device="cpu")
-    return mclfast.Trainer(
-        cohort, method(cohort.feature_dims), data or my_data(), config, run_dir
-    )
+    return mclfast.Trainer(cohort, method(cohort.feature_dims), data or my_data(), config, run_dir)
 
 
 @pytest.mark.parametrize(("peers", "method"), [(1, Baseline), (1, LayerwiseMCL), (3, LayerwiseMCL)])
@@ -112,10 +110,29 @@ def test_eval_uses_the_recorded_statistics_and_classes(tmp_path, capsys):
                 pil.fromarray(pixels.numpy()).save(folder / f"{i}.png")
     run = tmp_path / "run"
     command = [
-        "train", "--method", "baseline", "--cohort", "resnet8", "--data", "folder", "--data-root",
-        str(tmp_path / "images"), "--image-size", "8", "--batch-size", "4", "--images-per-class",
-        "2", "--epochs", "1", "--device", "cpu", "--no-progress", "--run-dir", str(run),
-    ]  # fmt: skip
+        "train",
+        "--method",
+        "baseline",
+        "--cohort",
+        "resnet8",
+        "--data",
+        "folder",
+        "--data-root",
+        str(tmp_path / "images"),
+        "--image-size",
+        "8",
+        "--batch-size",
+        "4",
+        "--images-per-class",
+        "2",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--no-progress",
+        "--run-dir",
+        str(run),
+    ]
     assert main(command) == 0
     capsys.readouterr()
     assert main(["eval", str(run)]) == 0

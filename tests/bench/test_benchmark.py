@@ -86,9 +86,14 @@ def test_published_bank_form_equals_the_loss(m, stages):
     weights = inputs.pair_weights.requires_grad_()
     settings = {"temperature": 0.2, "kl_temperature": 2.0}
     ours = mclfast.layerwise_bank_mcl_loss(
-        nodes.unflatten(0, (m, stages)), keys.banks, keys.pos_idx, keys.neg_idx, weights,
-        backend="reference", **settings,
-    )  # fmt: skip
+        nodes.unflatten(0, (m, stages)),
+        keys.banks,
+        keys.pos_idx,
+        keys.neg_idx,
+        weights,
+        backend="reference",
+        **settings,
+    )
     theirs = published_bank.layerwise_bank_mcl_loss(
         nodes, inputs.networks, keys.banks, keys.rows, 1, weights, **settings
     )
@@ -104,9 +109,7 @@ def test_published_nce_equals_the_loss():
     ours = mclfast.bank_nce_loss(
         nodes, keys.banks, keys.rows, temperature=0.2, eps=1e-3, backend="reference"
     )
-    theirs = published_bank.bank_nce_loss(
-        nodes, keys.banks, keys.rows, temperature=0.2, eps=1e-3
-    )
+    theirs = published_bank.bank_nce_loss(nodes, keys.banks, keys.rows, temperature=0.2, eps=1e-3)
     torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=0)
     (expected,), (found,) = (torch.autograd.grad(x, nodes) for x in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -315,9 +318,8 @@ def test_interleaved_timing():
         time.sleep(0.02)
 
     timings = measure.interleaved(
-        {"slow": slow, "fast": lambda: order.append("fast")},
-        device="cpu", budget=0, min_rounds=4,
-    )  # fmt: skip
+        {"slow": slow, "fast": lambda: order.append("fast")}, device="cpu", budget=0, min_rounds=4
+    )
     slow_, fast = timings["slow"], timings["fast"]
     assert len(slow_.samples) == len(slow_.rounds) == len(fast.rounds) == 4
     assert len(fast.samples) == 4 * 20
@@ -353,17 +355,34 @@ def test_memory_probe_sees_a_known_allocation():
 def test_targets_are_judged():
     case = layerwise(m=2, l=4, b=512, d=128)
     base = {
-        "op": case.op, "mode": BOTH, "M": 2, "L": 4, "B": 512, "D": 128, "dtype": "float32",
-        "device": "cpu", "ours": True, "provider": "cpu-fused",
-    }  # fmt: skip
+        "op": case.op,
+        "mode": BOTH,
+        "M": 2,
+        "L": 4,
+        "B": 512,
+        "D": 128,
+        "dtype": "float32",
+        "device": "cpu",
+        "ours": True,
+        "provider": "cpu-fused",
+    }
     row = base | {
-        "metric": "time", "p50": 30.0, "p20": 29.0, "p80": 31.0, "ratio_eager": 36.0,
-        "ratio_compiled": 34.0, "floor": 20.0, "ratio_floor": 1.5,
-    }  # fmt: skip
+        "metric": "time",
+        "p50": 30.0,
+        "p20": 29.0,
+        "p80": 31.0,
+        "ratio_eager": 36.0,
+        "ratio_compiled": 34.0,
+        "floor": 20.0,
+        "ratio_floor": 1.5,
+    }
     peak = base | {"metric": "peak_extra", "p50": 19.0}
     assert report.verdicts(row, [row, peak], threads=2) == [
-        ("35x eager", True), ("35x compiled", False), ("20 MiB", True), ("1.6x floor", True),
-    ]  # fmt: skip
+        ("35x eager", True),
+        ("35x compiled", False),
+        ("20 MiB", True),
+        ("1.6x floor", True),
+    ]
     # Stated for two threads; the floor is the machine's own.
     assert report.verdicts(row, [row, peak], threads=1) == [("1.6x floor", True)]
     second = row | {"mode": SECOND, "ratio_first_order": 4.2}
@@ -375,11 +394,23 @@ def test_targets_are_judged():
 
 def bank_row(case: Case, provider: str = "cpu-fused", **values) -> dict:
     return {
-        "op": case.op, "mode": case.mode, "M": case.m, "L": case.l, "B": case.b, "D": case.d,
-        "dtype": case.dtype, "device": case.device, "K": case.k, "n": case.n,
-        "bank_dtype": case.bank_dtype, "shared_negatives": case.shared_negatives,
-        "ours": provider != "eager", "provider": provider, "metric": "time", **values,
-    }  # fmt: skip
+        "op": case.op,
+        "mode": case.mode,
+        "M": case.m,
+        "L": case.l,
+        "B": case.b,
+        "D": case.d,
+        "dtype": case.dtype,
+        "device": case.device,
+        "K": case.k,
+        "n": case.n,
+        "bank_dtype": case.bank_dtype,
+        "shared_negatives": case.shared_negatives,
+        "ours": provider != "eager",
+        "provider": provider,
+        "metric": "time",
+        **values,
+    }
 
 
 def test_bank_targets_are_judged():
@@ -390,8 +421,9 @@ def test_bank_targets_are_judged():
     for peak, met in ((79.0, True), (81.0, False)):
         ours = bank_row(case, metric="peak_extra", p50=peak)
         assert report.verdicts(row, [row, theirs, ours], threads=2) == [
-            ("80x eager", False), ("2% of eager's memory", met),
-        ]  # fmt: skip
+            ("80x eager", False),
+            ("2% of eager's memory", met),
+        ]
     assert report.verdicts(row, [row], threads=1) == []
     for other in ({"bank_dtype": "bfloat16"}, {"n": 1000}, {"mode": SECOND}):
         assert report.verdicts(row | other, [row], threads=2) == []
@@ -402,8 +434,10 @@ def test_bank_target_on_a_gpu_is_judged():
     row = bank_row(case, "cuda-fused", p50=1.0, floor=0.7, ratio_floor=1.4, floor_gather=0.59)
     peak = bank_row(case, "cuda-fused", metric="peak_extra", p50=301.0)
     assert report.verdicts(row, [row, peak], threads=16) == [
-        ("2 ms", True), ("60% of copy bandwidth", False), ("300 MiB", False),
-    ]  # fmt: skip
+        ("2 ms", True),
+        ("60% of copy bandwidth", False),
+        ("300 MiB", False),
+    ]
     quick = row | {"p50": 0.95}
     assert report.verdicts(quick, [quick], threads=16)[1] == ("60% of copy bandwidth", True)
 
@@ -450,8 +484,11 @@ def test_pictures(tmp_path):
     for batch in (4, 8):
         runner.run_case(
             Case("layerwise_mcl", BOTH, 2, 1, batch, 128),
-            outcome, wanted=["eager", "reference"], budget=0, memory=False,
-        )  # fmt: skip
+            outcome,
+            wanted=["eager", "reference"],
+            budget=0,
+            memory=False,
+        )
     (path,) = draw.draw(outcome.rows, tmp_path, ABOUT)
     assert path.name == "layerwise_mcl.png"
     assert path.read_bytes().startswith(b"\x89PNG")

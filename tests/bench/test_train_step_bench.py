@@ -39,9 +39,7 @@ def test_published_steps_equal_ours():
     ours.bilevel_step(images.double(), batch, ours.config.lr)
     plain.bilevel(images.double(), batch.labels)
     for a, b in ((ours.cohort, theirs.cohort), (ours.method, theirs.method)):
-        for (name, x), (_, y) in zip(
-            a.named_parameters(), b.named_parameters(), strict=True
-        ):
+        for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
             torch.testing.assert_close(y, x, rtol=1e-7, atol=1e-8, msg=name)
 
 
@@ -55,16 +53,22 @@ def test_every_variant_is_a_trainer():
 def row(variant: str, ms: float, **more: object) -> train_step.Row:
     case = dataclasses.replace(SMALL, variant=variant, batch=100, **more)
     return dataclasses.asdict(case) | {
-        "p20": ms, "p50": ms, "p80": ms, "samples": 1, "peak_mib": 1024.0 * case.peers
+        "p20": ms,
+        "p50": ms,
+        "p80": ms,
+        "samples": 1,
+        "peak_mib": 1024.0 * case.peers,
     }
 
 
 def test_rates_with_a_bilevel_step_at_every_50th():
     rows = [
-        row("ours", 10.0), row("ours", 50.0, bilevel=True),
-        row(PUBLISHED, 12.0), row(PUBLISHED, 300.0, bilevel=True),
+        row("ours", 10.0),
+        row("ours", 50.0, bilevel=True),
+        row(PUBLISHED, 12.0),
+        row(PUBLISHED, 300.0, bilevel=True),
         row("sequential", 9.0),
-    ]  # fmt: skip
+    ]
     ours, published = train_step.with_bilevel(rows)
     assert ours["seconds"] == pytest.approx(0.55)
     assert ours["images_per_s"] == pytest.approx(50 * 100 / 0.55)
@@ -84,12 +88,9 @@ def test_picture_of_the_cohort_sizes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("command", "name"),
-    [("bench_train_step", "train-step"), ("bench_cohort_size", "cohort-size")],
+    ("command", "name"), [("bench_train_step", "train-step"), ("bench_cohort_size", "cohort-size")]
 )
-def test_the_commands_run(
-    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_commands_run(command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # Processes that take seconds to start, see the test of one of them.
     monkeypatch.setattr(train_step, "peak", lambda case: case.peers * 2**20)
     arguments = [command, "--quick", "--out", str(tmp_path)]

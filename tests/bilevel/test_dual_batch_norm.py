@@ -22,8 +22,14 @@ EPS = 1e-5
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 #: Whole vectors and ends of them, small and large planes, several chunks, one value per plane.
 SHAPES = [
-    (6, 3), (70, 16), (4, 5, 7), (3, 16, 4, 4), (5, 19, 3, 5), (2, 3, 40, 33), (130, 33, 1, 1),
-]  # fmt: skip
+    (6, 3),
+    (70, 16),
+    (4, 5, 7),
+    (3, 16, 4, 4),
+    (5, 19, 3, 5),
+    (2, 3, 40, 33),
+    (130, 33, 1, 1),
+]
 FUNCTIONS = [
     pytest.param(PlainBatchNorm, id="plain"),
     pytest.param(
@@ -46,9 +52,12 @@ def tensors(
 
     c = shape[1]
     return [
-        draw(*shape) + offset, draw(*shape) - 2, *(draw(c) for _ in range(4)),
-        draw(*shape) + 1, draw(*shape),
-    ]  # fmt: skip
+        draw(*shape) + offset,
+        draw(*shape) - 2,
+        *(draw(c) for _ in range(4)),
+        draw(*shape) + 1,
+        draw(*shape),
+    ]
 
 
 def expected(values: list[Tensor], eps: float = EPS) -> list[Tensor]:
@@ -89,9 +98,7 @@ def test_values_and_gradients(function: type, shape: tuple[int, ...], last: bool
 @pytest.mark.parametrize("shape", [(64, 16, 16, 16), (128, 24, 4, 4)], ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_float32_is_as_exact_as_the_plain_twin(
-    shape: tuple[int, ...], last: bool, offset: float
-):
+def test_float32_is_as_exact_as_the_plain_twin(shape: tuple[int, ...], last: bool, offset: float):
     if not norms._fused_here():
         pytest.skip("no C++ extension here")
     values = tensors(shape, torch.float32, last=last, offset=offset)
@@ -154,9 +161,15 @@ def test_without_weight_or_tangents(function: type, given: tuple[bool, bool]):
     want = expected([x, x_t, w, w_t if along else zero, b, b_t if along else zero, g, g_t])
     x.requires_grad_(), x_t.requires_grad_()
     y, y_t = function.apply(
-        x, x_t, w if affine else None, w_t if along else None, b if affine else None,
-        b_t if along else None, Running(None, None, 0.1), EPS,
-    )  # fmt: skip
+        x,
+        x_t,
+        w if affine else None,
+        w_t if along else None,
+        b if affine else None,
+        b_t if along else None,
+        Running(None, None, 0.1),
+        EPS,
+    )
     grads = torch.autograd.grad([y, y_t], [x, x_t], [g, g_t])
     for got, exact in zip((y, y_t, *grads), want, strict=False):
         torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)

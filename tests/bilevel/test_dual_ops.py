@@ -49,9 +49,7 @@ def test_relu_in_place(name: str):
 
 def test_relu_after_a_norm_passes_gradients_on_as_they_are():
     """No copy by way of a base tensor: the layout stays, and no other node comes between."""
-    x, x_t, g = (
-        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(3)
-    )
+    x, x_t, g = (torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(3))
     x.requires_grad_()
     norm = nn.BatchNorm2d(3)
     with forward_ad.dual_level(), DualOps():

@@ -40,9 +40,7 @@ def test_equals_autograd_through_unrolled_steps(inner_steps, outer_steps, moment
     got = bilevel_gradient(
         inner, outer, params, hyper, inner_steps=inner_steps, outer_steps=outer_steps, **settings
     )
-    loss, want = unrolled(
-        params, hyper, inner, outer, inner_steps, outer_steps, **settings
-    )
+    loss, want = unrolled(params, hyper, inner, outer, inner_steps, outer_steps, **settings)
     torch.testing.assert_close(got.outer_loss, loss.detach(), rtol=1e-12, atol=0)
     for g, w in zip(got.grads, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)

@@ -30,9 +30,18 @@ from mclfast.train.export import load_backbone
 from mclfast.train.trainer import Trainer
 
 SMALL = [
-    "--data", "digits-full", "--train-per-class", "2", "--batch-size", "20",
-    "--images-per-class", "2", "--device", "cpu", "--no-progress",
-]  # fmt: skip
+    "--data",
+    "digits-full",
+    "--train-per-class",
+    "2",
+    "--batch-size",
+    "20",
+    "--images-per-class",
+    "2",
+    "--device",
+    "cpu",
+    "--no-progress",
+]
 TINY_LMCL = [*SMALL, "--projection-dim", "4", "--matcher-dim", "4", "--bilevel-every", "2"]
 TINY = [*SMALL, "--method", "baseline", "--cohort", "resnet8"]
 FILES = ["checkpoint.pt", "config.yaml", "curves.png", "environment.json", "metrics.csv"]
@@ -55,9 +64,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     command = [sys.executable, "-m", "mclfast", "train", *TINY_LMCL, "--epochs", "2"]
     done = subprocess.run(
         [*command, "--cohort", "resnet8,resnet8", "--seed", "3", "--run-dir", str(folder)],
-        cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=folder.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return folder, done.stdout
@@ -93,9 +104,17 @@ def test_train_writes_metrics_and_result(finished):
         rows = list(csv.DictReader(file))
     losses = "loss ce aggregate_ce distill vcl soft_vcl icl soft_icl".split()
     assert list(rows[0]) == [
-        "epoch", "step", "lr", *(f"train_{name}" for name in losses), "acc_peer0", "acc_peer1",
-        "acc_mean", "acc_ensemble", "acc_best_head_so_far", "seconds",
-    ]  # fmt: skip
+        "epoch",
+        "step",
+        "lr",
+        *(f"train_{name}" for name in losses),
+        "acc_peer0",
+        "acc_peer1",
+        "acc_mean",
+        "acc_ensemble",
+        "acc_best_head_so_far",
+        "seconds",
+    ]
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     result = json.loads((folder / "result.json").read_text())
@@ -205,9 +224,11 @@ def test_a_reader_that_has_left(command):
     try:
         done = subprocess.run(
             [sys.executable, "-m", "mclfast", *command],
-            stdout=writer, stderr=subprocess.PIPE, text=True,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONUNBUFFERED": ""},
-        )  # fmt: skip
+        )
     finally:
         os.close(writer)
     assert done.stderr == ""
@@ -262,8 +283,14 @@ def test_export_into_the_run(run_dir):
 
 @pytest.mark.parametrize("name", [*filter(METHODS.get, methods.available()), "kdcl general"])
 def test_eval_and_export_of_every_method(name, tmp_path, capsys):
-    values = {"cohort": "resnet8,resnet8", "projection_dim": 4, "images_per_class": 2, "epochs": 1,
-              "sampler": "balanced", "batch_size": 20} | METHODS[name]  # fmt: skip
+    values = {
+        "cohort": "resnet8,resnet8",
+        "projection_dim": 4,
+        "images_per_class": 2,
+        "epochs": 1,
+        "sampler": "balanced",
+        "batch_size": 20,
+    } | METHODS[name]
     if name == "mcl-okd":
         values["num_negatives"] = 12
     given = [f"--{k}={v}" for k, v in values.items()]

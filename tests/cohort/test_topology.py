@@ -62,10 +62,7 @@ THREE_PEERS = {
 }
 # What each peer has there beyond this package's network: two hidden linear layers of 512, and no
 # batch norm at the end. Parameters and MACs.
-IN_PCL = {
-    "vgg16": (2 * (512 * 512 + 512), 2 * 512 * 512),
-    "densenet_40_12": (-2 * 132, 0),
-}
+IN_PCL = {"vgg16": (2 * (512 * 512 + 512), 2 * 512 * 512), "densenet_40_12": (-2 * 132, 0)}
 FAMILIES = [
     models.resnet8,
     lambda: models.WideResNet(10, 1),

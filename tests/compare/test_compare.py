@@ -34,9 +34,20 @@ from mclfast.train import plots
 from mclfast.train.trainer import RunResult, Trainer
 
 SMALL = [
-    "--data", "digits-full", "--train-per-class", "2", "--batch-size", "20",
-    "--images-per-class", "2", "--device", "cpu", "--epochs", "1", "--no-progress",
-]  # fmt: skip
+    "--data",
+    "digits-full",
+    "--train-per-class",
+    "2",
+    "--batch-size",
+    "20",
+    "--images-per-class",
+    "2",
+    "--device",
+    "cpu",
+    "--epochs",
+    "1",
+    "--no-progress",
+]
 PLAN = {
     "seeds": [0, 5],
     "methods": {
@@ -47,9 +58,14 @@ PLAN = {
     },
 }
 FILES = {
-    "accuracy.png", "curves.png", "plan.yaml", "report.html", "report.md", "summary.csv",
+    "accuracy.png",
+    "curves.png",
+    "plan.yaml",
+    "report.html",
+    "report.md",
+    "summary.csv",
     "table.csv",
-}  # fmt: skip
+}
 HERE = ["--jobs", "0", "--out", "out"]
 
 
@@ -102,8 +118,9 @@ def test_table_has_a_row_per_run_and_peer(compared):
     got = [(r["label"], int(r["seed"]), int(r["peer"]), float(r["accuracy"])) for r in rows]
     peers = {
         (label, seed): result_of(compared / label / f"seed{seed}")["peers"]
-        for label in ("baseline", "mcl", "narrow") for seed in (0, 5)
-    }  # fmt: skip
+        for label in ("baseline", "mcl", "narrow")
+        for seed in (0, 5)
+    }
     want = [(*key, i, a) for key, accuracies in peers.items() for i, a in enumerate(accuracies)]
     assert sorted(got) == sorted(want) and len(got) == 2 * (2 + 2 + 3)
     assert {r["parameters"] for r in rows} == {
@@ -328,15 +345,26 @@ def test_a_damaged_run_is_reported_and_the_others_go_on(damaged, capsys):
 
 def test_a_run_cut_before_its_exports_writes_them(tmp_path):
     config = TrainConfig.from_values(
-        {"data": "digits-full", "train_per_class": 2, "batch_size": 20, "images_per_class": 2,
-         "method": "baseline", "cohort": "resnet8,resnet8", "epochs": 2, "device": "cpu"}
-    )  # fmt: skip
+        {
+            "data": "digits-full",
+            "train_per_class": 2,
+            "batch_size": 20,
+            "images_per_class": 2,
+            "method": "baseline",
+            "cohort": "resnet8,resnet8",
+            "epochs": 2,
+            "device": "cpu",
+        }
+    )
     run = Run("baseline", 0, config, tmp_path / "run")
 
     def perform() -> None:
-        assert one_run.perform(
-            config.to_values(), run.folder, replace=False, progress=False, alone=True
-        ) is None  # fmt: skip
+        assert (
+            one_run.perform(
+                config.to_values(), run.folder, replace=False, progress=False, alone=True
+            )
+            is None
+        )
 
     perform()
     assert run.finished and runner.load(run).cost["peak_memory_bytes"] > 2**20
@@ -550,9 +578,12 @@ def finished(label: str, seed: int, peers: list[float], **values: Any) -> Finish
     history = [{"epoch": 1.0, "acc_mean": 1.0}, {"epoch": 2.0, "acc_mean": sum(peers) / len(peers)}]
     result = RunResult(tuple(peers), max(peers) + 1, max(peers) + 2, 3.0, history)
     cost = {
-        "device": "cpu", "threads": 1, "peak_memory_bytes": 2**20 * (seed + 1),
-        "parameters": [10] * len(peers), "parameters_in_training": 99,
-    }  # fmt: skip
+        "device": "cpu",
+        "threads": 1,
+        "peak_memory_bytes": 2**20 * (seed + 1),
+        "parameters": [10] * len(peers),
+        "parameters_in_training": 99,
+    }
     about = {"mclfast": {"version": "0", "git": None}, "torch": {"version": "2"}}
     run = Run(label, seed, dataclasses.replace(config, seed=seed), Path(label))
     return Finished(run, result, cost, about)
@@ -595,8 +626,12 @@ def test_each_cohort_has_a_baseline_of_its_own(tmp_path):
     ]
     found = {s.label: s.values.get("gain") for s in summarize(plan_of(runs), runs)}
     assert found == {
-        "two": None, "three": None, "mcl": [1.0], "mcl-three": [4.0], "other-data": None
-    }  # fmt: skip
+        "two": None,
+        "three": None,
+        "mcl": [1.0],
+        "mcl-three": [4.0],
+        "other-data": None,
+    }
     report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
     text = (tmp_path / "report.md").read_text()
     assert "points over the baseline of the same networks" in text
@@ -729,8 +764,16 @@ def test_a_single_epoch_is_a_point_at_a_whole_number(figures, tmp_path):
 @pytest.mark.parametrize("count", [1, 4, 16])
 def test_nothing_covers_anything(figures, tmp_path, count):
     """Titles and legends lie inside of the picture and outside of the axes."""
-    rows = [{"epoch": e, "acc_mean": 3.0, "acc_ensemble": 4.0, "train_loss": 1.0,
-             **{f"acc_peer{i}": 3.0 for i in range(count)}} for e in (1, 2)]  # fmt: skip
+    rows = [
+        {
+            "epoch": e,
+            "acc_mean": 3.0,
+            "acc_ensemble": 4.0,
+            "train_loss": 1.0,
+            **{f"acc_peer{i}": 3.0 for i in range(count)},
+        }
+        for e in (1, 2)
+    ]
     labels = [f"{i}-a-rather-long-name-of-an-entry-of-a-plan" for i in range(count)]
     title = "Training methods on digits-full: " + " or ".join(["resnet110 + wrn_40_2"] * 8)
     values = [70.0, 74.0]
@@ -756,12 +799,20 @@ def test_colours_differ_for_the_colour_blind():
     from matplotlib.colors import to_rgb
 
     # Of Machado, Oliveira and Fernandes (2009): no green cones, no red ones; linear light.
-    blind = np.array([
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-         [-0.011820, 0.042940, 0.968881]],
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
-         [-0.003882, -0.048116, 1.051998]],
-    ])  # fmt: skip
+    blind = np.array(
+        [
+            [
+                [0.367322, 0.860646, -0.227968],
+                [0.280085, 0.672501, 0.047413],
+                [-0.011820, 0.042940, 0.968881],
+            ],
+            [
+                [0.152286, 1.052583, -0.204868],
+                [0.114503, 0.786281, 0.099216],
+                [-0.003882, -0.048116, 1.051998],
+            ],
+        ]
+    )
     colours = np.array([to_rgb(c) for c in plots._COLOURS])
     linear = np.where(colours > 0.04045, ((colours + 0.055) / 1.055) ** 2.4, colours / 12.92)
     for matrix in (np.eye(3), *blind):

@@ -181,10 +181,7 @@ def test_member_differs_from_its_sum(tmp_path):
         (pickle.dumps({b"data": [1]}, protocol=2), "uint8 array"),
         (pickle.dumps({b"data": np.zeros((2, 3072))}, protocol=2), "uint8 array"),
         (pickle.dumps({b"data": np.zeros((2, 9), np.uint8)}, protocol=2), r"got \[2, 9\]"),
-        (
-            pickle.dumps({b"data": np.zeros((1, 3072), np.uint8)}, protocol=2),
-            "key 'fine_labels'",
-        ),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8)}, protocol=2), "key 'fine_labels'"),
         (
             pickle.dumps(
                 {b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": ["a"]}, protocol=2

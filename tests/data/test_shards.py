@@ -72,8 +72,10 @@ def test_order_is_that_of_names_then_of_the_shard(tmp_path):
     assert labels.tolist() == [2, 4, 0]
     assert [found.read(i) for i in range(3)] == [encoded(3), encoded(1), encoded(2)]
     assert [Path(found.describe(i)).name for i in range(3)] == [
-        "a.tar: q.jpg", "b.tar: z.jpg", "b.tar: a.png",
-    ]  # fmt: skip
+        "a.tar: q.jpg",
+        "b.tar: z.jpg",
+        "b.tar: a.png",
+    ]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -234,10 +234,15 @@ def test_listing(tmp_path):
     files, labels = list_files(tmp_path / "train", ["c0", "c1"])
     names = [os.path.relpath(files.path(i), os.fsencode(tmp_path)) for i in range(len(files))]
     assert names == [
-        b"train/c0/00.JPEG", b"train/c0/01.JPEG", b"train/c0/02.JPEG",
-        b"train/c1/00.JPEG", b"train/c1/01.JPEG", b"train/c1/02.JPEG",
-        b"train/c1/a.PNG", b"train/c1/\xff.jpg",
-    ]  # fmt: skip
+        b"train/c0/00.JPEG",
+        b"train/c0/01.JPEG",
+        b"train/c0/02.JPEG",
+        b"train/c1/00.JPEG",
+        b"train/c1/01.JPEG",
+        b"train/c1/02.JPEG",
+        b"train/c1/a.PNG",
+        b"train/c1/\xff.jpg",
+    ]
     assert files.read(7) == encoded(8)
     assert torch.equal(labels, split.train.labels)
 
@@ -245,8 +250,10 @@ def test_listing(tmp_path):
 def test_dataset_attributes(folder):
     split = data.load("imagefolder", root=folder)
     assert (split.name, split.num_classes, split.class_names) == (
-        "imagefolder", 3, ("c0", "c1", "c2"),
-    )  # fmt: skip
+        "imagefolder",
+        3,
+        ("c0", "c1", "c2"),
+    )
     assert (split.in_channels, split.image_size) == (3, 224)
     assert (split.mean, split.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert split.augmentation == Augmentation()
@@ -547,10 +554,20 @@ def test_measure_loader(folder):
 
 def settings(root: Path, **values: Any) -> TrainConfig:
     small = {
-        "data": "imagefolder", "data_root": str(root), "image_size": 16, "workers": 0,
-        "method": "lmcl", "cohort": "resnet8,resnet8", "batch_size": 6, "images_per_class": 2,
-        "epochs": 2, "projection_dim": 8, "matcher_dim": 4, "bilevel_every": 3, "device": "cpu",
-    }  # fmt: skip
+        "data": "imagefolder",
+        "data_root": str(root),
+        "image_size": 16,
+        "workers": 0,
+        "method": "lmcl",
+        "cohort": "resnet8,resnet8",
+        "batch_size": 6,
+        "images_per_class": 2,
+        "epochs": 2,
+        "projection_dim": 8,
+        "matcher_dim": 4,
+        "bilevel_every": 3,
+        "device": "cpu",
+    }
     return TrainConfig.from_values(small | values)
 
 
@@ -613,9 +630,20 @@ def call(*arguments: str | Path) -> int:
 
 
 TINY = [
-    "--image-size", "16", "--method", "baseline", "--cohort", "resnet8", "--batch-size", "6",
-    "--images-per-class", "2", "--device", "cpu", "--no-progress",
-]  # fmt: skip
+    "--image-size",
+    "16",
+    "--method",
+    "baseline",
+    "--cohort",
+    "resnet8",
+    "--batch-size",
+    "6",
+    "--images-per-class",
+    "2",
+    "--device",
+    "cpu",
+    "--no-progress",
+]
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("imagefolder", "1"), ("webdataset", "0")])
@@ -684,11 +712,14 @@ def test_an_ended_run_leaves_no_process(number, folder, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
         [*command, *where, *TINY, "--epochs", "100000", "--run-dir", str(run)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         # A shell that starts the tests in its background has them ignore interrupts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     try:
         until = time.monotonic() + 60
         while not (run / "metrics.csv").exists() and time.monotonic() < until:

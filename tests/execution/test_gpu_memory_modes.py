@@ -56,8 +56,9 @@ def test_peers_wait_in_pinned_memory(amp: str, channels_last: bool):
 
 def test_memory_does_not_grow_with_the_peers():
     def peak(networks: int, **values: Any) -> int:
-        trainer = on_gpu("dml", networks=networks, batch_size=40, images_per_class=4, blocks=8,
-                         **values)  # fmt: skip
+        trainer = on_gpu(
+            "dml", networks=networks, batch_size=40, images_per_class=4, blocks=8, **values
+        )
         first, second = batches(trainer, 2)
         trainer.train_step(*first)
         trainer.optimizer.zero_grad()

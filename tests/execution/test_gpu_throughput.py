@@ -46,9 +46,7 @@ def steps(trainer: Trainer, count: int) -> list[float]:
 def check_same(plain: Trainer, fast: Trainer, count: int = 5) -> None:
     """Losses of the first steps, before rounding errors have grown."""
     assert steps(fast, count) == pytest.approx(steps(plain, count), rel=2e-2)
-    for (name, x), y in zip(
-        plain.cohort.named_buffers(), fast.cohort.buffers(), strict=True
-    ):
+    for (name, x), y in zip(plain.cohort.named_buffers(), fast.cohort.buffers(), strict=True):
         torch.testing.assert_close(y, x, rtol=5e-2, atol=5e-2, msg=name)
 
 

@@ -43,9 +43,7 @@ def total(outputs: list[StageOutputs]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "names",
-    [("resnet8",) * 3, ("resnet8", "wrn_16_2", "resnet8")],
-    ids=["equal", "mixed"],
+    "names", [("resnet8",) * 3, ("resnet8", "wrn_16_2", "resnet8")], ids=["equal", "mixed"]
 )
 @pytest.mark.parametrize("own_views", [False, True], ids=["one-view", "own-views"])
 def test_stacked_peers_equal_separate_ones(names: tuple[str, ...], own_views: bool):
@@ -75,10 +73,14 @@ def test_a_stacked_step_trains_the_peers_themselves():
 
 def test_which_peers_are_equal():
     narrow, wide = (
-        models.staged(nn.Sequential(nn.Conv2d(3, c, 3), nn.AdaptiveAvgPool2d(1), Flat(c)), ["0"],
-                      tail=["1"], classifier="2.fc")
+        models.staged(
+            nn.Sequential(nn.Conv2d(3, c, 3), nn.AdaptiveAvgPool2d(1), Flat(c)),
+            ["0"],
+            tail=["1"],
+            classifier="2.fc",
+        )
         for c in (4, 6)
-    )  # fmt: skip
+    )
     peers = peers_of("resnet8", "resnet20", "resnet8")
     assert equal_groups([*peers, PeerNetwork(narrow)]) == [[0, 2], [1], [3]]
     assert equal_groups([PeerNetwork(narrow), PeerNetwork(wide)]) == [[0], [1]]
@@ -178,22 +180,30 @@ class CountCasts(TorchDispatchMode):
     ("values", "message"),
     [
         ({"peers_parallel": "streams"}, "peers_parallel: expected a CUDA device for streams"),
-        ({"peers_parallel": "stack", "cohort": "resnet8,resnet20"},
-         "peers_parallel: expected at least two equal networks for stack, got 2 that all differ"),
-        ({"peers_parallel": "auto", "topology": "shared_stem"},
-         "peers_parallel: expected independent networks"),
-        ({"compile_peers": True, "topology": "shared_stem"},
-         "compile_peers: expected independent networks"),
+        (
+            {"peers_parallel": "stack", "cohort": "resnet8,resnet20"},
+            "peers_parallel: expected at least two equal networks for stack, got 2 that all differ",
+        ),
+        (
+            {"peers_parallel": "auto", "topology": "shared_stem"},
+            "peers_parallel: expected independent networks",
+        ),
+        (
+            {"compile_peers": True, "topology": "shared_stem"},
+            "compile_peers: expected independent networks",
+        ),
         ({"peers_parallel": "auto", "compile_peers": True}, "peers_parallel: expected off with"),
         ({"peers_parallel": "stack", "memory": "sequential"}, "memory: expected ordinary with"),
-        ({"compile_peers": True, "memory": "sequential", "offload": "peers"},
-         "offload: expected none with compile_peers, got peers"),
+        (
+            {"compile_peers": True, "memory": "sequential", "offload": "peers"},
+            "offload: expected none with compile_peers, got peers",
+        ),
         ({"cuda_graphs": True}, "cuda_graphs: expected a CUDA device, got cpu"),
         ({"cuda_graphs": True, "amp": "fp16"}, "cuda_graphs: expected false with amp fp16"),
         ({"cuda_graphs": True, "compile_peers": True}, "cuda_graphs: expected false with compile"),
         ({"peers_parallel": "both"}, "peers_parallel: expected one of off, auto, stack, streams"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_do_not_go_together(values: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"^{message}"):
         trainer_of("dml", **values)
@@ -210,9 +220,7 @@ def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
         assert outputs.maps[0].is_contiguous(
             memory_format=torch.channels_last if trainer is fast else torch.contiguous_format
         )
-    for (name, p), q in zip(
-        plain.cohort.named_parameters(), fast.cohort.parameters(), strict=True
-    ):
+    for (name, p), q in zip(plain.cohort.named_parameters(), fast.cohort.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-10, msg=name)
     fast.cohort.float()
     weight = fast.cohort.peers[0].backbone.layer2[0].conv1.weight
@@ -227,11 +235,14 @@ def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
 @pytest.mark.parametrize(
     ("setting", "device", "amp", "wanted"),
     [
-        ("auto", "cpu", "off", True), ("auto", "cpu", "bf16", True),
-        ("auto", "cuda", "off", False), ("auto", "cuda", "bf16", True),
-        ("on", "cuda", "off", True), ("off", "cpu", "off", False),
+        ("auto", "cpu", "off", True),
+        ("auto", "cpu", "bf16", True),
+        ("auto", "cuda", "off", False),
+        ("auto", "cuda", "bf16", True),
+        ("on", "cuda", "off", True),
+        ("off", "cpu", "off", False),
     ],
-)  # fmt: skip
+)
 def test_where_channels_last_is_the_default(setting: str, device: str, amp: str, wanted: bool):
     config = TrainConfig.from_values({"channels_last": setting, "amp": amp})
     assert layout.wants_channels_last(config, torch.device(device)) == wanted

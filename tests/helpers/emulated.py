@@ -83,21 +83,20 @@ class Kernels:
         self.device()
 
     def device(
-        self,
-        order: int = 0,
-        processors: int = 2,
-        cache: int = 1 << 20,
-        shared: int = 227 * 1024,
+        self, order: int = 0, processors: int = 2, cache: int = 1 << 20, shared: int = 227 * 1024
     ) -> None:
         """order: of the threads between barriers, see emulation.cpp; 0, 1 or 2."""
         self.library.emulation_set(order, processors, cache, shared)
 
     def call(self, name: str, *args: object) -> None:
         converted = [
-            c.byref(x) if isinstance(x, c.Structure) else c.c_float(x) if isinstance(x, float)
+            c.byref(x)
+            if isinstance(x, c.Structure)
+            else c.c_float(x)
+            if isinstance(x, float)
             else c.c_void_p(pointer(x))
             for x in args
-        ]  # fmt: skip
+        ]
         error = getattr(self.library, f"emulated_{name}")(*converted)
         if error:
             raise RuntimeError(f"{name}: CUDA error {error}")
@@ -116,14 +115,26 @@ class Kernels:
         for x in (nodes, banks):
             assert x.is_contiguous()
         return Bank(
-            nodes=pointer(nodes), banks=pointer(banks), pos_idx=pointer(pos_idx),
-            neg_idx=pointer(neg_idx), pos_stride=pos_idx.stride(0), neg_stride=neg_idx.stride(0),
-            samples=banks.shape[1], node_count=nodes.shape[0], network_count=banks.shape[0],
-            batch=nodes.shape[1], width=nodes.shape[2], positives=pos_idx.shape[1] - 1,
-            negatives=neg_idx.shape[1], node_type=TYPES[nodes.dtype],
-            bank_type=TYPES[banks.dtype], temperature=tau, kl_temperature=t, families=families,
+            nodes=pointer(nodes),
+            banks=pointer(banks),
+            pos_idx=pointer(pos_idx),
+            neg_idx=pointer(neg_idx),
+            pos_stride=pos_idx.stride(0),
+            neg_stride=neg_idx.stride(0),
+            samples=banks.shape[1],
+            node_count=nodes.shape[0],
+            network_count=banks.shape[0],
+            batch=nodes.shape[1],
+            width=nodes.shape[2],
+            positives=pos_idx.shape[1] - 1,
+            negatives=neg_idx.shape[1],
+            node_type=TYPES[nodes.dtype],
+            bank_type=TYPES[banks.dtype],
+            temperature=tau,
+            kl_temperature=t,
+            families=families,
             networks=(c.c_ubyte * 128)(*networks),
-        )  # fmt: skip
+        )
 
     def outputs(self, b: Bank) -> tuple[list[Tensor], list[Tensor], Four]:
         n, m = b.node_count, b.network_count
@@ -184,12 +195,18 @@ class Kernels:
         self.call(
             "update",
             Update(
-                banks=pointer(banks), index=pointer(index), embeddings=pointer(embeddings),
-                samples=banks.shape[1], network_count=banks.shape[0], batch=len(index),
-                width=banks.shape[2], bank_type=TYPES[banks.dtype],
-                embedding_type=TYPES[embeddings.dtype], momentum=momentum,
+                banks=pointer(banks),
+                index=pointer(index),
+                embeddings=pointer(embeddings),
+                samples=banks.shape[1],
+                network_count=banks.shape[0],
+                batch=len(index),
+                width=banks.shape[2],
+                bank_type=TYPES[banks.dtype],
+                embedding_type=TYPES[embeddings.dtype],
+                momentum=momentum,
             ),
-        )  # fmt: skip
+        )
 
     def sample(self, index, tables, positives, negatives, seed, step):
         pos = torch.full((len(index), 1 + positives), -1)
@@ -198,12 +215,18 @@ class Kernels:
         self.call(
             "sample",
             Sample(
-                index=pointer(index), **dict(zip(names, map(pointer, tables), strict=True)),
-                samples=len(tables[0]), batch=len(index), positives=positives,
-                negatives=negatives, seed=seed, step=step, pos_idx=pointer(pos),
+                index=pointer(index),
+                **dict(zip(names, map(pointer, tables), strict=True)),
+                samples=len(tables[0]),
+                batch=len(index),
+                positives=positives,
+                negatives=negatives,
+                seed=seed,
+                step=step,
+                pos_idx=pointer(pos),
                 neg_idx=pointer(neg),
             ),
-        )  # fmt: skip
+        )
         return pos, neg
 
 

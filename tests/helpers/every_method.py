@@ -16,7 +16,10 @@ METHODS: dict[str, dict[str, Any]] = {
     **{f"{name} bank": {"method": name, "loss": "bank"} for name in ("mcl", "lmcl")},
     # A batch that could hold every class would be asked whether it does.
     "mcl shared negatives": {
-        "method": "mcl", "loss": "bank", "shared_negatives": "true", "batch_size": 8,
+        "method": "mcl",
+        "loss": "bank",
+        "shared_negatives": "true",
+        "batch_size": 8,
     },
     "mcl-okd": {"method": "mcl-okd"} | _STEM,
     "cl-ilr": {"method": "cl-ilr"} | _STEM,
@@ -34,9 +37,14 @@ METHODS: dict[str, dict[str, Any]] = {
 def trainer_of(name: str, **values: Any) -> Trainer:
     """The trainer of an entry of :data:`METHODS`, in training mode."""
     small = {
-        "data": "digits-full", "train_per_class": 8, "cohort": "resnet8,resnet8",
-        "batch_size": 20, "images_per_class": 4, "projection_dim": 16, "device": "cpu",
-    }  # fmt: skip
+        "data": "digits-full",
+        "train_per_class": 8,
+        "cohort": "resnet8,resnet8",
+        "batch_size": 20,
+        "images_per_class": 4,
+        "projection_dim": 16,
+        "device": "cpu",
+    }
     if "bank" in name or "shared negatives" in name or name == "mcl-okd":
         small["num_negatives"] = 12
     trainer = build(TrainConfig.from_values(small | METHODS[name] | values))

@@ -41,10 +41,12 @@ def _kl(student: list[list[float]], teacher: list[list[float]], t: float) -> lis
         s, q = [x / t for x in s_row], [x / t for x in t_row]
         s_log, q_log = _log_sum_exp(s), _log_sum_exp(q)
         rows.append(
-            t * t * sum(
+            t
+            * t
+            * sum(
                 math.exp(b - q_log) * ((b - q_log) - (a - s_log)) for a, b in zip(s, q, strict=True)
             )
-        )  # fmt: skip
+        )
     return rows
 
 

@@ -153,9 +153,13 @@ def draw(seed: int, step: int, stream: int, anchor: int, d: int) -> int:
 
 
 def sample(
-    index: list[int], labels: list[int], num_positives: int, num_negatives: int, seed: int,
+    index: list[int],
+    labels: list[int],
+    num_positives: int,
+    num_negatives: int,
+    seed: int,
     step: int,
-) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
+) -> tuple[list[list[int]], list[list[int]]]:
     """Keys of every anchor, by lists of the samples inside and outside its class."""
     pos_idx, neg_idx = [], []
     for i in index:

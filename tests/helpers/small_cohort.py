@@ -28,8 +28,14 @@ CASES: dict[str, dict[str, Any]] = {
     "kdcl": {"networks": 3},
     "kdcl-general": {"method": "kdcl", "networks": 2, "teacher": "general", "train_per_class": 8},
     "lmcl": {"networks": 3, "matcher_dim": 4, "bilevel_every": 0},
-    "lmcl-bank": {"method": "lmcl", "networks": 2, "matcher_dim": 4, "bilevel_every": 0,
-                  "loss": "bank", "num_negatives": 5},
+    "lmcl-bank": {
+        "method": "lmcl",
+        "networks": 2,
+        "matcher_dim": 4,
+        "bilevel_every": 0,
+        "loss": "bank",
+        "num_negatives": 5,
+    },
     "mcl": {"networks": 3, "logit_distill": "last"},
     "mcl-bank": {"method": "mcl", "networks": 3, "loss": "bank", "num_negatives": 5},
     "mcl-okd": {"networks": 3, "topology": "shared_stem", "num_negatives": 5},
@@ -37,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "okddip": {"networks": 3},
     "one": {"networks": 3, "topology": "shared_stem"},
     "pcl": {"networks": 3, "topology": "shared_stem"},
-}  # fmt: skip
+}
 
 
 class SmallBlock(nn.Module):
@@ -89,10 +95,15 @@ def pictures(train_per_class: int) -> Dataset:
         return ImageSet((noise + 13 * labels[:, None, None, None]).to(torch.uint8), labels)
 
     return Dataset(
-        name="noise", train=images(train_per_class), test=images(2), num_classes=10,
-        class_names=tuple("abcdefghij"), mean=(0.5,), std=(0.25,),
+        name="noise",
+        train=images(train_per_class),
+        test=images(2),
+        num_classes=10,
+        class_names=tuple("abcdefghij"),
+        mean=(0.5,),
+        std=(0.25,),
         augmentation=Augmentation(pad=1, flip=True),
-    )  # fmt: skip
+    )
 
 
 def small_trainer(
@@ -107,10 +118,16 @@ def small_trainer(
         values: fields of the config, options of the method, and ``networks``, their number.
     """
     own = {
-        "method": case, "train_per_class": 8, "batch_size": 8,
-        "images_per_class": 2, "epochs": 2, "projection_dim": 4, "device": "cpu",
-        **CASES[case], **values,
-    }  # fmt: skip
+        "method": case,
+        "train_per_class": 8,
+        "batch_size": 8,
+        "images_per_class": 2,
+        "epochs": 2,
+        "projection_dim": 4,
+        "device": "cpu",
+        **CASES[case],
+        **values,
+    }
     networks = own.pop("networks")
     config = TrainConfig.from_values(own)
     torch.manual_seed(config.seed)

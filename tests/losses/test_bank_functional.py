@@ -199,9 +199,7 @@ def test_objective_equals_terms_to_second_order():
     w = torch.rand(4, 4, 4, dtype=torch.float64)
     coefficients = (0.3, 1.0, 0.5, 0.7)
     terms = layerwise_bank_mcl_loss(e, banks, pos, neg, w, **SETTINGS)
-    fused = layerwise_bank_mcl_loss(
-        e, banks, pos, neg, w, coefficients=coefficients, **SETTINGS
-    )
+    fused = layerwise_bank_mcl_loss(e, banks, pos, neg, w, coefficients=coefficients, **SETTINGS)
     for a, b in zip(terms, fused.terms, strict=True):
         torch.testing.assert_close(a, b)
         assert not b.requires_grad

@@ -327,10 +327,7 @@ def test_modules_are_twins_of_the_functions():
             mclfast.LayerwiseMCLLoss(**kw)(embeddings, labels),
             layerwise_mcl_loss(embeddings, labels, **kw),
         ),
-        (
-            mclfast.LayerwiseMCLLoss()(embeddings, labels),
-            layerwise_mcl_loss(embeddings, labels),
-        ),
+        (mclfast.LayerwiseMCLLoss()(embeddings, labels), layerwise_mcl_loss(embeddings, labels)),
         (mclfast.SupConLoss(0.2)(a, labels), supcon_loss(a, labels, temperature=0.2)),
         (mclfast.SupConLoss()(a, labels), supcon_loss(a, labels)),
         (mclfast.InfoNCELoss(0.2)(a, b), info_nce_loss(a, b, temperature=0.2)),
@@ -339,8 +336,11 @@ def test_modules_are_twins_of_the_functions():
         (mclfast.SimilarityKLLoss()(a, b), similarity_kl_loss(a, b)),
     ]
     for got, want in pairs:
-        for g, w in zip(got if isinstance(got, tuple) else [got],
-                        want if isinstance(want, tuple) else [want], strict=True):  # fmt: skip
+        for g, w in zip(
+            got if isinstance(got, tuple) else [got],
+            want if isinstance(want, tuple) else [want],
+            strict=True,
+        ):
             assert torch.equal(g, w)
     assert "kl_temperature=2.0" in repr(mclfast.MCLLoss(**kw))
 
@@ -423,6 +423,7 @@ def test_errors_name_the_argument_in_one_line(call, kind, message):
 def test_compiles_without_graph_breaks():
     embeddings, labels = make([2, 1], dtype=torch.float32)
     compiled = torch.compile(layerwise_mcl_loss, fullgraph=True, backend="eager")
-    for a, b in zip(compiled(embeddings, labels), layerwise_mcl_loss(embeddings, labels),
-                    strict=True):  # fmt: skip
+    for a, b in zip(
+        compiled(embeddings, labels), layerwise_mcl_loss(embeddings, labels), strict=True
+    ):
         torch.testing.assert_close(a, b)

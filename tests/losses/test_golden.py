@@ -37,9 +37,7 @@ def test_layerwise_mcl_to_second_order(golden_dir, name):
     first = torch.autograd.grad(loss, [embeddings, weights], create_graph=True)
     assert golden.relative(first[0], g["grad_embeddings"]) < TOLERANCE
     assert golden.relative(first[1], g["grad_weights"]) < TOLERANCE
-    product = (first[0] * g["cot_grad_embeddings"]).sum() + (
-        first[1] * g["cot_grad_weights"]
-    ).sum()
+    product = (first[0] * g["cot_grad_embeddings"]).sum() + (first[1] * g["cot_grad_weights"]).sum()
     second = torch.autograd.grad(product, [embeddings, weights])
     assert golden.relative(second[0], g["second_embeddings"]) < TOLERANCE
     assert golden.relative(second[1], g["second_weights"]) < TOLERANCE
@@ -50,10 +48,7 @@ def test_mcl(golden_dir, name):
     g = golden.load(golden_dir / f"mcl_inbatch_{name}.npz")
     embeddings = g["embeddings"].requires_grad_()
     terms = mcl_loss(
-        embeddings,
-        g["labels"],
-        temperature=float(g["tau"]),
-        kl_temperature=float(g["kd_T"]),
+        embeddings, g["labels"], temperature=float(g["tau"]), kl_temperature=float(g["kd_T"])
     )
     for term in golden.TERMS:
         assert golden.relative(getattr(terms, term), g[term]) < TOLERANCE

@@ -41,38 +41,76 @@ KNOWN: list[tuple[str, str, dict[str, Any], tuple[Any, ...]]] = [
 ]
 # What says how a run computes, each with another value.
 FREE = {
-    "seed": 7, "data_root": "elsewhere", "workers": 3, "channels_last": "on", "cuda_graphs": True,
-    "compile_peers": True, "memory": "checkpoint", "checkpoint_every": 5, "eval_batch_size": 100,
+    "seed": 7,
+    "data_root": "elsewhere",
+    "workers": 3,
+    "channels_last": "on",
+    "cuda_graphs": True,
+    "compile_peers": True,
+    "memory": "checkpoint",
+    "checkpoint_every": 5,
+    "eval_batch_size": 100,
     "device": "cuda:1",
-}  # fmt: skip
+}
 # Another value for each setting that decides the outcome.
 OTHER: dict[str, Any] = {
-    "topology": ["shared_stem", "tree", "independent"], "split_stage": [0, 1, 2],
-    "data": ["cifar10", "digits"], "image_size": [24], "train_per_class": [100],
-    "epochs": [3, 299, 301], "batch_size": [64, 130], "sampler": ["balanced", "shuffle"],
-    "images_per_class": [1, 4], "augment": [False], "lr": [0.05, 0.1000001], "momentum": [0.8],
-    "nesterov": [False, True], "weight_decay": [0.0, 1e-4], "schedule": ["cosine", "multistep"],
-    "warmup_epochs": [5], "milestones": [(150,), (151, 225)], "lr_decay": [0.2],
-    "clip_grad_norm": [5.0], "amp": ["bf16", "fp16"], "projection_dim": [64],
-    "bilevel_every": [0, 51], "inner_steps": [1], "outer_steps": [2],
+    "topology": ["shared_stem", "tree", "independent"],
+    "split_stage": [0, 1, 2],
+    "data": ["cifar10", "digits"],
+    "image_size": [24],
+    "train_per_class": [100],
+    "epochs": [3, 299, 301],
+    "batch_size": [64, 130],
+    "sampler": ["balanced", "shuffle"],
+    "images_per_class": [1, 4],
+    "augment": [False],
+    "lr": [0.05, 0.1000001],
+    "momentum": [0.8],
+    "nesterov": [False, True],
+    "weight_decay": [0.0, 1e-4],
+    "schedule": ["cosine", "multistep"],
+    "warmup_epochs": [5],
+    "milestones": [(150,), (151, 225)],
+    "lr_decay": [0.2],
+    "clip_grad_norm": [5.0],
+    "amp": ["bf16", "fp16"],
+    "projection_dim": [64],
+    "bilevel_every": [0, 51],
+    "inner_steps": [1],
+    "outer_steps": [2],
     # The best epoch on the test set is sought among those evaluated.
     "eval_every": [2],
-}  # fmt: skip
+}
 # Settings that a run of the recipe does not use.
 UNUSED = {
     "lmcl-cifar100": {"milestones", "lr_decay", "split_stage"},
     "mcl-x4-cifar100": {"milestones", "lr_decay", "bilevel_every", "inner_steps", "outer_steps"},
     "pcl-cifar100": {
-        "images_per_class", "projection_dim", "bilevel_every", "inner_steps", "outer_steps"
+        "images_per_class",
+        "projection_dim",
+        "bilevel_every",
+        "inner_steps",
+        "outer_steps",
     },
     "mcl-okd-cifar100": {
-        "images_per_class", "milestones", "lr_decay", "bilevel_every", "inner_steps", "outer_steps"
+        "images_per_class",
+        "milestones",
+        "lr_decay",
+        "bilevel_every",
+        "inner_steps",
+        "outer_steps",
     },
     "baseline-cifar100": {
-        "split_stage", "images_per_class", "projection_dim", "milestones", "lr_decay",
-        "bilevel_every", "inner_steps", "outer_steps",
+        "split_stage",
+        "images_per_class",
+        "projection_dim",
+        "milestones",
+        "lr_decay",
+        "bilevel_every",
+        "inner_steps",
+        "outer_steps",
     },
-}  # fmt: skip
+}
 
 
 def find(name: str, **changes: Any) -> Published | None:

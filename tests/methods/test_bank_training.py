@@ -23,10 +23,17 @@ from mclfast.train.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("backend")
 
 TINY = {
-    "data": "digits", "cohort": "resnet8,resnet8", "epochs": 2, "batch_size": 20,
-    "images_per_class": 2, "loss": "bank", "num_negatives": 24, "projection_dim": 16,
-    "bilevel_every": 3, "temperature": 0.2,
-}  # fmt: skip
+    "data": "digits",
+    "cohort": "resnet8,resnet8",
+    "epochs": 2,
+    "batch_size": 20,
+    "images_per_class": 2,
+    "loss": "bank",
+    "num_negatives": 24,
+    "projection_dim": 16,
+    "bilevel_every": 3,
+    "temperature": 0.2,
+}
 
 
 def tiny(run_dir: Any = None, **values: Any) -> Trainer:
@@ -71,9 +78,14 @@ def test_loss_of_layerwise_mcl_uses_all_stages_and_the_last_banks():
     pos, neg = method.sampler.sample(batch.index, 0, backend="reference")
     nodes = torch.stack([e for stages in outputs.embeddings for e in stages]).double()
     rows = reference_banks.bank_mcl_rows(
-        nodes, (0, 0, 0, 1, 1, 1), method.bank.banks.double(), pos, neg,
-        temperature=0.2, kl_temperature=3.0,
-    )  # fmt: skip
+        nodes,
+        (0, 0, 0, 1, 1, 1),
+        method.bank.banks.double(),
+        pos,
+        neg,
+        temperature=0.2,
+        kl_temperature=3.0,
+    )
     weights = method.matcher(outputs.features).double()
     # Every ordered pair of nodes adds both of its directions with its weight.
     want = dict.fromkeys(("vcl", "soft_vcl", "icl", "soft_icl"), 0.0)
@@ -133,8 +145,9 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, method):
 
 
 def test_shared_negatives_and_half_banks_train():
-    trainer = tiny(method="mcl", shared_negatives=True, bank_dtype="bfloat16", batch_size=8,
-                   images_per_class=2)  # fmt: skip
+    trainer = tiny(
+        method="mcl", shared_negatives=True, bank_dtype="bfloat16", batch_size=8, images_per_class=2
+    )
     record = trainer.fit(progress=False).history[-1]
     assert all(torch.tensor(list(record.values())).isfinite())
     assert trainer.method.bank.banks.dtype == torch.bfloat16

@@ -79,9 +79,7 @@ def test_weights_of_the_matcher_are_computed_in_float32():
 
 def test_mean_and_cross_entropy_of_logits_in_half_precision_are_wide():
     logits = torch.randn(3, 5, 4).mul(8).bfloat16()
-    half, full = (
-        PeerOutputs((), tuple((z,) for z in x), ()) for x in (logits, logits.float())
-    )
+    half, full = (PeerOutputs((), tuple((z,) for z in x), ()) for x in (logits, logits.float()))
     assert torch.equal(mean_logits(half), logits.float().mean(0))
     labels = torch.arange(5) % 4
     assert torch.equal(sum_cross_entropy(half, labels), sum_cross_entropy(full, labels))

@@ -24,9 +24,14 @@ from mclfast.train.trainer import Trainer
 
 METHODS = ("afd", "ffl", "mcl-okd", "pcl")
 TINY = {
-    "data": "digits", "cohort": "resnet8,resnet8", "epochs": 2, "batch_size": 20,
-    "images_per_class": 2, "projection_dim": 16, "device": "cpu",
-}  # fmt: skip
+    "data": "digits",
+    "cohort": "resnet8,resnet8",
+    "epochs": 2,
+    "batch_size": 20,
+    "images_per_class": 2,
+    "projection_dim": 16,
+    "device": "cpu",
+}
 BATCH, CLASSES = 6, 4
 
 
@@ -346,8 +351,9 @@ def test_maps_that_differ_are_imitated_through_a_transfer():
 def test_optimizers_of_afd_share_nothing():
     cohort = Cohort(
         [models.create(n, num_classes=10, in_channels=1) for n in ("resnet8", "wrn_16_2")],
-        auxiliary_heads=False, projection_dim=None,
-    )  # fmt: skip
+        auxiliary_heads=False,
+        projection_dim=None,
+    )
     cls = method_class("afd")
     method = cls(cohort.feature_dims)
     assert method.own_optimizers() == {}
@@ -416,13 +422,15 @@ def test_mcl_okd_is_the_published_loss_and_update(golden_dir, monkeypatch):
     rows = len(g["index"])
     logits = tuple((torch.zeros(rows, CLASSES, dtype=torch.float64),) for _ in embeddings)
     outputs = PeerOutputs(
-        tuple((torch.zeros(rows, 3),) for _ in embeddings), logits,
-        tuple((e,) for e in embeddings),
-    )  # fmt: skip
+        tuple((torch.zeros(rows, 3),) for _ in embeddings), logits, tuple((e,) for e in embeddings)
+    )
     method = banked(
-        outputs, int(g["n_data"]), temperature=float(g["tau"]),
-        bank_momentum=float(g["bank_momentum"]), num_negatives=40,
-    )  # fmt: skip
+        outputs,
+        int(g["n_data"]),
+        temperature=float(g["tau"]),
+        bank_momentum=float(g["bank_momentum"]),
+        num_negatives=40,
+    )
     method.bank.register_buffer("banks", g["bank"].clone())
     indices = ContrastIndices(g["contrast_idx"][:, :1], g["contrast_idx"][:, 1:])
     monkeypatch.setattr(method.sampler, "sample", lambda *args, **kwargs: indices)
@@ -517,9 +525,11 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, name):
     states = [flat({k: t.state()[k] or {} for k in kinds}) for t in (whole, rest)]
     assert states[0].keys() == states[1].keys()
     for path, value in states[0].items():
-        same = torch.equal(value, states[1][path]) if isinstance(value, Tensor) else (
-            value == states[1][path]
-        )  # fmt: skip
+        same = (
+            torch.equal(value, states[1][path])
+            if isinstance(value, Tensor)
+            else (value == states[1][path])
+        )
         assert same, path
     assert any("own_optimizers" in path for path in states[0]) == (name == "afd")
     assert any("average" in path for path in states[0]) == (name == "pcl")
@@ -529,19 +539,29 @@ def test_defaults():
     """The published values, where the docstring does not call them choices."""
     wanted = {
         "afd": {
-            "distill_temperature": 3.0, "distill_weight": 1.0, "adversarial_weight": 0.1,
-            "discriminator_lr": 2e-5, "discriminator_weight_decay": 0.1,
+            "distill_temperature": 3.0,
+            "distill_weight": 1.0,
+            "adversarial_weight": 0.1,
+            "discriminator_lr": 2e-5,
+            "discriminator_weight_decay": 0.1,
         },
         "ffl": {"distill_temperature": 3.0, "rampup_epochs": 80, "fusion_weight_decay": 1e-5},
         "mcl-okd": {
-            "temperature": 0.1, "num_negatives": 256, "bank_momentum": 0.5, "ce_weight": 1.0,
-            "distill_weight": 1.0, "nce_weight": 0.025, "distill_temperature": 3.0,
+            "temperature": 0.1,
+            "num_negatives": 256,
+            "bank_momentum": 0.5,
+            "ce_weight": 1.0,
+            "distill_weight": 1.0,
+            "nce_weight": 0.025,
+            "distill_temperature": 3.0,
         },
         "pcl": {
-            "distill_temperature": 3.0, "rampup_epochs": 80, "distill_weight": 1.0,
+            "distill_temperature": 3.0,
+            "rampup_epochs": 80,
+            "distill_weight": 1.0,
             "average_decay": 0.999,
         },
-    }  # fmt: skip
+    }
     for name, values in wanted.items():
         assert values.items() <= vars(method_class(name).Options()).items(), name
 

@@ -241,13 +241,16 @@ def test_defaults():
     wanted = {
         "dml": {"distill_temperature": 2.0},
         "kdcl": {
-            "teacher": "linear", "distill_temperature": 2.0, "distill_weight": 1.0,
-            "holdout_share": 0.1, "ridge": 1e-3,
+            "teacher": "linear",
+            "distill_temperature": 2.0,
+            "distill_weight": 1.0,
+            "holdout_share": 0.1,
+            "ridge": 1e-3,
         },
         "cl-ilr": {"distill_temperature": 2.0, "distill_weight": 0.5},
         "one": ramp,
         "okddip": ramp,
-    }  # fmt: skip
+    }
     for name, values in wanted.items():
         assert values.items() <= vars(method_class(name).Options()).items(), name
 
@@ -400,9 +403,13 @@ def test_ensembles():
 
 def run(name: str, **values: Any) -> TrainConfig:
     small = {
-        "data": "digits-full", "train_per_class": 20, "batch_size": 20, "images_per_class": 2,
-        "lr": 0.1, "device": "cpu",
-    }  # fmt: skip
+        "data": "digits-full",
+        "train_per_class": 20,
+        "batch_size": 20,
+        "images_per_class": 2,
+        "lr": 0.1,
+        "device": "cpu",
+    }
     return TrainConfig.from_values(small | RUNS[name] | values)
 
 
@@ -670,14 +677,11 @@ def test_different_networks():
         ("kdcl", "distill_weight", -1, "expected a finite number >= 0, got -1.0"),
         ("kdcl", "ridge", 0, "expected a finite number > 0, got 0.0"),
         ("kdcl", "holdout_share", 1, r"expected a value in \(0, 1\), got 1.0"),
-        (
-            "kdcl", "teacher", "mean",
-            "expected one of naive, linear, minlogit, general; got 'mean'",
-        ),
+        ("kdcl", "teacher", "mean", "expected one of naive, linear, minlogit, general; got 'mean'"),
         ("one", "rampup_epochs", -1, "expected an integer >= 0, got -1"),
         ("okddip", "rampup_epochs", 2.5, "expected an integer, got 2.5"),
     ],
-)  # fmt: skip
+)
 def test_options_out_of_range(method, name, value, message):
     with pytest.raises(ValueError, match=f"^{name}: {message}$"):
         TrainConfig.from_values({"method": method, name: value})
@@ -723,23 +727,33 @@ def test_recipes_build_the_published_networks(name, network):
 
 def test_recipes_hold_the_published_settings():
     common = {
-        "data": "cifar100", "epochs": 300, "batch_size": 128, "sampler": "shuffle", "lr": 0.1,
-        "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
-    }  # fmt: skip
+        "data": "cifar100",
+        "epochs": 300,
+        "batch_size": 128,
+        "sampler": "shuffle",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+    }
     steps = {"schedule": "multistep", "milestones": [150, 225], "lr_decay": 0.1}
     ramp = {"distill_temperature": 3.0, "rampup_epochs": 80}
     stem = {"topology": "shared_stem"}
     expected = {
         "dml": {"cohort": ["resnet32"] * 4, "schedule": "cosine", "distill_temperature": 2.0}
-        | {"split_stage": 1} | stem,
+        | {"split_stage": 1}
+        | stem,
         "cl-ilr": {"cohort": ["resnet32"] * 4, "schedule": "cosine", "distill_weight": 0.5}
         | {"topology": "tree", "split_stage": 1, "distill_temperature": 2.0},
-        "one": {"cohort": ["resnet32"] * 3, "split_stage": 2} | stem | ramp | steps
+        "one": {"cohort": ["resnet32"] * 3, "split_stage": 2}
+        | stem
+        | ramp
+        | steps
         | {"nesterov": False, "weight_decay": 1e-4, "milestones": [151, 225]},
         "okddip": {"cohort": ["resnet32"] * 4, "split_stage": 2} | stem | ramp | steps,
         "kdcl": {"cohort": ["resnet32", "wrn_16_2"], "topology": "independent"}
         | {"teacher": "general", "distill_temperature": 2.0, "distill_weight": 1.0},
-    }  # fmt: skip
+    }
     for name, values in expected.items():
         found = TrainConfig.from_values(recipe.load(f"{name}-cifar100")).to_values()
         want = {"method": name} | common | values

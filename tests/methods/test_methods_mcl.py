@@ -106,10 +106,18 @@ def test_loss_of_a_step(networks, distill):
 
 def test_defaults_as_published():
     wanted = {
-        "loss": "batch", "temperature": 0.1, "kl_temperature": 3.0, "distill_temperature": 3.0,
-        "vcl_weight": 0.1, "soft_vcl_weight": 1.0, "icl_weight": 0.1, "soft_icl_weight": 1.0,
-        "num_positives": 1, "num_negatives": 8192, "bank_momentum": 0.5,
-    }  # fmt: skip
+        "loss": "batch",
+        "temperature": 0.1,
+        "kl_temperature": 3.0,
+        "distill_temperature": 3.0,
+        "vcl_weight": 0.1,
+        "soft_vcl_weight": 1.0,
+        "icl_weight": 0.1,
+        "soft_icl_weight": 1.0,
+        "num_positives": 1,
+        "num_negatives": 8192,
+        "bank_momentum": 0.5,
+    }
     for method, more in ((MCL, {"logit_distill": "none"}), (LayerwiseMCL, {"matcher_dim": 128})):
         assert (wanted | more).items() <= vars(method.Options()).items()
 
@@ -141,9 +149,10 @@ def test_logit_distillation_reaches_its_students_alone():
     loss = method.loss(outputs, Batch(LABELS, torch.arange(len(LABELS)), 0, 0))["distill"]
     grads = torch.autograd.grad(loss, list(cohort.parameters()), allow_unused=True)
     reached = {
-        name for (name, _), g in zip(cohort.named_parameters(), grads, strict=True)
+        name
+        for (name, _), g in zip(cohort.named_parameters(), grads, strict=True)
         if g is not None and g.any()
-    }  # fmt: skip
+    }
     last = dict(cohort.peers[2].backbone.named_parameters()).values()
     assert reached == {n for n, p in cohort.named_parameters() if any(p is q for q in last)}
 
@@ -171,10 +180,17 @@ def test_what_a_batch_is_contrasted_with(shared):
 @pytest.mark.parametrize(("method", "options"), [("mcl", {}), ("lmcl", {"bilevel_every": 20})])
 def test_a_run_learns(method, options):
     values = {
-        "method": method, "cohort": "resnet8,resnet8", "data": "digits-full", "device": "cpu",
-        "train_per_class": 20, "batch_size": 20, "images_per_class": 2, "epochs": 3, "lr": 0.1,
+        "method": method,
+        "cohort": "resnet8,resnet8",
+        "data": "digits-full",
+        "device": "cpu",
+        "train_per_class": 20,
+        "batch_size": 20,
+        "images_per_class": 2,
+        "epochs": 3,
+        "lr": 0.1,
         "projection_dim": 16,
-    }  # fmt: skip
+    }
     result = build(TrainConfig.from_values(values | options)).fit(progress=False)
     assert result.history[-1]["train_ce"] < 0.7 * result.history[0]["train_ce"]
     assert min(*result.peers, result.ensemble) > 25

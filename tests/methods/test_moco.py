@@ -31,10 +31,20 @@ from mclfast.train.folder import CHECKPOINT
 from mclfast.train.trainer import Trainer
 
 TINY = {
-    "method": "moco-mcl", "data": "digits-full", "train_per_class": 8, "cohort": "resnet8,resnet8",
-    "epochs": 2, "batch_size": 40, "sampler": "shuffle", "queue_size": 80, "norm_parts": 2,
-    "projection_dim": 16, "key_momentum": 0.9, "lr": 0.03, "device": "cpu",
-}  # fmt: skip
+    "method": "moco-mcl",
+    "data": "digits-full",
+    "train_per_class": 8,
+    "cohort": "resnet8,resnet8",
+    "epochs": 2,
+    "batch_size": 40,
+    "sampler": "shuffle",
+    "queue_size": 80,
+    "norm_parts": 2,
+    "projection_dim": 16,
+    "key_momentum": 0.9,
+    "lr": 0.03,
+    "device": "cpu",
+}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,10 +148,16 @@ def test_loss_of_a_step():
 
 def test_defaults_as_published():
     wanted = {
-        "temperature": 0.07, "kl_temperature": 3.0, "vcl_weight": 1.0, "soft_vcl_weight": 1.0,
-        "icl_weight": 1.0, "soft_icl_weight": 1.0, "key_momentum": 0.999, "head": "linear",
+        "temperature": 0.07,
+        "kl_temperature": 3.0,
+        "vcl_weight": 1.0,
+        "soft_vcl_weight": 1.0,
+        "icl_weight": 1.0,
+        "soft_icl_weight": 1.0,
+        "key_momentum": 0.999,
+        "head": "linear",
         "augmentation": "moco-v1",
-    }  # fmt: skip
+    }
     assert wanted.items() <= vars(MomentumMCL.Options()).items()
 
 
@@ -432,9 +448,15 @@ def test_smallest_area_of_streamed_crops():
 def test_a_run_on_streamed_images(tmp_path):
     root = make_folder(tmp_path)
     values = {
-        "data": "imagefolder", "data_root": str(root), "image_size": 16, "workers": 0,
-        "train_per_class": None, "batch_size": 8, "queue_size": 16, "epochs": 1,
-    }  # fmt: skip
+        "data": "imagefolder",
+        "data_root": str(root),
+        "image_size": 16,
+        "workers": 0,
+        "train_per_class": None,
+        "batch_size": 8,
+        "queue_size": 16,
+        "epochs": 1,
+    }
     record = tiny(**values).fit(progress=False).history[-1]
     assert record["step"] == 3
     assert all(torch.tensor(list(record.values())).isfinite())

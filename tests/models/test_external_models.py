@@ -215,9 +215,13 @@ def test_a_broken_package_tells_why(
 
 def test_a_stage_of_several_modules() -> None:
     parts = OrderedDict(
-        a=conv(3, 4, 2), b=conv(4, 5), c=conv(5, 6, 2), pool=nn.AdaptiveAvgPool2d(1),
-        flat=nn.Flatten(), fc=nn.Linear(6, 3),
-    )  # fmt: skip
+        a=conv(3, 4, 2),
+        b=conv(4, 5),
+        c=conv(5, 6, 2),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flat=nn.Flatten(),
+        fc=nn.Linear(6, 3),
+    )
     module = nn.Sequential(parts).eval()
     net = models.staged(module, [["a", "b"], "c"])
     x = torch.randn(2, 3, 16, 16)

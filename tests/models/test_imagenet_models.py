@@ -212,10 +212,26 @@ def test_odd_widths_are_refused() -> None:
 def test_train_and_export_from_the_command_line(tmp_path) -> None:
     """Digits of 8 x 8 pixels: every map but the first is a single pixel."""
     arguments = [
-        "--method", "lmcl", "--cohort", "shufflenet_v2_x0_5,resnet8", "--data", "digits-full",
-        "--train-per-class", "2", "--batch-size", "20", "--images-per-class", "2",
-        "--projection-dim", "4", "--epochs", "1", "--device", "cpu", "--no-progress",
-    ]  # fmt: skip
+        "--method",
+        "lmcl",
+        "--cohort",
+        "shufflenet_v2_x0_5,resnet8",
+        "--data",
+        "digits-full",
+        "--train-per-class",
+        "2",
+        "--batch-size",
+        "20",
+        "--images-per-class",
+        "2",
+        "--projection-dim",
+        "4",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--no-progress",
+    ]
     assert main(["train", *arguments, "--run-dir", str(tmp_path / "run")]) == 0
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "net")]) == 0
     network = load_backbone(tmp_path / "net").network

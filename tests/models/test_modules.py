@@ -74,8 +74,10 @@ def test_layer_matcher_is_the_sigmoid_of_cosines():
 
 def test_aggregator_is_a_convex_combination_that_trains_the_features():
     aggregator = LogitAggregator([4, 3], [3, 2])
-    features = [[torch.randn(5, 4, requires_grad=True) for _ in range(3)],
-                [torch.randn(5, 3) for _ in range(2)]]  # fmt: skip
+    features = [
+        [torch.randn(5, 4, requires_grad=True) for _ in range(3)],
+        [torch.randn(5, 3) for _ in range(2)],
+    ]
     same = torch.randn(5, 6)
     out = aggregator(features, [[same] * 3, [same] * 2])
     torch.testing.assert_close(out, [same, same])

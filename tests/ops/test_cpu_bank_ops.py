@@ -469,9 +469,11 @@ def test_nce_float32_is_as_accurate_as_eager(samples: int) -> None:
     # Normaliser of the size that makes most negatives certain.
     case.log_normalizer = case.log_normalizer + 4
     single = NceCase(
-        *(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
-          for x in case.__dict__.values())
-    )  # fmt: skip
+        *(
+            x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in case.__dict__.values()
+        )
+    )
     truth, eager, ours = literal_nce(case), literal_nce(single), op_nce(single)
     for name, exact in truth.items():
         floor = 1.2e-7 / case.temperature * exact.norm().item() * 0.1
@@ -536,11 +538,23 @@ def test_philox_of_the_literal_form_has_the_published_answers() -> None:
     ones = literal_bank.WORD
     pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     assert literal_bank.philox((0, 0, 0, 0), (0, 0)) == (
-        0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)  # fmt: skip
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    )
     assert literal_bank.philox((ones,) * 4, (ones, ones)) == (
-        0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)  # fmt: skip
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    )
     assert literal_bank.philox(pi, (0xA4093822, 0x299F31D0)) == (
-        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)  # fmt: skip
+        0xD16CFE09,
+        0x94FDCCEB,
+        0x5001E420,
+        0x24126EA1,
+    )
 
 
 def class_tables(labels: list[int]) -> tuple[Tensor, ...]:

@@ -503,11 +503,7 @@ def info_nce_inputs(batch: int, width: int) -> tuple[list[Tensor], list[Tensor],
 
     embeddings = [torch.nn.functional.normalize(normal(batch, width), dim=-1) for _ in range(2)]
     embeddings = [e.float().double() for e in embeddings]
-    return (
-        embeddings,
-        [normal(batch) for _ in range(3)],
-        [normal(batch, width) for _ in range(2)],
-    )
+    return (embeddings, [normal(batch) for _ in range(3)], [normal(batch, width) for _ in range(2)])
 
 
 def info_nce_reference(

@@ -349,8 +349,11 @@ def test_sampler(kernels, seed, step):
     got = kernels.sample(
         torch.tensor(anchors),
         (order, position, torch.tensor(labels, dtype=torch.int32), starts),
-        3, 20, seed, step,
-    )  # fmt: skip
+        3,
+        20,
+        seed,
+        step,
+    )
     want = reference.sample(anchors, labels, 3, 20, seed, step)
     assert got[0].tolist() == want[0]
     assert got[1].tolist() == want[1]

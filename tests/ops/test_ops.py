@@ -53,9 +53,18 @@ def test_opcheck(dtype):
         detached = [c.detach() for c in cotangents]
         opcheck(
             ops.mcl_rows_double_backward,
-            (nodes.detach(), *detached, nodes.detach(), labels, *statistics, *settings, start,
-             count, "cpu"),
-        )  # fmt: skip
+            (
+                nodes.detach(),
+                *detached,
+                nodes.detach(),
+                labels,
+                *statistics,
+                *settings,
+                start,
+                count,
+                "cpu",
+            ),
+        )
     *rows, _, _ = ops.mcl_rows(nodes, labels, *settings, 0, 7, "cpu")
     weights = [torch.randn_like(r) for r in rows]
     opcheck(ops.mcl_objective, (*weights, nodes, labels, *settings, "cpu"))

@@ -21,9 +21,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("method", ["baseline", "lmcl", "mcl"])
 def test_within_15_percent_of_the_peak(method, amp, memory):
-    values = {"method": method, "cohort": "resnet32,resnet32,resnet32", "data": "glyphs100",
-              "sampler": "shuffle", "batch_size": 128, "bilevel_every": 0, "device": "cuda",
-              "amp": amp, "memory": memory}  # fmt: skip
+    values = {
+        "method": method,
+        "cohort": "resnet32,resnet32,resnet32",
+        "data": "glyphs100",
+        "sampler": "shuffle",
+        "batch_size": 128,
+        "bilevel_every": 0,
+        "device": "cuda",
+        "amp": amp,
+        "memory": memory,
+    }
     if method == "mcl":
         values["loss"] = "bank"
     c = TrainConfig.from_values(values)

@@ -58,9 +58,7 @@ def planned(c: TrainConfig, device: str = "cuda") -> Estimate:
 def needed(trainer: Trainer, memory: str, *, bilevel: bool = True) -> int:
     """What the steps of a trainer add to what it keeps."""
     known, c = facts_of(trainer.data), trainer.config
-    found = estimate(
-        trainer, known, Choice(memory), c.batch_size, device="cpu", bilevel=bilevel
-    )
+    found = estimate(trainer, known, Choice(memory), c.batch_size, device="cpu", bilevel=bilevel)
     return found.total - found.kept
 
 
@@ -77,18 +75,32 @@ def comes_and_goes(e: Estimate) -> int:
     "values",
     [
         {"method": "baseline", "cohort": "resnet20", "batch_size": 32},
-        {"method": "baseline", "cohort": "wrn_16_2,resnet8", "batch_size": 48,
-         "memory": "checkpoint"},
+        {
+            "method": "baseline",
+            "cohort": "wrn_16_2,resnet8",
+            "batch_size": 48,
+            "memory": "checkpoint",
+        },
         {"method": "lmcl", "cohort": "resnet8,resnet8", "batch_size": 64, "amp": "bf16"},
-        {"method": "lmcl", "cohort": "resnet8", "batch_size": 16, "bilevel_every": 1,
-         "inner_steps": 3},
+        {
+            "method": "lmcl",
+            "cohort": "resnet8",
+            "batch_size": 16,
+            "bilevel_every": 1,
+            "inner_steps": 3,
+        },
         {"method": "lmcl", "cohort": RESNETS, "batch_size": 40, "memory": "sequential"},
-        {"method": "mcl", "cohort": RESNETS, "batch_size": 32, "loss": "bank",
-         "num_negatives": 2048},
+        {
+            "method": "mcl",
+            "cohort": RESNETS,
+            "batch_size": 32,
+            "loss": "bank",
+            "num_negatives": 2048,
+        },
         {"method": "moco-mcl", "cohort": "resnet8,resnet8", "batch_size": 64, "queue_size": 1024},
     ],
     ids=lambda v: "-".join(map(str, v.values()))[:60],
-)  # fmt: skip
+)
 def test_within_15_percent_of_what_the_allocator_gives_out(values):
     c = config(**values)
     trainer = build(c)
@@ -174,9 +186,12 @@ def test_vectors_in_host_memory_are_not_on_the_device():
         before = places.most = places.now[DEVICE]
         trainer.bilevel_step(images, batch, 0.05)
     planned_bytes = rehearse_bilevel(
-        small_trainer("lmcl", **values), one_at_a_time=True, amp="off", batch_size=2,
+        small_trainer("lmcl", **values),
+        one_at_a_time=True,
+        amp="off",
+        batch_size=2,
         offload="peers",
-    )  # fmt: skip
+    )
     assert planned_bytes == pytest.approx(places.most - before, rel=0.15)
 
 
@@ -247,19 +262,34 @@ def test_one_peer_at_a_time_more_peers_cost_a_bilevel_step_no_activations(monkey
 @pytest.mark.parametrize(
     "settings, choice, reason",
     [
-        ({"method": "pcl", "topology": "shared_stem"}, Choice("sequential", "peers"),
-         "topology: expected independent"),
-        ({"method": "moco-mcl"}, Choice("sequential", "peers"),
-         "offload: expected none for a method with a moving average"),
-        ({"method": "dml", "peers_parallel": "stack"}, Choice("sequential"),
-         "memory: expected ordinary with peers_parallel"),
-        ({"method": "dml", "compile_peers": True}, Choice("checkpoint"),
-         "memory: expected ordinary or sequential with compile_peers"),
-        ({"method": "dml", "cuda_graphs": True}, Choice("checkpoint"),
-         "memory: expected ordinary with cuda_graphs"),
+        (
+            {"method": "pcl", "topology": "shared_stem"},
+            Choice("sequential", "peers"),
+            "topology: expected independent",
+        ),
+        (
+            {"method": "moco-mcl"},
+            Choice("sequential", "peers"),
+            "offload: expected none for a method with a moving average",
+        ),
+        (
+            {"method": "dml", "peers_parallel": "stack"},
+            Choice("sequential"),
+            "memory: expected ordinary with peers_parallel",
+        ),
+        (
+            {"method": "dml", "compile_peers": True},
+            Choice("checkpoint"),
+            "memory: expected ordinary or sequential with compile_peers",
+        ),
+        (
+            {"method": "dml", "cuda_graphs": True},
+            Choice("checkpoint"),
+            "memory: expected ordinary with cuda_graphs",
+        ),
     ],
     ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else "",
-)  # fmt: skip
+)
 def test_what_training_refuses_is_refused_with_its_reason(settings, choice, reason):
     c = config(cohort="resnet8,resnet8", batch_size=8, **settings)
     with pytest.raises(ValueError, match=f"^{reason}"):
@@ -297,20 +327,24 @@ def test_offload_without_a_memory_mode_is_that_of_its_only_one(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--device-memory", "8Gb"),
-         "device_memory: expected a number and a unit, as 8GiB or 500MB, got '8Gb' "
-         "(did you mean 'GB'?)"),
+        (
+            ("--device-memory", "8Gb"),
+            "device_memory: expected a number and a unit, as 8GiB or 500MB, got '8Gb' "
+            "(did you mean 'GB'?)",
+        ),
         (("--device-memory", "0GiB"), "device_memory: expected at least one byte, got '0GiB'"),
         (("--cohort", "resnet33"), "cohort: expected a known name"),
         (("--batch", "many"), "batch_size: expected an integer, got 'many'"),
         (("--batch", "8", "--batch-size=9"), "batch: expected one of --batch and --batch-size"),
-        (("--memory", "sequential", "--peers-parallel", "stack"),
-         "memory: expected ordinary with peers_parallel, got sequential"),
+        (
+            ("--memory", "sequential", "--peers-parallel", "stack"),
+            "memory: expected ordinary with peers_parallel, got sequential",
+        ),
         (("--memory", "small"), "memory: expected one of ordinary"),
         (("--device", "gpu"), "device: expected auto, cpu, cuda"),
         (("--data", "folder"), "root: expected the folder"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named(capsys, arguments, message):
     assert error_of(capsys, "plan", *arguments).startswith(message)
 
@@ -329,10 +363,17 @@ def test_sizes(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("size, text", [
-    (0, "0 B"), (999, "999 B"), (1000, "0.98 KiB"), (1 << 20, "1.00 MiB"),
-    (int(37.66 * 2**30), "37.7 GiB"), (512 << 20, "512 MiB"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, text",
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.98 KiB"),
+        (1 << 20, "1.00 MiB"),
+        (int(37.66 * 2**30), "37.7 GiB"),
+        (512 << 20, "512 MiB"),
+    ],
+)
 def test_sizes_as_text(size, text):
     assert format_bytes(size) == text
 

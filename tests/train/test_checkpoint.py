@@ -36,10 +36,20 @@ class Creates:
 
 def trainer(**values: Any) -> Trainer:
     small: dict[str, Any] = {
-        "method": "lmcl", "cohort": "resnet8", "data": "digits-full", "train_per_class": 2,
-        "batch_size": 20, "images_per_class": 2, "projection_dim": 4, "device": "cpu",
-        "lr": 0.1, "seed": 0, "epochs": 60, "temperature": 0.1, "amp": "off",
-    }  # fmt: skip
+        "method": "lmcl",
+        "cohort": "resnet8",
+        "data": "digits-full",
+        "train_per_class": 2,
+        "batch_size": 20,
+        "images_per_class": 2,
+        "projection_dim": 4,
+        "device": "cpu",
+        "lr": 0.1,
+        "seed": 0,
+        "epochs": 60,
+        "temperature": 0.1,
+        "amp": "off",
+    }
     if values.get("method") == "baseline":
         del small["temperature"]
     return build(TrainConfig.from_values(small | values))

@@ -89,9 +89,7 @@ def test_changed_values_cover_every_field():
     defaults = TrainConfig().to_values()
     # "lmcl" is the default method, the other one has other options; peers in host memory and
     # compiled ones exclude several of these settings.
-    assert [n for n in names if CHANGED[n] == defaults[n]] == [
-        "method", "compile_peers", "offload"
-    ]
+    assert [n for n in names if CHANGED[n] == defaults[n]] == ["method", "compile_peers", "offload"]
 
 
 @pytest.mark.parametrize("values", [{}, CHANGED, {"method": "baseline", "data_root": None}])
@@ -317,41 +315,88 @@ def test_recipe_is_a_valid_config(name):
 def test_lmcl_recipe_is_the_published_run():
     # The published CIFAR-100 settings (arXiv 2207.11518).
     published = {
-        "data": "cifar100", "epochs": 300, "batch_size": 128, "images_per_class": 2,
-        "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
-        "schedule": "cosine", "temperature": 0.1, "kl_temperature": 3.0,
-        "vcl_weight": 0.1, "icl_weight": 0.1, "soft_vcl_weight": 1.0, "soft_icl_weight": 1.0,
-        "bilevel_every": 50, "inner_steps": 2, "outer_steps": 1, "projection_dim": 128,
-    }  # fmt: skip
+        "data": "cifar100",
+        "epochs": 300,
+        "batch_size": 128,
+        "images_per_class": 2,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "schedule": "cosine",
+        "temperature": 0.1,
+        "kl_temperature": 3.0,
+        "vcl_weight": 0.1,
+        "icl_weight": 0.1,
+        "soft_vcl_weight": 1.0,
+        "soft_icl_weight": 1.0,
+        "bilevel_every": 50,
+        "inner_steps": 2,
+        "outer_steps": 1,
+        "projection_dim": 128,
+    }
     found = TrainConfig.from_values(recipe.load("lmcl-cifar100")).to_values()
     assert {name: found[name] for name in published} == published
 
 
 SGD_CIFAR = {
-    "epochs": 300, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "nesterov": True,
+    "epochs": 300,
+    "batch_size": 128,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "nesterov": True,
     "weight_decay": 5e-4,
-}  # fmt: skip
+}
 SGD_IMAGENET = SGD_CIFAR | {"batch_size": 256, "weight_decay": 1e-4, "schedule": "multistep"}
 MCL_TERMS = {"vcl_weight": 0.1, "icl_weight": 0.1, "soft_vcl_weight": 1.0, "soft_icl_weight": 1.0}
-IN_BATCH = SGD_CIFAR | MCL_TERMS | {
-    "schedule": "cosine", "sampler": "balanced", "images_per_class": 2, "loss": "batch",
-    "temperature": 0.1, "kl_temperature": 3.0, "projection_dim": 128, "logit_distill": "none",
-}  # fmt: skip
-BANKS = SGD_IMAGENET | MCL_TERMS | {
-    "epochs": 90, "milestones": [30, 60], "loss": "bank", "num_positives": 1,
-    "num_negatives": 8192, "bank_momentum": 0.5, "temperature": 0.07, "kl_temperature": 3.0,
-}  # fmt: skip
+IN_BATCH = (
+    SGD_CIFAR
+    | MCL_TERMS
+    | {
+        "schedule": "cosine",
+        "sampler": "balanced",
+        "images_per_class": 2,
+        "loss": "batch",
+        "temperature": 0.1,
+        "kl_temperature": 3.0,
+        "projection_dim": 128,
+        "logit_distill": "none",
+    }
+)
+BANKS = (
+    SGD_IMAGENET
+    | MCL_TERMS
+    | {
+        "epochs": 90,
+        "milestones": [30, 60],
+        "loss": "bank",
+        "num_positives": 1,
+        "num_negatives": 8192,
+        "bank_momentum": 0.5,
+        "temperature": 0.07,
+        "kl_temperature": 3.0,
+    }
+)
 RAMP = {"distill_temperature": 3.0, "rampup_epochs": 80}
 PCL = RAMP | {"distill_weight": 1.0, "average_decay": 0.999}
 STEPS = SGD_CIFAR | {
-    "sampler": "shuffle", "schedule": "multistep", "milestones": [150, 225], "lr_decay": 0.1,
-}  # fmt: skip
+    "sampler": "shuffle",
+    "schedule": "multistep",
+    "milestones": [150, 225],
+    "lr_decay": 0.1,
+}
 LOGIT = {"distill_temperature": 3.0}
 LAST_STAGE = {"topology": "shared_stem", "split_stage": 2}
 OKD = {
-    "nce_weight": 0.025, "ce_weight": 1.0, "distill_weight": 1.0, "distill_temperature": 3.0,
-    "bank_momentum": 0.5, "projection_dim": 128, "nesterov": True, "topology": "shared_stem",
-}  # fmt: skip
+    "nce_weight": 0.025,
+    "ce_weight": 1.0,
+    "distill_weight": 1.0,
+    "distill_temperature": 3.0,
+    "bank_momentum": 0.5,
+    "projection_dim": 128,
+    "nesterov": True,
+    "topology": "shared_stem",
+}
 # Settings of the published runs, and the parameters of their networks in training.
 PUBLISHED = {
     "mcl-cifar100": (IN_BATCH, 2 * 472_756),
@@ -388,11 +433,11 @@ PUBLISHED = {
     "baseline-cifar100": (SGD_CIFAR | {"sampler": "shuffle", "schedule": "cosine"}, 472_756),
     "pcl-cifar100": (STEPS | PCL | LAST_STAGE, 1_212_384 - (3 * 64 * 100 + 100)),
     "ffl-cifar100": (
-        STEPS | RAMP | LAST_STAGE | {"weight_decay": 1e-4, "fusion_weight_decay": 1e-5}, 832_920
+        STEPS | RAMP | LAST_STAGE | {"weight_decay": 1e-4, "fusion_weight_decay": 1e-5},
+        832_920,
     ),
     "afd-cifar100": (
-        STEPS
-        | {"weight_decay": 1e-4, "discriminator_lr": 2e-5, "discriminator_weight_decay": 0.1},
+        STEPS | {"weight_decay": 1e-4, "discriminator_lr": 2e-5, "discriminator_weight_decay": 0.1},
         2 * 472_756,
     ),
     # Without the gate, of 4 x (32 + 1) + 8 parameters, and without the two projections.
@@ -419,10 +464,7 @@ PUBLISHED = {
         2 * 11_689_512,
     ),
     # Beside the three peers there is the classifier of all of them: 3 x 64 x 10 and 10.
-    "pcl-cifar10": (
-        STEPS | PCL | LAST_STAGE,
-        1_212_384 - 6 * 64 * 90 - 4 * 90 - 1_930,
-    ),
+    "pcl-cifar10": (STEPS | PCL | LAST_STAGE, 1_212_384 - 6 * 64 * 90 - 4 * 90 - 1_930),
     # Each peer after the first adds a last stage and a classifier.
     "pcl-imagenet": (
         SGD_IMAGENET | PCL | {"epochs": 90, "milestones": [30, 60]},

@@ -20,10 +20,20 @@ from mclfast.train.export import DESCRIPTION, WEIGHTS, export_backbone, load_bac
 from mclfast.train.trainer import Trainer
 
 VALUES = {
-    "method": "lmcl", "cohort": "resnet8,wrn_16_2", "data": "digits-full", "train_per_class": 4,
-    "batch_size": 20, "images_per_class": 2, "epochs": 1, "projection_dim": 4, "seed": 5,
-    "eval_batch_size": 100, "lr": 0.02, "bilevel_every": 0, "device": "cpu",
-}  # fmt: skip
+    "method": "lmcl",
+    "cohort": "resnet8,wrn_16_2",
+    "data": "digits-full",
+    "train_per_class": 4,
+    "batch_size": 20,
+    "images_per_class": 2,
+    "epochs": 1,
+    "projection_dim": 4,
+    "seed": 5,
+    "eval_batch_size": 100,
+    "lr": 0.02,
+    "bilevel_every": 0,
+    "device": "cpu",
+}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,10 +22,17 @@ from mclfast.train.evaluation import accuracy
 from mclfast.train.probe import linear_probe, published_settings
 
 MOCO = {
-    "method": "moco-mcl", "data": "digits-full", "sampler": "shuffle", "device": "cpu",
-    "batch_size": 64, "queue_size": 256, "norm_parts": 4, "key_momentum": 0.99,
-    "temperature": 0.2, "lr": 0.03,
-}  # fmt: skip
+    "method": "moco-mcl",
+    "data": "digits-full",
+    "sampler": "shuffle",
+    "device": "cpu",
+    "batch_size": 64,
+    "queue_size": 256,
+    "norm_parts": 4,
+    "key_momentum": 0.99,
+    "temperature": 0.2,
+    "lr": 0.03,
+}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

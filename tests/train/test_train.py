@@ -41,9 +41,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def settings(**values: Any) -> TrainConfig:
     """A run of seconds: two steps an epoch, a bilevel step in each epoch."""
     small = {
-        "data": "digits-full", "train_per_class": 4, "batch_size": 20, "images_per_class": 2,
-        "epochs": 3, "projection_dim": 16, "device": "cpu",
-    }  # fmt: skip
+        "data": "digits-full",
+        "train_per_class": 4,
+        "batch_size": 20,
+        "images_per_class": 2,
+        "epochs": 3,
+        "projection_dim": 16,
+        "device": "cpu",
+    }
     if values.get("method", "lmcl") == "lmcl":
         small |= {"bilevel_every": 2, "matcher_dim": 8}
     return TrainConfig.from_values(small | values)
@@ -82,10 +87,15 @@ def tiny_data() -> Dataset:
         return ImageSet(pictures.to(torch.uint8), seed_labels)
 
     return Dataset(
-        name="tiny", train=images(labels), test=images(labels[:23]), num_classes=10,
-        class_names=tuple("abcdefghij"), mean=(0.5,), std=(0.25,),
+        name="tiny",
+        train=images(labels),
+        test=images(labels[:23]),
+        num_classes=10,
+        class_names=tuple("abcdefghij"),
+        mean=(0.5,),
+        std=(0.25,),
         augmentation=data_sets.Augmentation(pad=1, flip=True),
-    )  # fmt: skip
+    )
 
 
 def tiny_trainer(
@@ -413,9 +423,13 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(
     inner_steps, outer_steps, memory, monkeypatch
 ):
     trainer = tiny_trainer(
-        (3, 4), (3, 3, 4), dropout=0.3, inner_steps=inner_steps, outer_steps=outer_steps,
+        (3, 4),
+        (3, 3, 4),
+        dropout=0.3,
+        inner_steps=inner_steps,
+        outer_steps=outer_steps,
         weight_decay=0.05,
-    )  # fmt: skip
+    )
     trainer.memory = memory
     cohort, method = trainer.cohort.double(), trainer.method.double()
     images, sample = batch(trainer, 12)
@@ -454,10 +468,13 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(
 def test_bilevel_gradient_of_peers_that_share_modules(topology, peers, monkeypatch):
     trainer = build(
         settings(
-            cohort=["resnet8"] * peers, topology=topology, split_stage=1, weight_decay=0.05,
+            cohort=["resnet8"] * peers,
+            topology=topology,
+            split_stage=1,
+            weight_decay=0.05,
             inner_steps=1,
         )
-    )  # fmt: skip
+    )
     trainer.cohort.double()
     trainer.method.double()
     images, sample = batch(trainer, 4)
@@ -478,8 +495,13 @@ def test_bilevel_gradient_of_peers_that_share_modules(topology, peers, monkeypat
     plain = bilevel_gradient(
         lambda p: trainer.method.inner_loss(cohort_outputs(trainer, p, images.double()), sample),
         lambda p: trainer.method.outer_loss(cohort_outputs(trainer, p, images.double()), sample),
-        params, hyper, inner_steps=1, lr=0.1, momentum=0.9, weight_decay=0.05,
-    ).grads  # fmt: skip
+        params,
+        hyper,
+        inner_steps=1,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=0.05,
+    ).grads
     for a, b, want in zip(*found.values(), plain, strict=True):
         assert want.abs().max() > 1e-9
         for got in (a, b):
@@ -579,10 +601,16 @@ def lmcl_in_double(widths: list[tuple[int, ...]]) -> tuple[Cohort, Any, Any, Ten
     torch.manual_seed(1)
     cohort = Cohort([tiny(*w) for w in widths], projection_dim=5).double()
     options = method_class("lmcl").Options(
-        temperature=0.3, kl_temperature=2.0, distill_temperature=4.0, matcher_dim=6,
-        vcl_weight=0.7, soft_vcl_weight=1.3, icl_weight=0.4, soft_icl_weight=1.9,
+        temperature=0.3,
+        kl_temperature=2.0,
+        distill_temperature=4.0,
+        matcher_dim=6,
+        vcl_weight=0.7,
+        soft_vcl_weight=1.3,
+        icl_weight=0.4,
+        soft_icl_weight=1.9,
         backend="reference",
-    )  # fmt: skip
+    )
     method = method_class("lmcl")(cohort.feature_dims, options).double()
     labels = torch.tensor([0, 1, 0, 2, 1, 2, 0])
     images = torch.randn(7, 1, 8, 8, dtype=torch.float64)
@@ -927,9 +955,14 @@ def lookup_case() -> tuple[Cohort, Dataset]:
     images = 255 * nn.functional.one_hot(hot, 3).to(torch.uint8)[:, :, None, None]
     test = ImageSet(images, labels)
     data = Dataset(
-        name="lookup", train=test, test=test, num_classes=3, class_names=("a", "b", "c"),
-        mean=(0.0,) * 3, std=(1.0,) * 3,
-    )  # fmt: skip
+        name="lookup",
+        train=test,
+        test=test,
+        num_classes=3,
+        class_names=("a", "b", "c"),
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+    )
     # The second is sure of channel 0 alone, so the mean follows it there and the first elsewhere.
     first = Lookup([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
     second = Lookup([[0, 3, 0], [0, 0, 0.5], [0.5, 0, 0]])

@@ -230,14 +230,21 @@ def test_a_run_is_written(exported, tmp_path, capsys, mode):
     assert main(command(exported, run_dir, "--mode", mode, "--epochs", "2")) == 0
     text = capsys.readouterr().out
     assert sorted(path.name for path in run_dir.iterdir()) == [
-        "checkpoint.pt", "config.yaml", "curves.png", "environment.json", "metrics.csv", "peer0",
+        "checkpoint.pt",
+        "config.yaml",
+        "curves.png",
+        "environment.json",
+        "metrics.csv",
+        "peer0",
         "result.json",
-    ]  # fmt: skip
+    ]
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert (config["transfer_from"], config["transfer_mode"]) == (str(exported), mode)
     assert (config["data"], config["epochs"], config["augment"]) == (
-        "digits-full", 2, mode == "finetune"
-    )  # fmt: skip
+        "digits-full",
+        2,
+        mode == "finetune",
+    )
     (reached,) = json.loads((run_dir / "result.json").read_text())["peers"]
     assert f"resnet8 of {exported}, {mode}: {reached:.2f} % of 359 test images" in text
 
@@ -276,8 +283,9 @@ def test_a_resumed_command_equals_an_unbroken_one(tmp_path, capsys, mode):
     build_transfer(folder, mode, config, broken).fit(progress=False, stop_after=1)
     # Another run may have replaced the backbone: the weights are those of the checkpoint.
     weights = load_file(folder / WEIGHTS)
-    save_file({k: v + 1 if v.is_floating_point() else v for k, v in weights.items()},
-              folder / WEIGHTS)  # fmt: skip
+    save_file(
+        {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}, folder / WEIGHTS
+    )
     capsys.readouterr()
     assert main(["transfer", "--resume", str(broken), "--no-progress"]) == 0
     assert f"resnet8 of {folder}, {mode}: " in capsys.readouterr().out
@@ -412,9 +420,10 @@ def detector_body(weights: dict[str, Any]) -> dict[str, Any]:
     Their frozen batch norms count no batches, and drop that entry when they load.
     """
     return {
-        k: v for k, v in weights.items()
+        k: v
+        for k, v in weights.items()
         if k.split(".")[0] != "fc" and not k.endswith("num_batches_tracked")
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

@@ -58,10 +58,7 @@ _MEAN, _STD = (0.3, 0.3, 0.3), (0.205, 0.205, 0.205)
 
 
 def load_glyphs(
-    train_per_class: int = TRAIN_PER_CLASS,
-    *,
-    test_per_class: int = TEST_PER_CLASS,
-    seed: int = 0,
+    train_per_class: int = TRAIN_PER_CLASS, *, test_per_class: int = TEST_PER_CLASS, seed: int = 0
 ) -> Dataset:
     """ "glyphs100": 100 classes of drawn signs, see the module for what varies in them.
 
@@ -211,9 +208,7 @@ class _Stroke:
 
     def control(self) -> list[tuple[float, float]]:
         (ax, ay), (bx, by) = self.start, self.end
-        middle = (
-            (ax + bx) / 2 - self.bend * (by - ay), (ay + by) / 2 + self.bend * (bx - ax)
-        )  # fmt: skip
+        middle = ((ax + bx) / 2 - self.bend * (by - ay), (ay + by) / 2 + self.bend * (bx - ax))
         return [self.start, middle, self.end]
 
 
@@ -277,9 +272,7 @@ def _filling_the_box(strokes: list[_Stroke]) -> list[_Stroke]:
     factor = 1.7 / max(high[0] - low[0], high[1] - low[1])
 
     def fitted(point: tuple[float, float]) -> tuple[float, float]:
-        x, y = (
-            (v - (a + b) / 2) * factor for v, a, b in zip(point, low, high, strict=True)
-        )
+        x, y = ((v - (a + b) / 2) * factor for v, a, b in zip(point, low, high, strict=True))
         return x, y
 
     return [_Stroke(fitted(s.start), fitted(s.end), s.bend) for s in strokes]
@@ -297,9 +290,7 @@ def _bent(stroke: _Stroke, rng: RandomState) -> _Stroke:
 def _moved(stroke: _Stroke, rng: RandomState) -> _Stroke:
     """The stroke ends elsewhere in the box, 0.4 units away."""
     while True:
-        dx, dy = (
-            (0.4, 0.0), (-0.4, 0.0), (0.0, 0.4), (0.0, -0.4)
-        )[rng.randint(4)]  # fmt: skip
+        dx, dy = ((0.4, 0.0), (-0.4, 0.0), (0.0, 0.4), (0.0, -0.4))[rng.randint(4)]
         end = (stroke.end[0] + dx, stroke.end[1] + dy)
         length = max(abs(end[0] - stroke.start[0]), abs(end[1] - stroke.start[1]))
         if max(abs(end[0]), abs(end[1])) <= 1 and length > 0.3:
@@ -316,8 +307,7 @@ def _class_numbers() -> list[tuple[int, int]]:
 
 def _split(per_class: int, stream: tuple[int, int]) -> ImageSet:
     images = [
-        draw(strokes, per_class, (*stream, label))
-        for label, strokes in enumerate(glyph_classes())
+        draw(strokes, per_class, (*stream, label)) for label, strokes in enumerate(glyph_classes())
     ]
     labels = torch.arange(NUM_CLASSES).repeat_interleave(per_class)
     return ImageSet(torch.from_numpy(np.concatenate(images)), labels)

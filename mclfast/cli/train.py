@@ -92,7 +92,7 @@ def _report(trainer: Trainer, result: RunResult, run_dir: Path) -> None:
     if not trainer.method.supervised:
         print(
             "labels were not used in training: the classifiers are class means of features; "
-            f"for a trained one: mclfast linear {run_dir / 'peer0'}"
+            f"for a trained one: mclfast transfer {run_dir / 'peer0'} --published"
         )
     if summary := _throughput(result.history[-1]):
         print(summary)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import mclfast
 from mclfast import env
 from mclfast._base.files import write_json, write_text
 from mclfast._version import __version__
@@ -95,7 +94,7 @@ def _version(distribution: str) -> str:
 
 def environment() -> dict[str, Any]:
     """Machine, versions, commit and date of a run, by column."""
-    checkout = Path(mclfast.__file__).resolve().parents[1]
+    checkout = Path(env.__file__).resolve().parents[1]
     return {
         "cpu": _cpu_name(),
         "cores": _usable_cores(),

@@ -39,6 +39,7 @@ from mclfast.losses.results import BankMCLRows, MCLObjective, MCLRows, MCLTerms
 from mclfast.models.staged import staged
 
 if TYPE_CHECKING:
+    from mclfast.execution.step import TrainStep
     from mclfast.train.trainer import Trainer
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "ProjectionHead",
     "SimilarityKLLoss",
     "SupConLoss",
+    "TrainStep",
     "Trainer",
     "__version__",
     "bank_mcl_loss",
@@ -89,4 +91,8 @@ def __getattr__(name: str) -> Any:
         from mclfast.train.trainer import Trainer
 
         return Trainer
+    if name == "TrainStep":
+        from mclfast.execution.step import TrainStep
+
+        return TrainStep
     raise AttributeError(f"module 'mclfast' has no attribute {name!r}")

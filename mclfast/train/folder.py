@@ -12,9 +12,8 @@ from typing import Any
 from mclfast import env
 from mclfast._base.files import read_json, read_yaml, write_json, write_text
 from mclfast.train import checkpoint, plots
-from mclfast.train import history as metrics
 from mclfast.train.export import DESCRIPTION, WEIGHTS
-from mclfast.train.history import RunResult
+from mclfast.train.history import RunResult, read_csv, write_csv
 
 #: Written before the first epoch.
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
@@ -36,7 +35,7 @@ def write_epoch(
     folder: Path, history: Sequence[Mapping[str, float]], state: dict[str, Any]
 ) -> None:
     """Writes the records of all epochs so far, then the checkpoint."""
-    metrics.write_csv(folder / METRICS, history)
+    write_csv(folder / METRICS, history)
     checkpoint.save(folder / CHECKPOINT, state)
 
 
@@ -89,7 +88,7 @@ def read_result(folder: Path) -> RunResult:
         ensemble=values["ensemble"],
         published_protocol=values["published_protocol"],
         seconds=values["seconds"],
-        history=metrics.read_csv(folder / METRICS),
+        history=read_csv(folder / METRICS),
     )
 
 

@@ -30,12 +30,11 @@ from mclfast.plan.choose import choose
 from mclfast.plan.data_facts import facts_of
 from mclfast.train import checkpoint
 from mclfast.train import folder as run_folder
-from mclfast.train import history as metrics
 from mclfast.train import state as run_state
 from mclfast.train.class_means import class_mean_images, set_class_means
 from mclfast.train.evaluation import CohortAccuracy, cohort_accuracy, peer_logits
 from mclfast.train.export import describe, export_backbone
-from mclfast.train.history import RunResult, result_of
+from mclfast.train.history import RunResult, accuracies, evaluated, result_of
 from mclfast.train.progress import progress_bar
 from mclfast.train.state import EpochSoFar, Identity, Place, data_facts
 
@@ -154,7 +153,7 @@ class Trainer:
             for epoch in range(first, min(last, self.config.epochs)):
                 self._started = time.perf_counter() - self._so_far.seconds
                 record = self._train_epoch(epoch, bar)
-                record |= metrics.accuracies(
+                record |= accuracies(
                     self._evaluate() if self._is_evaluated(epoch) else None,
                     self.history,
                     len(self.cohort.peers),
@@ -163,7 +162,7 @@ class Trainer:
                 record["seconds"] = before + time.perf_counter() - self._started
                 self.history.append(record)
                 self._so_far = EpochSoFar()
-                tested = metrics.evaluated(self.history)[-1:]
+                tested = evaluated(self.history)[-1:]
                 bar.set_postfix_str(
                     f"loss {record['train_loss']:.3g}"
                     + "".join(f", test {row['acc_mean']:.1f} %" for row in tested)
@@ -267,7 +266,7 @@ class Trainer:
         """Writes one peer's bare backbone, see :func:`mclfast.train.export.export_backbone`."""
         self.train_step.wait()
         backbone = self.cohort.peers[peer].backbone
-        tested = metrics.evaluated(self.history[-1:])
+        tested = evaluated(self.history[-1:])
         description = describe(
             backbone,
             self.data,

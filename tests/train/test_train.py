@@ -28,11 +28,11 @@ from mclfast.data import Dataset, ImageSet
 from mclfast.data.augment import prepare
 from mclfast.methods import Method, method_class
 from mclfast.models import StagedNetwork, staged
-from mclfast.train import history as metrics
 from mclfast.train import plots
 from mclfast.train.builder import build, train
 from mclfast.train.evaluation import accuracy, cohort_accuracy
 from mclfast.train.folder import CHECKPOINT, METRICS, RESULT
+from mclfast.train.history import evaluated, read_csv, write_csv
 from mclfast.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,7 +187,7 @@ def test_resuming_equals_the_uninterrupted_run(
 
     assert differences(whole.state(), second.state()) == []
     assert len(result.history) == second.config.epochs
-    written = metrics.read_csv(tmp_path / METRICS)
+    written = read_csv(tmp_path / METRICS)
     assert differences(written, [{k: float(v) for k, v in r.items()} for r in whole.history]) == []
     # What is compared is really there, and was trained.
     state = second.state()
@@ -284,9 +284,9 @@ def test_eval_every_leaves_epochs_out_and_changes_no_step(tmp_path):
     best = [row["acc_best_head_so_far"] for row in seldom]
     assert best[:2] == [0, 0] and best == sorted(best) and best[-1] <= whole.published_protocol
 
-    read = metrics.read_csv(tmp_path / METRICS)
+    read = read_csv(tmp_path / METRICS)
     assert list(read[0]) == list(always[0]) and math.isnan(read[0]["acc_mean"])
-    assert metrics.evaluated(read) == seldom[2:]
+    assert evaluated(read) == seldom[2:]
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
@@ -1015,14 +1015,14 @@ def test_evaluation_restores_the_mode_after_an_error():
 
 def test_metrics_file_round_trip(tmp_path):
     rows = [{"epoch": 1, "loss": 1 / 3}, {"epoch": 2, "loss": 1e-17}]
-    metrics.write_csv(tmp_path / "m.csv", rows)
-    assert metrics.read_csv(tmp_path / "m.csv") == rows
+    write_csv(tmp_path / "m.csv", rows)
+    assert read_csv(tmp_path / "m.csv") == rows
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     for name in (".m.csv.123.partial", ".m.csv.9.partial", ".n.csv.9.partial"):
         (tmp_path / name).write_text("half")
-    metrics.write_csv(tmp_path / "m.csv", [{"epoch": 1}])
+    write_csv(tmp_path / "m.csv", [{"epoch": 1}])
     # The other one may be being written.
     assert {p.name for p in tmp_path.iterdir()} == {"m.csv", ".n.csv.9.partial"}
 

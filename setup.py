@@ -107,7 +107,7 @@ def sanitizer_flags() -> list[str]:
 def extension() -> Any:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    files = sources("*.cpp", "cpu/*.cpp")
+    files = sources("*.cpp", "cpu/**/*.cpp")
     flags = {"cxx": host_flags()}
     if not wants_cuda():
         say(f"compiling {len(files)} C++ files without CUDA: {' '.join(flags['cxx'])}")

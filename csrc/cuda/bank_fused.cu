@@ -4,7 +4,7 @@
 // many teams run as have their rows fit in half of it.
 #include "bank_grad.cuh"
 #include "launch.cuh"
-#include "plan.h"
+#include "launch_plan.h"
 
 namespace mclfast::cuda {
 namespace {

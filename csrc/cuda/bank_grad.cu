@@ -4,7 +4,7 @@
 
 #include "bank_grad.cuh"
 #include "launch.cuh"
-#include "plan.h"
+#include "launch_plan.h"
 
 namespace mclfast::cuda {
 namespace {

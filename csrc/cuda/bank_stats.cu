@@ -2,7 +2,7 @@
 // backward: each bank row is read once, from where it lies, for all nodes.
 #include "bank_rows.cuh"
 #include "launch.cuh"
-#include "plan.h"
+#include "launch_plan.h"
 
 namespace mclfast::cuda {
 namespace {

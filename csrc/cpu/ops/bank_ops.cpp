@@ -11,9 +11,9 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "../bank_schemas.h"
+#include "../../bank_schemas.h"
+#include "../dispatch/runtime.h"
 #include "checks.h"
-#include "runtime.h"
 
 namespace mclfast::cpu {
 namespace {

@@ -5,8 +5,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "../dispatch/runtime.h"
 #include "checks.h"
-#include "runtime.h"
 
 namespace mclfast::cpu {
 namespace {

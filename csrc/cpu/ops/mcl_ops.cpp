@@ -12,8 +12,8 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
+#include "../dispatch/runtime.h"
 #include "checks.h"
-#include "runtime.h"
 
 namespace mclfast::cpu {
 namespace {

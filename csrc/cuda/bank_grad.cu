@@ -2,6 +2,7 @@
 // one tile ahead; both products read them there, so each row is read once from where it lies.
 #include <cuda_pipeline_primitives.h>
 
+#include "../families.h"
 #include "bank_grad.cuh"
 #include "launch.cuh"
 #include "launch_plan.h"

@@ -2,6 +2,7 @@
 // gradients that follow from them. Row (m, e) is the vector of scores of node e in bank m.
 #pragma once
 
+#include "../families.h"
 #include "bank_tile.cuh"
 
 namespace mclfast::cuda {

@@ -1,5 +1,6 @@
 // Rows and log-partitions of the memory-bank terms, and the row inner products of their double
 // backward: each bank row is read once, from where it lies, for all nodes.
+#include "../families.h"
 #include "bank_rows.cuh"
 #include "launch.cuh"
 #include "launch_plan.h"

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "../bank_schemas.h"
+#include "../families.h"
 #include "launch.h"
 
 namespace mclfast::cuda {

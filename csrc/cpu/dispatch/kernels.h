@@ -10,9 +10,6 @@
 
 namespace mclfast::cpu {
 
-// Row families of the `families` argument.
-enum Family : unsigned { kVcl = 1, kSoftVcl = 2, kIcl = 4, kSoftIcl = 8 };
-
 enum class Mode { kForward, kBackward, kFused, kDoubleBackward };
 
 // The samples of the batch grouped by class, ascending inside a class.
@@ -27,7 +24,7 @@ struct Classes {
 template <class T> struct MclRows {
   int64_t nodes_count, batch, width, row_start, row_count;
   double temperature, kl_temperature;
-  unsigned families;
+  unsigned families; // bits of families.h
   const int64_t* networks; // [N]
   Classes classes;
 

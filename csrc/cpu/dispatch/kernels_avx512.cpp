@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "../../families.h"
 #include "kernels.h"
 
 // The target region starts after the headers, whose inline functions other files share, and spares

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "../../families.h"
 #include "kernels.h"
 
 #define MCLFAST_CAPABILITY baseline

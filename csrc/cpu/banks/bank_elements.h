@@ -1,5 +1,13 @@
 // Values of a memory bank: conversion of one row from and to the type of the computation. Half
 // precision is converted by its bits, so that the loops vectorise on every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 struct Half {
   uint16_t bits;
@@ -59,3 +67,5 @@ template <class Function> INLINE void with_element_type(Element element, const F
   case Element::kBFloat16: return function(BFloat16());
   }
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -2,6 +2,19 @@
 //
 // x[k] = z[k] - log_normalizer - log_noise is the log-odds of a key to be the positive; a row is
 // softplus(-x[0]) + sum_k>=1 (softplus(x[k]) + log_noise_excess).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+#include "../simd/logit_row.h"
+#include "../simd/vec.h"
+#include "../simd/workspace.h"
+#include "bank_sweep.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 // log(1 + x) for x in 0 .. 1, as 2 artanh(x / (2 + x)): exact to rounding for small x too, where
 // the many negatives are.
@@ -146,3 +159,5 @@ template <class T> void bank_nce(const BankNce<T>& p, Mode mode) {
     }
   });
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -10,6 +10,20 @@
 // of the statistics is large beside 1, it keeps the logits to divide the weights by their sums. The
 // double backward keeps logits and their tangents: the means of the tangents come before the first
 // gradient.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../../families.h"
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+#include "../simd/logit_row.h"
+#include "../simd/vec.h"
+#include "../simd/workspace.h"
+#include "bank_sweep.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> struct BankProblem : BankRows<T> {
   static constexpr double kSharp = 0.02;
@@ -416,3 +430,5 @@ template <class T> void bank_rows(const BankRows<T>& arguments, Mode mode) {
     }
   });
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

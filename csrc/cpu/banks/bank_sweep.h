@@ -4,6 +4,18 @@
 // A block is one sample, or a few that share their negatives: those use every gathered tile.
 // Bank rows are reads of a few hundred bytes at random addresses, so the rows of the next tile are
 // prefetched between the products of the current one.
+#pragma once
+
+#include <cstdint>
+
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+#include "../simd/gemm.h"
+#include "../simd/vec.h"
+#include "../simd/workspace.h"
+#include "bank_elements.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 constexpr int64_t kKeyTile = 64;
 
@@ -197,3 +209,5 @@ private:
   Buffer<T> gradient_; // [height, N, stride]
   int64_t height_, first_ = 0, count_ = 0;
 };
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -1,4 +1,16 @@
 // Momentum update of memory banks, in place: every place belongs to one worker.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+#include "../simd/logit_row.h"
+#include "../simd/workspace.h"
+#include "bank_elements.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T, class Value>
 void update_entry(T momentum, const T* embedding, int64_t width, T* mixed, Value* entry) {
@@ -24,3 +36,5 @@ template <class T> void bank_update(const BankUpdate<T>& p) {
     });
   });
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -1,10 +1,13 @@
+// The target region below covers the headers of the kernels and nothing else. All that these include
+// besides each other is included here, before it: inline functions of headers that other files share
+// must not be compiled for this instruction set. The region spares the build system flags per file.
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 
 #include "../../families.h"
 #include "kernels.h"
 
-// The target region starts after the headers, whose inline functions other files share, and spares
-// the build system per-file flags.
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #if defined(__clang__)

@@ -1,6 +1,3 @@
-#include <cmath>
-
-#include "../../families.h"
 #include "kernels.h"
 
 #define MCLFAST_CAPABILITY baseline

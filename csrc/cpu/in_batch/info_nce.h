@@ -1,5 +1,17 @@
 // Symmetric InfoNCE between two sets of embeddings, by bands of rows: S = a b^T / temperature is
 // made again in each direction and each order, never kept whole.
+#pragma once
+
+#include <cstdint>
+
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+#include "../simd/gemm.h"
+#include "../simd/logit_row.h"
+#include "../simd/vec.h"
+#include "../simd/workspace.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> struct InfoNceBand {
   Buffer<T> logits;   // [height, stride]
@@ -152,3 +164,5 @@ template <class T> void info_nce(const InfoNce<T>& p, Mode mode) {
   else
     schedule.backward();
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

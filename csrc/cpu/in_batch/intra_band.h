@@ -1,5 +1,19 @@
 // A band of anchors inside every node: vcl of each node, and soft_vcl between the nodes, whose
 // rows need the similarities A_a[r, :] of all nodes at once.
+#pragma once
+
+#include <cstdint>
+
+#include "../../families.h"
+#include "../simd/capability.h"
+#include "../simd/gemm.h"
+#include "../simd/logit_row.h"
+#include "../simd/vec.h"
+#include "../simd/workspace.h"
+#include "mcl_problem.h"
+#include "pair_band.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> struct IntraBand {
   int64_t height;
@@ -164,3 +178,5 @@ void intra_band(const Rows<T>& p, const Packed<T>& packed, const Packed<T>* pack
                            a, *gradients, worker);
   }
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -1,4 +1,16 @@
 // What the schedules share: the arguments of one mcl_rows call in the form the loops want.
+#pragma once
+
+#include <cstdint>
+
+#include "../../families.h"
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+#include "../simd/gemm.h"
+#include "../simd/vec.h"
+#include "../simd/workspace.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> struct Rows : MclRows<T> {
   Mode mode;
@@ -47,3 +59,5 @@ struct NodePairs {
         if (p.between(a, b)) pairs[count++] = {a, b};
   }
 };
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

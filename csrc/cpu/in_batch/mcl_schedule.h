@@ -1,5 +1,20 @@
 // Schedule of one mcl_rows call: pairs of nodes and bands of anchors over the workers, then the sum
 // of the workers' gradients, then the positives.
+#pragma once
+
+#include <cstdint>
+
+#include "../../families.h"
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+#include "../simd/workspace.h"
+#include "intra_band.h"
+#include "mcl_problem.h"
+#include "pair_band.h"
+#include "positives.h"
+#include "tile_pair.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> void mcl_rows(const MclRows<T>& arguments, Mode mode) {
   const Rows<T> p(arguments, mode);
@@ -59,3 +74,5 @@ template <class T> void mcl_rows(const MclRows<T>& arguments, Mode mode) {
   if (gradient) gradients.sum_into(p.grad_nodes);
   positive_terms(p);
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -1,5 +1,18 @@
 // A band of anchors of one unordered pair of nodes: S_ab and S_ba of those rows, at any
 // temperature, in memory that does not grow with the square of the batch.
+#pragma once
+
+#include <cstdint>
+
+#include "../../families.h"
+#include "../simd/capability.h"
+#include "../simd/gemm.h"
+#include "../simd/logit_row.h"
+#include "../simd/vec.h"
+#include "../simd/workspace.h"
+#include "mcl_problem.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> struct CrossBand {
   int64_t height;
@@ -146,3 +159,5 @@ void cross_band(const Rows<T>& p, const Packed<T>& packed, const Packed<T>* pack
   add_band_gradient<T>(p, ws.s, p.stride, first, count, *packed_tangents, a, b, *gradients, worker);
   add_band_gradient<T>(p, ws.t, p.stride, first, count, *packed_tangents, b, a, *gradients, worker);
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

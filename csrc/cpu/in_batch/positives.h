@@ -4,6 +4,18 @@
 //
 // so the sweeps over logits see labels nowhere, and this costs O(N^2 B D) instead of O(N^2 B^2).
 // Classes are independent of each other, so workers write to disjoint rows of the gradient.
+#pragma once
+
+#include <cstdint>
+
+#include "../../families.h"
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+#include "../simd/gemm.h"
+#include "../simd/workspace.h"
+#include "mcl_problem.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> class Positives {
 public:
@@ -165,3 +177,5 @@ template <class T> void positive_terms(const Rows<T>& p) {
         positives.class_terms(classes.members + classes.offsets[c], size(c));
   });
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -7,6 +7,20 @@
 //
 // The exponentials are taken without a shift, which is safe while |S| <= kLargestLogit; then
 // exp(S) is the kl_temperature-th power of exp(S / kl_temperature) when that is a small integer.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../../families.h"
+#include "../simd/capability.h"
+#include "../simd/gemm.h"
+#include "../simd/logit_row.h"
+#include "../simd/vec.h"
+#include "../simd/workspace.h"
+#include "mcl_problem.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> constexpr double kLargestLogit = sizeof(T) == 4 ? 52 : 300;
 
@@ -324,3 +338,5 @@ template <class T> bool tile_pair_applies(const Rows<T>& p) {
   const double hardest = p.kl_temperature < 1 && p.wants(kSoftIcl) ? p.kl_temperature : 1;
   return largest / p.temperature / hardest <= kLargestLogit<T>;
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -9,6 +9,17 @@
 // Two layouts: planes [outer, channels, inner], where a worker takes whole channels, and rows
 // [outer, channels] (channels last, inner = 1), where a worker takes rows. Sums are formed in T
 // over a chunk that stays in the cache and added up in double.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../dispatch/kernels.h"
+#include "../simd/capability.h"
+#include "../simd/vec.h"
+#include "../simd/workspace.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 // A vector or a single value behind one interface: the end of a row needs the latter.
 template <class T> struct Many {
@@ -312,3 +323,5 @@ template <class T> void dual_batch_norm_backward(const DualNormGrad<T>& p) {
   const DualNormBackward<T> pass{p};
   p.inner > 1 ? pass.planes() : pass.rows();
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -3,6 +3,14 @@
 // An own product rather than BLAS: the matrices are small, one thread each, and every embedding is
 // a factor of many products, so it is packed once per call instead of once per product; no BLAS has
 // to be told to stay single threaded, and the result does not depend on which BLAS torch has.
+#pragma once
+
+#include <cstdint>
+
+#include "capability.h"
+#include "vec.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 // Rows and vectors of one register tile: accumulators, two vectors of B and one broadcast value fit
 // the 32 registers of AVX-512 and NEON or the 16 of SSE and AVX2.
@@ -143,3 +151,5 @@ void gram(int64_t m, int64_t n, int64_t length, const T* A, int64_t lda, const T
     }
   }
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

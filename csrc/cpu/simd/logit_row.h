@@ -4,6 +4,15 @@
 // Rows are padded to whole vectors with a value below any logit, so that its exponential vanishes;
 // it is finite, because differences of logits are taken too. The anchor's own logit is hidden from
 // vcl and icl by the same value.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "capability.h"
+#include "vec.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> constexpr T kPadding = T(-1e30);
 
@@ -102,3 +111,5 @@ template <class T>
 T lse_difference(const SoftRow<T>& student, const SoftRow<T>& teacher, T inverse_kl) {
   return (student.top - teacher.top) * inverse_kl + std::log(student.sum / teacher.sum);
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -2,6 +2,15 @@
 // the anchor's number only, so that every backend and any split of a batch draws the same.
 //
 // Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
+#pragma once
+
+#include <cstdint>
+
+#include "../dispatch/kernels.h"
+#include "capability.h"
+#include "workspace.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 struct PhiloxBlock {
   uint64_t draws[2];
@@ -59,3 +68,5 @@ inline void sample_contrast(const SampleContrast& p) {
     }
   });
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -1,5 +1,12 @@
 // Vectors of one instruction set, on the compiler's vector types, so that one source serves SSE,
-// AVX2, AVX-512 and NEON. Included through kernels_impl.h only, inside a namespace per set.
+// AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cstdint>
+
+#include "capability.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> struct Lanes;
 template <> struct Lanes<float> {
@@ -138,3 +145,5 @@ INLINE Vec<double> exponential(Vec<double> x) {
   p = p * (r * r) + (r + 1.0);
   return reinterpret_cast<V>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 52));
 }
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

@@ -1,4 +1,13 @@
 // Memory, work splitting and gradient accumulation.
+#pragma once
+
+#include <cstdint>
+
+#include "../dispatch/kernels.h"
+#include "capability.h"
+#include "gemm.h"
+
+namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> class Buffer {
 public:
@@ -126,3 +135,5 @@ private:
   int64_t batch_, width_;
   Buffer<T> contrast_, values_;
 };
+
+} // namespace mclfast::cpu::MCLFAST_CAPABILITY

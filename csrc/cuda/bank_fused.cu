@@ -3,6 +3,8 @@
 // global memory. The second read of the bank rows, for the gradient, comes from the L2 cache: as
 // many teams run as have their rows fit in half of it.
 #include "bank_grad.cuh"
+#include "bank_rows.cuh"
+#include "bank_tile.cuh"
 #include "launch.cuh"
 #include "launch_plan.h"
 

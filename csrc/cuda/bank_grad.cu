@@ -4,6 +4,8 @@
 
 #include "../families.h"
 #include "bank_grad.cuh"
+#include "bank_rows.cuh"
+#include "bank_tile.cuh"
 #include "launch.cuh"
 #include "launch_plan.h"
 

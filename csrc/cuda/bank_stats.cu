@@ -2,6 +2,7 @@
 // backward: each bank row is read once, from where it lies, for all nodes.
 #include "../families.h"
 #include "bank_rows.cuh"
+#include "bank_tile.cuh"
 #include "launch.cuh"
 #include "launch_plan.h"
 

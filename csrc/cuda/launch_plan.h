@@ -3,6 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
 
 #include "launch.h"
 

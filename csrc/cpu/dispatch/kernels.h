@@ -1,4 +1,4 @@
-// Interface between the torch-facing files (mcl_ops.cpp, bank_ops.cpp, norm_ops.cpp) and the numeric kernels.
+// Interface between the torch-facing files (ops/*.cpp) and the numeric kernels.
 //
 // The kernels are compiled once per instruction set, so they see raw pointers only: an inline
 // function of a torch or standard container header compiled for AVX-512 could be the copy that the

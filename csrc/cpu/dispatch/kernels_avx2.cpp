@@ -1,6 +1,6 @@
-// The target region below covers the headers of the kernels and nothing else. All that these include
-// besides each other is included here, before it: inline functions of headers that other files share
-// must not be compiled for this instruction set. The region spares the build system flags per file.
+// The target region below covers the headers of the kernels and nothing else. Whatever else they
+// include is included here, before it: inline functions that other files share must not be compiled
+// for this instruction set. The region spares the build system flags for single files.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -27,7 +27,7 @@ template <class T> struct IntraBand {
   Buffer<T> mixture;  // [N, N]
   Buffer<SoftRow<T>> soft; // [N]
 
-  IntraBand(const Rows<T>& p, int64_t height)
+  IntraBand(const MclProblem<T>& p, int64_t height)
       : height(height), logits(height * p.nodes_count * p.stride),
         tangents(p.second ? height * p.nodes_count * p.stride : 0),
         weights(p.nodes_count * p.stride), centred(p.nodes_count * p.stride),
@@ -51,7 +51,7 @@ void centre_rows(const T* rows, int64_t count, int64_t stride, int64_t padded, T
 
 // `logits` [N, stride] of the anchor at `row` of the slice; leaves `weights` and `soft`.
 template <class T>
-void forward_intra_row(const Rows<T>& p, T* logits, int64_t row, IntraBand<T>& ws) {
+void forward_intra_row(const MclProblem<T>& p, T* logits, int64_t row, IntraBand<T>& ws) {
   const int64_t N = p.nodes_count, R = p.row_count;
   for (int64_t a = 0; a < N; ++a) {
     T* s = logits + a * p.stride;
@@ -78,7 +78,8 @@ void forward_intra_row(const Rows<T>& p, T* logits, int64_t row, IntraBand<T>& w
 
 // logits <- D; in the double backward tangents <- K.
 template <class T>
-void gradient_intra_row(const Rows<T>& p, T* logits, T* tangents, int64_t row, IntraBand<T>& ws) {
+void gradient_intra_row(const MclProblem<T>& p, T* logits, T* tangents, int64_t row,
+                        IntraBand<T>& ws) {
   const int64_t N = p.nodes_count, R = p.row_count, self = p.row_start + row;
   if (p.wants(kSoftVcl)) {
     for (int64_t a = 0; a < N; ++a) {
@@ -146,7 +147,7 @@ void gradient_intra_row(const Rows<T>& p, T* logits, T* tangents, int64_t row, I
 
 // Anchors first .. first + count of the slice.
 template <class T>
-void intra_band(const Rows<T>& p, const Packed<T>& packed, const Packed<T>* packed_tangents,
+void intra_band(const MclProblem<T>& p, const Packed<T>& packed, const Packed<T>* packed_tangents,
                 int64_t first, int64_t count, IntraBand<T>& ws, Gradients<T>* gradients,
                 int64_t worker) {
   const int64_t N = p.nodes_count, D = p.width, anchor = (p.row_start + first) * D;

@@ -1,4 +1,5 @@
-// What the schedules share: the arguments of one mcl_rows call in the form the loops want.
+// What the in-batch kernels and their schedule share: the arguments of one mcl_rows call in the form
+// the loops want.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +13,14 @@
 
 namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
-template <class T> struct Rows : MclRows<T> {
+template <class T> struct MclProblem : MclRows<T> {
   Mode mode;
   int64_t padded; // B rounded up to whole vectors
   int64_t stride; // of a row of logits: whole panels, and no power of two, for the cache's sake
   T inverse_temperature, inverse_kl, kl;
   bool forward, backward, second; // what the mode computes
 
-  Rows(const MclRows<T>& arguments, Mode mode)
+  MclProblem(const MclRows<T>& arguments, Mode mode)
       : MclRows<T>(arguments), mode(mode), padded(round_up(arguments.batch, kLanes<T>)),
         stride(round_up(arguments.batch, kPanel<T>) + 64 / sizeof(T)),
         inverse_temperature(T(1 / arguments.temperature)),
@@ -51,7 +52,7 @@ struct NodePairs {
   Buffer<Pair> pairs;
   int64_t count = 0;
 
-  template <class T> explicit NodePairs(const Rows<T>& p) {
+  template <class T> explicit NodePairs(const MclProblem<T>& p) {
     if (!p.wants(kIcl | kSoftIcl)) return;
     pairs.resize(p.nodes_count * p.nodes_count);
     for (int64_t a = 0; a < p.nodes_count; ++a)

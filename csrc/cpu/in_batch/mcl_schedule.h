@@ -17,7 +17,7 @@
 namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> void mcl_rows(const MclRows<T>& arguments, Mode mode) {
-  const Rows<T> p(arguments, mode);
+  const MclProblem<T> p(arguments, mode);
   const int64_t N = p.nodes_count, B = p.batch, R = p.row_count;
   if (R == 0) {
     if (p.grad_nodes) fill(p.grad_nodes, N * B * p.width, T(0));

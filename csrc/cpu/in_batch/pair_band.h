@@ -20,13 +20,13 @@ template <class T> struct CrossBand {
   Buffer<T> sd, td; // [height, stride], their tangents, double backward only
   Buffer<T> scratch; // [4, stride]
 
-  CrossBand(const Rows<T>& p, int64_t height)
+  CrossBand(const MclProblem<T>& p, int64_t height)
       : height(height), s(height * p.stride), t(height * p.stride),
         sd(p.second ? height * p.stride : 0), td(p.second ? height * p.stride : 0),
         scratch(4 * p.stride) {}
 };
 
-template <class T> void pad_columns(const Rows<T>& p, T* rows, int64_t count, T value) {
+template <class T> void pad_columns(const MclProblem<T>& p, T* rows, int64_t count, T value) {
   for (int64_t r = 0; r < count; ++r)
     fill(rows + r * p.stride + p.batch, p.padded - p.batch, value);
 }
@@ -42,7 +42,7 @@ template <class T> struct CrossRow {
 };
 
 template <class T>
-void forward_cross_row(const Rows<T>& p, CrossRow<T>& own, CrossRow<T>& other, int64_t self) {
+void forward_cross_row(const MclProblem<T>& p, CrossRow<T>& own, CrossRow<T>& other, int64_t self) {
   CrossRow<T>* const orientations[] = {&own, &other};
   for (CrossRow<T>* row : orientations) {
     if (p.wants(kIcl))
@@ -63,7 +63,7 @@ void forward_cross_row(const Rows<T>& p, CrossRow<T>& own, CrossRow<T>& other, i
 
 // s <- D_ab, and sd <- K_ab in the double backward; the same for the other orientation.
 template <class T>
-void gradient_cross_row(const Rows<T>& p, CrossRow<T>& own, CrossRow<T>& other, int64_t row) {
+void gradient_cross_row(const MclProblem<T>& p, CrossRow<T>& own, CrossRow<T>& other, int64_t row) {
   const int64_t self = p.row_start + row;
   CrossRow<T>* const orientations[] = {&own, &other};
   for (CrossRow<T>* o : orientations) {
@@ -109,9 +109,9 @@ void gradient_cross_row(const Rows<T>& p, CrossRow<T>& own, CrossRow<T>& other, 
 
 // Adds H E_b to the band's rows of grad_a and H^T E_a[band] to grad_b.
 template <class T>
-void add_band_gradient(const Rows<T>& p, const T* h, int64_t stride, int64_t first, int64_t count,
-                       const Packed<T>& packed, int64_t a, int64_t b, Gradients<T>& gradients,
-                       int64_t worker) {
+void add_band_gradient(const MclProblem<T>& p, const T* h, int64_t stride, int64_t first,
+                       int64_t count, const Packed<T>& packed, int64_t a, int64_t b,
+                       Gradients<T>& gradients, int64_t worker) {
   const int64_t D = p.width, anchor = p.row_start + first;
   gemm<false>(count, D, p.batch, p.inverse_temperature, h, stride, packed.values(b),
               gradients.slot(worker, a) + anchor * D, D, true);
@@ -121,7 +121,7 @@ void add_band_gradient(const Rows<T>& p, const T* h, int64_t stride, int64_t fir
 
 // Anchors first .. first + count of the slice.
 template <class T>
-void cross_band(const Rows<T>& p, const Packed<T>& packed, const Packed<T>* packed_tangents,
+void cross_band(const MclProblem<T>& p, const Packed<T>& packed, const Packed<T>* packed_tangents,
                 int64_t a, int64_t b, int64_t first, int64_t count, CrossBand<T>& ws,
                 Gradients<T>* gradients, int64_t worker) {
   const int64_t D = p.width, anchor = (p.row_start + first) * D;

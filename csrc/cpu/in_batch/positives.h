@@ -19,7 +19,7 @@ namespace mclfast::cpu::MCLFAST_CAPABILITY {
 
 template <class T> class Positives {
 public:
-  Positives(const Rows<T>& p, int64_t largest_class)
+  Positives(const MclProblem<T>& p, int64_t largest_class)
       : p_(p), N_(p.nodes_count), D_(p.width), width_(round_up(p.width, kPanel<T>)),
         embeddings_(p, p.nodes, width_), tangents_(p, p.second ? p.tangents : nullptr, width_),
         products_(2 * N_ * N_), coefficients_(N_ * N_),
@@ -44,14 +44,14 @@ public:
 private:
   // One [N, B, D] tensor seen from a class and one of its members.
   struct View {
-    const Rows<T>& p;
+    const MclProblem<T>& p;
     const T* data;
     int64_t width;
     Buffer<T> sums;   // [N, width], over the class
     Buffer<T> own;    // [N, width], of the member
     Buffer<T> others; // [N, width], sums - own
 
-    View(const Rows<T>& p, const T* data, int64_t width)
+    View(const MclProblem<T>& p, const T* data, int64_t width)
         : p(p), data(data), width(width), sums(size()), own(size()), others(size()) {
       fill<T>(own, size(), T(0));
       fill<T>(others, size(), T(0));
@@ -147,7 +147,7 @@ private:
     }
   }
 
-  const Rows<T>& p_;
+  const MclProblem<T>& p_;
   int64_t N_, D_, width_;
   View embeddings_, tangents_;
   Buffer<T> products_;     // two of [N, N]
@@ -156,7 +156,7 @@ private:
 };
 
 // After the sweeps: needs lse, adds to grad_nodes.
-template <class T> void positive_terms(const Rows<T>& p) {
+template <class T> void positive_terms(const MclProblem<T>& p) {
   if (!p.wants(kVcl | kIcl)) return;
   const EvenSplit split(p.batch);
   run_parallel(split.workers, [&](int64_t worker) {

@@ -35,7 +35,7 @@ template <class T> struct PairWorkspace {
   Buffer<T> arrays;
   Side ab, ba;
 
-  explicit PairWorkspace(const Rows<T>& p)
+  explicit PairWorkspace(const MclProblem<T>& p)
       : logits(p.padded * p.stride), tangents(p.second ? p.padded * p.stride : 0),
         arrays(20 * p.padded) {
     T* next = arrays;
@@ -81,8 +81,8 @@ template <class T, bool kHard, bool kSoft, int kPower> struct TilePair {
   // First order: sums of exp(S / kl), exp(S), exp(S / kl) (S - S^T).
   // Second order: of exp(S / kl), exp(S), and of Sd times exp(S^T / kl), exp(S), exp(S / kl).
   template <bool kSecond, bool kDiagonal>
-  static INLINE void sum_tile(const Rows<T>& p, Workspace& ws, int64_t I, int64_t J, V* rows_ab,
-                              V* rows_ba) {
+  static INLINE void sum_tile(const MclProblem<T>& p, Workspace& ws, int64_t I, int64_t J,
+                              V* rows_ab, V* rows_ba) {
     T t_tile[W * W], td_tile[W * W];
     transpose_block<T>(ws.logits + J * p.stride + I, p.stride, t_tile, W);
     if (kSecond) transpose_block<T>(ws.tangents + J * p.stride + I, p.stride, td_tile, W);
@@ -118,7 +118,7 @@ template <class T, bool kHard, bool kSoft, int kPower> struct TilePair {
     }
   }
 
-  template <bool kSecond> static void sum_sweep(const Rows<T>& p, Workspace& ws) {
+  template <bool kSecond> static void sum_sweep(const MclProblem<T>& p, Workspace& ws) {
     constexpr int kCount = kSums<kSecond>;
     for (int k = 0; k < kCount; ++k) {
       fill(ws.ab.sums[k], p.padded, T(0));
@@ -140,7 +140,7 @@ template <class T, bool kHard, bool kSoft, int kPower> struct TilePair {
 
   // logits <- D_ab + D_ba^T; second order also tangents <- K_ab + K_ba^T.
   template <bool kSecond, bool kDiagonal>
-  static INLINE void gradient_tile(const Rows<T>& p, Workspace& ws, int64_t I, int64_t J) {
+  static INLINE void gradient_tile(const MclProblem<T>& p, Workspace& ws, int64_t I, int64_t J) {
     typedef typename Workspace::Side Side;
     T t_tile[W * W], td_tile[W * W];
     transpose_block<T>(ws.logits + J * p.stride + I, p.stride, t_tile, W);
@@ -191,7 +191,7 @@ template <class T, bool kHard, bool kSoft, int kPower> struct TilePair {
     if (kSecond) transpose_block<T>(td_tile, W, ws.tangents + J * p.stride + I, p.stride);
   }
 
-  template <bool kSecond> static void gradient_sweep(const Rows<T>& p, Workspace& ws) {
+  template <bool kSecond> static void gradient_sweep(const MclProblem<T>& p, Workspace& ws) {
     for (int64_t I = 0; I < p.padded; I += W) {
       gradient_tile<kSecond, true>(p, ws, I, I);
       for (int64_t J = I + W; J < p.padded; J += W) gradient_tile<kSecond, false>(p, ws, I, J);
@@ -200,7 +200,7 @@ template <class T, bool kHard, bool kSoft, int kPower> struct TilePair {
 };
 
 // Columns and rows past the batch.
-template <class T> void pad_square(const Rows<T>& p, T* matrix, T value) {
+template <class T> void pad_square(const MclProblem<T>& p, T* matrix, T value) {
   for (int64_t r = 0; r < p.batch; ++r)
     fill(matrix + r * p.stride + p.batch, p.padded - p.batch, value);
   for (int64_t r = p.batch; r < p.padded; ++r) fill(matrix + r * p.stride, p.padded, value);
@@ -208,7 +208,7 @@ template <class T> void pad_square(const Rows<T>& p, T* matrix, T value) {
 
 // Row values of orientation ab from the sums of both.
 template <class T>
-void write_pair_rows(const Rows<T>& p, int64_t a, int64_t b, T* const* own, T* const* other) {
+void write_pair_rows(const MclProblem<T>& p, int64_t a, int64_t b, T* const* own, T* const* other) {
   const int64_t at = p.at(a, b);
   if (p.wants(kIcl) && p.batch > 1)
     for (int64_t r = 0; r < p.batch; ++r) p.lse[at + r] = std::log(own[1][r]);
@@ -224,7 +224,7 @@ void write_pair_rows(const Rows<T>& p, int64_t a, int64_t b, T* const* own, T* c
 // From the sums of this pass rather than from the stored lse, whose rounding would be an error of
 // all the weights of a row.
 template <class T>
-void pair_coefficients(const Rows<T>& p, int64_t a, int64_t b,
+void pair_coefficients(const MclProblem<T>& p, int64_t a, int64_t b,
                        const typename PairWorkspace<T>::Side& own,
                        const typename PairWorkspace<T>::Side& other) {
   const int64_t ab = p.at(a, b);
@@ -245,7 +245,7 @@ void pair_coefficients(const Rows<T>& p, int64_t a, int64_t b,
 
 // The gradients of the cotangents, less the part of the positives, and the coefficients of K.
 template <class T>
-void pair_second_order(const Rows<T>& p, int64_t a, int64_t b,
+void pair_second_order(const MclProblem<T>& p, int64_t a, int64_t b,
                        const typename PairWorkspace<T>::Side& own,
                        const typename PairWorkspace<T>::Side& other) {
   const int64_t ab = p.at(a, b);
@@ -265,7 +265,7 @@ void pair_second_order(const Rows<T>& p, int64_t a, int64_t b,
 }
 
 template <class T, bool kHard, bool kSoft, int kPower>
-void tile_pair(const Rows<T>& p, const Packed<T>& packed, const Packed<T>* packed_tangents,
+void tile_pair(const MclProblem<T>& p, const Packed<T>& packed, const Packed<T>* packed_tangents,
                int64_t a, int64_t b, PairWorkspace<T>& ws, Gradients<T>* gradients,
                int64_t worker) {
   typedef TilePair<T, kHard, kSoft, kPower> Sweeps;
@@ -312,10 +312,10 @@ void tile_pair(const Rows<T>& p, const Packed<T>& packed, const Packed<T>* packe
 }
 
 template <class T>
-using TilePairFunction = void (*)(const Rows<T>&, const Packed<T>&, const Packed<T>*, int64_t,
+using TilePairFunction = void (*)(const MclProblem<T>&, const Packed<T>&, const Packed<T>*, int64_t,
                                   int64_t, PairWorkspace<T>&, Gradients<T>*, int64_t);
 
-template <class T> TilePairFunction<T> choose_tile_pair(const Rows<T>& p) {
+template <class T> TilePairFunction<T> choose_tile_pair(const MclProblem<T>& p) {
   if (!p.wants(kSoftIcl)) return tile_pair<T, true, false, 0>;
   if (!p.wants(kIcl)) return tile_pair<T, false, true, 0>;
   if (p.kl_temperature == 1) return tile_pair<T, true, true, 1>;
@@ -325,7 +325,7 @@ template <class T> TilePairFunction<T> choose_tile_pair(const Rows<T>& p) {
   return tile_pair<T, true, true, 0>;
 }
 
-template <class T> bool tile_pair_applies(const Rows<T>& p) {
+template <class T> bool tile_pair_applies(const MclProblem<T>& p) {
   if (p.row_count != p.batch) return false;
   constexpr int64_t kLargestWorkspace = int64_t(32) << 20; // bytes per worker
   const int64_t matrices = p.second ? 2 : 1;

@@ -1,9 +1,9 @@
 // What every header that is compiled once per instruction set begins with.
 //
-// The files dispatch/kernels_*.cpp define, before they include such a header,
-//   MCLFAST_CAPABILITY     the namespace, so that the linker cannot merge the functions of two sets,
+// Before they include such a header, the files dispatch/kernels_*.cpp define
+//   MCLFAST_CAPABILITY     the namespace, so that the linker cannot merge functions of two sets,
 //   MCLFAST_VECTOR_BYTES   the width of a vector,
-// and include all other headers before, outside of the region compiled for that instruction set.
+// and they include all other headers, outside of the region compiled for the instruction set.
 #pragma once
 
 #include <cstdint>

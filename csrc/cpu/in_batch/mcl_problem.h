@@ -1,5 +1,5 @@
-// What the in-batch kernels and their schedule share: the arguments of one mcl_rows call in the form
-// the loops want.
+// What the in-batch kernels share: the arguments of one mcl_rows call in the form that the loops
+// want.
 #pragma once
 
 #include <cstdint>

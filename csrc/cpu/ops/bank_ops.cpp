@@ -425,7 +425,9 @@ Tensors2 sample_contrast(const Tensor& index, const Tensor& order, const Tensor&
 
 } // namespace
 
-TORCH_LIBRARY_FRAGMENT(mclfast_cpu, m) { define_bank_ops(m); }
+TORCH_LIBRARY_FRAGMENT(mclfast_cpu, m) {
+  for (const char* schema : kBankSchemas) m.def(schema);
+}
 
 TORCH_LIBRARY_IMPL(mclfast_cpu, CPU, m) {
   m.impl("bank_mcl_forward", &bank_mcl_forward);

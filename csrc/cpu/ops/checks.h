@@ -3,7 +3,11 @@
 
 #include <cmath>
 
-#include <ATen/ATen.h>
+// Not <ATen/ATen.h>, which takes four times as long to compile.
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
 
 namespace mclfast::cpu {
 

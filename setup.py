@@ -11,9 +11,10 @@ torch is no build requirement: pip would compile against a torch of its own choi
 differ from the one in use. So compiling takes ``pip install --no-build-isolation``.
 
 All files are compiled with the same flags. A file for one instruction set marks its functions with
-``#pragma GCC target`` or ``__attribute__((target(...)))``, placed after the headers that other files
-include too: with -mavx2 for the whole file, inline functions of those headers would be compiled for
-AVX2 as well, and the linker may pick these copies for callers that must run on any CPU.
+``#pragma GCC target`` or ``__attribute__((target(...)))``, placed after the headers that other
+files include too: with -mavx2 for the whole file, inline functions of those headers would be
+compiled for AVX2 as well, and the linker may pick these copies for callers that must run on any
+CPU.
 """
 
 from __future__ import annotations

@@ -384,6 +384,6 @@ class TestFolder:
             data.load("folder", root=folder, image_size=0)
 
     def test_without_pillow(self, folder, monkeypatch):
-        monkeypatch.setitem(sys.modules, "PIL", None)
+        monkeypatch.setitem(sys.modules, "PIL.Image", None)
         with pytest.raises(ImportError, match=r'pip install "mclfast\[train\]"'):
             data.load("folder", root=folder)

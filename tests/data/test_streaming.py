@@ -301,7 +301,7 @@ def test_refuses_numbers(values, message, folder):
 
 
 def test_without_pillow(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError, match=r'pip install "mclfast\[train\]"'):
         loaded(folder)
 

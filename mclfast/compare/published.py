@@ -1,8 +1,8 @@
 """Published CIFAR-100 accuracies, for runs whose settings are those of the published runs.
 
 The figures lie in ``recipes/published.yaml``, each table with the recipe that holds its settings.
-Most figures are from a protocol that selects on the test set (see ``source``): the column "published
-protocol" is the one to compare.
+Most figures are from a protocol that selects on the test set (see ``source``): the column
+"published protocol" is the one to compare.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def published(config: TrainConfig) -> Published | None:
     """The published result for a setting; None where anything that decides the outcome differs.
 
     Every setting counts but the seed and the ones that say where and by which operations a run
-    computes; ``amp`` counts too, as the published runs have full precision. Settings of the loop that
-    a run does not use, such as the milestones of a cosine schedule, may have any value.
+    computes; ``amp`` counts too, as the published runs have full precision. Settings of the loop
+    that a run does not use, such as the milestones of a cosine schedule, may have any value.
     """
     return next((found for found, other in _candidates(config) if not other), None)
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import golden
 from mclfast.ops import backends
-
-ROOT = Path(__file__).resolve().parents[1]
 
 if "OMP_NUM_THREADS" not in os.environ:
     # Test processes that each take all cores slow one another down.
@@ -40,7 +39,4 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Folder of the values recorded from the published implementations."""
-    folder = Path(os.environ.get("MCLFAST_GOLDEN", ROOT.parent / "shared" / "golden"))
-    if not folder.is_dir():
-        pytest.skip(f"no recorded values at {folder}; set MCLFAST_GOLDEN to their folder")
-    return folder
+    return golden.FOLDER

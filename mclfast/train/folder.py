@@ -11,6 +11,7 @@ from typing import Any
 
 from mclfast import env
 from mclfast._base.files import read_json, read_yaml, write_json, write_text
+from mclfast._base.optional import optional_import
 from mclfast.train import checkpoint, plots
 from mclfast.train.export import DESCRIPTION, WEIGHTS
 from mclfast.train.history import RunResult, read_csv, write_csv
@@ -23,10 +24,23 @@ CHECKPOINT, METRICS = "checkpoint.pt", "metrics.csv"
 RESULT, CURVES = "result.json", "curves.png"
 
 
-def write_start(folder: Path, settings: Mapping[str, Any], memory: Mapping[str, str]) -> None:
-    """Writes what is known before the first step: settings and environment."""
-    import yaml
+def require_packages() -> None:
+    """Raises ImportError where a package is missing that writes the files of a run.
 
+    Backbones and curves are written after the last epoch, which is late to learn of it.
+    """
+    for name in ("yaml", "safetensors", "matplotlib"):
+        optional_import(name, extra="train")
+
+
+def write_start(folder: Path, settings: Mapping[str, Any], memory: Mapping[str, str]) -> None:
+    """Writes what is known before the first step: settings and environment.
+
+    Raises:
+        ImportError: a package is missing that the run needs now or after its last epoch.
+    """
+    require_packages()
+    yaml = optional_import("yaml", extra="train")
     write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
     write_json(folder / ENVIRONMENT, env.report_dict() | {"memory": memory})
 

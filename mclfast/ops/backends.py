@@ -159,9 +159,14 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def chosen() -> str:
+    """The name given to :func:`use_backend`, "auto" outside of it."""
+    return _chosen.get()
+
+
 def available(name: str) -> bool:
     """Whether a backend can be used here, and :func:`use_backend` has chosen no other one."""
-    return _chosen.get() in ("auto", name) and _status(name).available
+    return chosen() in ("auto", name) and _status(name).available
 
 
 def resolve(backend: str, device: str, *, banks: bool = False) -> str:
@@ -181,7 +186,7 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
         BackendUnavailableError: it is not available here; the text says why and what to do.
     """
     if backend == "auto":
-        backend = _chosen.get()
+        backend = chosen()
     if backend == "auto":
         names = _BEST | _BEST_FOR_BANKS if banks else _BEST
         best = names.get(device, "reference")
@@ -211,7 +216,8 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
 
 # torch.compile takes the answer as a constant instead of tracing the probes. The public decorator
 # does just this, but loads the whole compiler.
-resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (resolve, chosen):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_for(backend: str, *tensors: torch.Tensor, banks: bool = False) -> str:
@@ -219,6 +225,6 @@ def resolve_for(backend: str, *tensors: torch.Tensor, banks: bool = False) -> st
     where one of the tensors has it.
     """
     found = resolve(backend, tensors[0].device.type, banks=banks)
-    backend = backend if backend != "auto" else _chosen.get()
+    backend = backend if backend != "auto" else chosen()
     has_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     return "reference" if backend == "auto" and found in _WITHOUT_FLOAT64 and has_float64 else found

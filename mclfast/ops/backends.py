@@ -216,8 +216,8 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
 
 # torch.compile takes the answer as a constant instead of tracing the probes. The public decorator
 # does just this, but loads the whole compiler.
-for _function in (resolve, chosen):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_for(backend: str, *tensors: torch.Tensor, banks: bool = False) -> str:

@@ -28,13 +28,13 @@ from mclfast._base.checks import (
     wants_gradient,
 )
 from mclfast._base.tensors import statistics_dtype
+from mclfast.kernels.families import ALL
 from mclfast.losses import reference_banks, weighting
 from mclfast.losses.in_batch import Networks, Nodes
 from mclfast.losses.results import PUBLISHED_WEIGHTS, BankMCLRows, MCLObjective, MCLTerms, Weights
 from mclfast.losses.weighting import detached, scaled, weighted_terms
 from mclfast.ops import backends
 from mclfast.ops import banks as bank_ops
-from mclfast.ops import in_batch as ops
 
 
 def _checked(
@@ -79,7 +79,7 @@ def _rows(nodes: Tensor, networks: tuple[int, ...], *arguments: Any) -> BankMCLR
             return reference_banks.bank_mcl_rows(
                 nodes, networks, *keys, temperature=settings[1], kl_temperature=settings[2]
             )
-        return BankMCLRows(*bank_ops.bank_mcl_rows(nodes, *keys, *settings, ops.ALL, backend)[:4])
+        return BankMCLRows(*bank_ops.bank_mcl_rows(nodes, *keys, *settings, ALL, backend)[:4])
 
 
 def bank_mcl_rows(
@@ -472,7 +472,7 @@ def _weighted(
             terms = weighted_terms(row_weights, _rows(nodes, networks, *arguments))
             return terms.weighted_sum(*term_weights), lambda: detached(terms)
         loss, *rows = bank_ops.bank_mcl_objective(
-            *scaled(row_weights, term_weights), nodes, *keys, *settings, ops.ALL, backend
+            *scaled(row_weights, term_weights), nodes, *keys, *settings, ALL, backend
         )
         return loss, lambda: weighted_terms(row_weights, rows[:4])
 

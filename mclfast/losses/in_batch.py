@@ -26,6 +26,7 @@ from mclfast._base.checks import (
     wants_gradient,
 )
 from mclfast._base.tensors import statistics_dtype
+from mclfast.kernels.families import ALL, SOFT_VCL, VCL
 from mclfast.losses import reference, weighting
 from mclfast.losses.results import PUBLISHED_WEIGHTS, MCLObjective, MCLRows, MCLTerms, Weights
 from mclfast.losses.weighting import detached, scaled, weighted_terms
@@ -76,7 +77,7 @@ def _rows(
             list(networks),
             temperature,
             kl_temperature,
-            ops.ALL,
+            ALL,
             row_start,
             row_count,
             backend,
@@ -150,7 +151,7 @@ def _weighted(
             scaled(every, term_weights),
             temperature,
             kl_temperature,
-            ops.ALL,
+            ALL,
             backend,
         )
         return loss, lambda: weighted_terms(every, found)
@@ -512,7 +513,7 @@ def supcon_loss(
         batch = embeddings.shape[0]
         mean = nodes.new_full((1, batch), 1.0 / batch, dtype=statistics_dtype(nodes))
         weights = (mean, *(mean.new_zeros(1, 1, batch) for _ in range(3)))
-        return _objective(nodes, (0,), labels, weights, temperature, 1.0, ops.VCL, backend)[0]
+        return _objective(nodes, (0,), labels, weights, temperature, 1.0, VCL, backend)[0]
 
 
 def info_nce_loss(
@@ -623,6 +624,6 @@ def similarity_kl_loss(
             (pairs[0], weights, pairs, pairs),
             temperature,
             kl_temperature,
-            ops.SOFT_VCL,
+            SOFT_VCL,
             backend,
         )[0]

@@ -26,7 +26,7 @@ help:
 venv: .venv/.installed
 
 .venv/.installed: pyproject.toml setup.py constraints/torch-cpu.txt \
-                  $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+                  $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	@echo "venv: creating .venv with $(PYTHON)"
 	@$(PYTHON) -m venv .venv
 	@echo "venv: installing torch $(if $(CONSTRAINT),(no GPU: $(CONSTRAINT)),)"

@@ -11,9 +11,10 @@ torch is no build requirement: pip would compile against a torch of its own choi
 differ from the one in use. So compiling takes ``pip install --no-build-isolation``.
 
 All files are compiled with the same flags. A file for one instruction set marks its functions with
-``#pragma GCC target`` or ``__attribute__((target(...)))``, placed after its includes: with -mavx2
-for the whole file, inline functions of the headers would be compiled for AVX2 too, and the linker
-may pick those copies for callers that must run on any CPU.
+``#pragma GCC target`` or ``__attribute__((target(...)))``, placed after the headers that other
+files include too: with -mavx2 for the whole file, inline functions of those headers would be
+compiled for AVX2 as well, and the linker may pick these copies for callers that must run on any
+CPU.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def sanitizer_flags() -> list[str]:
 def extension() -> Any:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    files = sources("*.cpp", "cpu/*.cpp")
+    files = sources("*.cpp", "cpu/**/*.cpp")
     flags = {"cxx": host_flags()}
     if not wants_cuda():
         say(f"compiling {len(files)} C++ files without CUDA: {' '.join(flags['cxx'])}")

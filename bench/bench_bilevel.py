@@ -22,16 +22,16 @@ from mclfast._base.files import write_json
 from mclfast.bench import measure, peak
 from mclfast.bench.published.bilevel import PublishedBilevel
 from mclfast.bench.report import environment
-from mclfast.bench.train_step import StepCase, make_batch, make_trainer
+from mclfast.bench.train_step import StepCase, make_batch, make_step
 from mclfast.methods.lmcl import LayerwiseMCL
 
 ORDINARY = "ordinary"
-#: The parts measured; "sequential" names those of a trainer that runs one peer at a time.
+#: The parts measured; "sequential" stands for a step that runs one peer at a time.
 KINDS = (ORDINARY, "bilevel", "bilevel sequential", "published")
 
 
 def call(kind: str, options: argparse.Namespace) -> Callable[[], object]:
-    """One step of a kind, of two peers on a trainer of its own."""
+    """One step of a kind, with two peers of its own."""
     variant = "sequential" if kind == "bilevel sequential" else "ours"
     # As published: in PyTorch's own layout, in which it is faster too.
     layout = "off" if kind == "published" else options.channels_last
@@ -39,17 +39,16 @@ def call(kind: str, options: argparse.Namespace) -> Callable[[], object]:
         variant, options.network, batch=options.batch, side=options.side, device=options.device
     )
     images, batch = make_batch(case)
-    trainer = make_trainer(case, amp=options.amp, channels_last=layout)
-    trainer.cohort.train()
-    trainer.method.train()
-    lr = trainer.config.lr
+    step = make_step(case, amp=options.amp, channels_last=layout)
+    step.cohort.train()
+    step.method.train()
     if kind == ORDINARY:
-        return lambda: trainer.train_step(images, batch)
+        return lambda: step(images, batch)
     if kind == "published":
-        assert isinstance(trainer.method, LayerwiseMCL)
-        published = PublishedBilevel(trainer.cohort, trainer.method, lr=lr)
+        assert isinstance(step.method, LayerwiseMCL)
+        published = PublishedBilevel(step.cohort, step.method, lr=step.config.lr)
         return lambda: published(images, batch.labels)
-    return lambda: trainer.bilevel_step(images, batch, lr)
+    return lambda: step.bilevel(images, batch)
 
 
 def peak_bytes(kind: str, options: argparse.Namespace) -> int:

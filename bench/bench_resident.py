@@ -1,6 +1,6 @@
 """Resident memory of training steps on a CPU: ``python bench/bench_resident.py --out FOLDER``.
 
-For each case, what two steps add to a trainer that has not trained yet: the plan's prediction for
+For each case, what two steps add to networks that are still untrained: the plan's prediction for
 tensors and, with its share for gaps in the heap, for the process; the peak of PyTorch's allocator;
 and the peak of resident memory. The last two come from processes of their own. Takes some two
 minutes.
@@ -43,7 +43,7 @@ def name(values: dict[str, Any]) -> str:
 
 def row(values: dict[str, Any], side: int) -> dict[str, Any]:
     """The figures of a case, in bytes."""
-    tensors, process = resident.predicted(resident.make_trainer(values, side))
+    tensors, process = resident.predicted(resident.make_step(values, side))
     return {
         "case": name(values),
         "settings": values,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mclfast._base.files import replacing
+from mclfast._base.optional import optional_import
 from mclfast.bench.problem import BOTH
 from mclfast.bench.run import Row
 
@@ -93,11 +94,10 @@ def _sizes(rows: Sequence[Row], x: str) -> int:
 
 def _figure(panels: Sequence[Panel], title: str, path: Path) -> Path:
     # The object-oriented interface: no display and no global state of a user's own plots.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * len(panels), 10.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    agg = optional_import("matplotlib.backends.backend_agg", extra="train")
+    figures = optional_import("matplotlib.figure", extra="train")
+    figure = figures.Figure(figsize=(4.6 * len(panels), 10.2), layout="constrained")
+    agg.FigureCanvasAgg(figure)
     axes = figure.subplots(3, len(panels), squeeze=False, sharey="row", sharex="col")
     figure.suptitle(title, fontsize=11)
     quantities: list[tuple[str, str, Callable[[Row], float]]] = [

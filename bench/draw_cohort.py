@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mclfast._base.files import replacing
+from mclfast._base.optional import optional_import
 from mclfast.bench.draw import COMPILED, EAGER, FUSED, SPARE, machine
 from mclfast.bench.train_step import PUBLISHED, Row
 
@@ -28,11 +29,10 @@ def draw(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
         path: PNG file.
     """
     # The object-oriented interface: no display and no global state of a user's own plots.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.2, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    agg = optional_import("matplotlib.backends.backend_agg", extra="train")
+    figures = optional_import("matplotlib.figure", extra="train")
+    figure = figures.Figure(figsize=(9.2, 4.0), layout="constrained")
+    agg.FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     first = rows[0]
     where = about["gpu"] if first["device"] == "cuda" else machine(about)

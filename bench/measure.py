@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import mclfast
+from mclfast import env
 from mclfast.bench.problem import Case, Unavailable
 
 MIB = 2**20
@@ -183,7 +183,7 @@ def child_peak(task: Mapping[str, object], timeout: float) -> int:
     if not sys.platform.startswith("linux"):
         raise Unavailable("peak memory of a process is measured on Linux only")
     # The child must measure this mclfast, also when it is a checkout.
-    paths = [str(Path(mclfast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(env.root()), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     task = {**task, "threads": torch.get_num_threads()}
     try:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import mclfast
 from mclfast import env
 from mclfast._base.files import write_json, write_text
 from mclfast._version import __version__
@@ -95,7 +94,7 @@ def _version(distribution: str) -> str:
 
 def environment() -> dict[str, Any]:
     """Machine, versions, commit and date of a run, by column."""
-    checkout = Path(mclfast.__file__).resolve().parents[1]
+    root = env.root()
     return {
         "cpu": _cpu_name(),
         "cores": _usable_cores(),
@@ -109,7 +108,7 @@ def environment() -> dict[str, Any]:
         "triton": _version("triton"),
         "pytorch_metric_learning": _version("pytorch-metric-learning"),
         # An installed package may lie inside the checkout of another project.
-        "commit": (env.git_hash(checkout) if (checkout / ".git").exists() else None) or "",
+        "commit": (env.git_hash(root) if (root / ".git").exists() else None) or "",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -3,7 +3,7 @@
     python -m mclfast.bench.resident
 
 reads settings and a kind of figure as JSON from stdin and prints the bytes. The figures are what
-two steps add to a trainer that has not trained yet. Resident memory is more than the allocator
+two steps add to networks that have not been trained yet. Resident memory is more than the allocator
 gives out: freed blocks leave gaps in the heap of the C library.
 """
 
@@ -19,60 +19,58 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mclfast.bench import peak
-from mclfast.bench.train_step import StepCase, noise
+from mclfast.bench.train_step import step_of
 from mclfast.cohort.outputs import Batch
 from mclfast.config import TrainConfig
+from mclfast.execution.step import TrainStep
+from mclfast.plan.data_facts import DataFacts
 from mclfast.plan.estimate import HEAP, Choice, estimate
 from mclfast.plan.rehearsal import rehearse_bilevel
-from mclfast.plan.stand_in import facts_of
-from mclfast.train.builder import assemble
-from mclfast.train.trainer import Trainer
 
 ALLOCATED, RESIDENT = "allocated", "resident"
 KINDS = (ALLOCATED, RESIDENT)
 
 
-def make_trainer(values: Mapping[str, Any], side: int) -> Trainer:
-    """The trainer of a config's values on the CPU, on noise of 100 classes.
+def make_step(values: Mapping[str, Any], side: int) -> TrainStep:
+    """The training step of a config's values on the CPU, for 100 classes.
 
     Args:
         values: fields of the config and options of its method.
-        side: of the images, in pixels.
+        side: height and width of the images, in pixels.
     """
     fixed = {"data": "cifar100", "sampler": "shuffle", "device": "cpu", "bilevel_every": 0}
-    data = noise(StepCase("ours", side=side))
-    return assemble(data, TrainConfig.from_values(fixed | dict(values)))
+    return step_of(TrainConfig.from_values(fixed | dict(values)), classes=100, side=side)
 
 
-def step_of(trainer: Trainer) -> Callable[[], None]:
-    """One step of training on images drawn at random, with a bilevel step where the run has one."""
-    c, views = trainer.config, trainer.method.view_count(len(trainer.cohort.peers))
-    index = torch.arange(c.batch_size) % len(trainer.data.train)
-    shape = c.batch_size, *trainer.data.train.image_shape
-    images = [torch.randn(shape) for _ in range(views)]
-    batch = Batch(trainer.data.train.labels[index], index, 0, 0)
-    trainer.cohort.train()
-    trainer.method.train()
+def steps_of(step: TrainStep) -> Callable[[], None]:
+    """A step on images drawn at random and, where the run has them, a bilevel step."""
+    c, views = step.config, step.method.view_count(len(step.cohort.peers))
+    index = torch.arange(c.batch_size) % step.num_samples
+    images = [torch.randn(c.batch_size, *step.image_shape) for _ in range(views)]
+    batch = Batch(index % step.cohort.num_classes, index, 0, 0)
+    step.cohort.train()
+    step.method.train()
 
-    def step() -> None:
-        trainer.train_step(images if views > 1 else images[0], batch)
-        if trainer.meta_optimizer is not None and c.bilevel_every:
-            trainer.bilevel_step(images[0], batch, c.lr)
+    def steps() -> None:
+        step(images if views > 1 else images[0], batch)
+        if step.has_bilevel:
+            step.bilevel(images[0], batch)
 
-    return step
+    return steps
 
 
-def predicted(trainer: Trainer) -> tuple[int, int]:
-    """What the plan says of the steps that :func:`step_of` gives, in bytes: tensors, process."""
-    c, known = trainer.config, facts_of(trainer.data)
+def predicted(step: TrainStep) -> tuple[int, int]:
+    """Bytes that the plan names for the steps of :func:`steps_of`: tensors, and the process."""
+    c, n = step.config, step.num_samples
+    known = DataFacts("noise", n, n, step.cohort.num_classes, step.image_shape, in_memory=True)
     choice = Choice(c.memory, c.offload, c.amp)
     bilevel = rehearse_bilevel(
-        trainer, one_at_a_time=c.memory != "ordinary", amp=c.amp, batch_size=c.batch_size
+        step, one_at_a_time=c.memory != "ordinary", amp=c.amp, batch_size=c.batch_size
     )
-    plan = estimate(trainer, known, choice, c.batch_size, device="cpu", bilevel=False)
-    step = plan.step - plan.kept
-    tensors = max(bilevel, step - plan.parts[HEAP])
-    return tensors, max(step, plan.with_bilevel(bilevel).bilevel - plan.kept)
+    plan = estimate(step, known, choice, c.batch_size, device="cpu", bilevel=False)
+    added = plan.step - plan.kept
+    tensors = max(bilevel, added - plan.parts[HEAP])
+    return tensors, max(added, plan.with_bilevel(bilevel).bilevel - plan.kept)
 
 
 def allocated(call: Callable[[], Any]) -> int:
@@ -105,7 +103,7 @@ def in_child(
 
     Args:
         kind: what to measure.
-        values, side: as in :func:`make_trainer`.
+        values, side: as in :func:`make_step`.
         environment: variables of the process, all of them.
 
     Raises:
@@ -130,15 +128,15 @@ def main() -> None:
     torch.set_num_threads(task["threads"])
     values = task["values"]
     # Libraries are loaded by a small run.
-    step_of(make_trainer(values | {"batch_size": 2}, task["side"]))()
-    trainer = make_trainer(values, task["side"])
-    step = step_of(trainer)
+    steps_of(make_step(values | {"batch_size": 2}, task["side"]))()
+    step = make_step(values, task["side"])
+    steps = steps_of(step)
     if task["kind"] == RESIDENT:
-        print(peak.measure(step))
+        print(peak.measure(steps))
         return
-    step()
-    state = [t for s in trainer.optimizer.state.values() for t in s.values()]
-    print(allocated(step) + sum(t.nbytes for t in state if isinstance(t, torch.Tensor)))
+    steps()
+    state = [t for s in step.optimizer.state.values() for t in s.values()]
+    print(allocated(steps) + sum(t.nbytes for t in state if isinstance(t, torch.Tensor)))
 
 
 if __name__ == "__main__":

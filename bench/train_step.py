@@ -20,10 +20,9 @@ from mclfast.bench.problem import Unavailable
 from mclfast.bench.published.train_step import PublishedStep
 from mclfast.cohort.outputs import Batch
 from mclfast.config import TrainConfig
-from mclfast.data.dataset import Dataset, ImageSet
+from mclfast.execution.parts import make_parts
+from mclfast.execution.step import TrainStep
 from mclfast.methods.lmcl import LayerwiseMCL
-from mclfast.train.builder import assemble
-from mclfast.train.trainer import Trainer
 
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -78,8 +77,8 @@ class StepCase:
         return f"{self.variant}, {step}, M = {self.peers} {self.network}, B = {self.batch}"
 
 
-def make_trainer(case: StepCase, **settings: Any) -> Trainer:
-    """The trainer of a case on a few images of noise; the published settings of CIFAR-100."""
+def make_step(case: StepCase, **settings: Any) -> TrainStep:
+    """The training step of a case, with the published settings of CIFAR-100."""
     config = TrainConfig.from_values(
         {
             "method": "lmcl",
@@ -96,24 +95,21 @@ def make_trainer(case: StepCase, **settings: Any) -> Trainer:
         | (PLAIN | OURS)[case.variant]
         | settings
     )
-    return assemble(noise(case), config)
+    return step_of(config, classes=case.classes, side=case.side)
 
 
-def noise(case: StepCase) -> Dataset:
-    """Two random images of each class."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (2 * case.classes, 3, case.side, case.side)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    some = ImageSet(images, torch.arange(len(images)) % case.classes)
-    return Dataset(
-        name="noise",
-        train=some,
-        test=some,
-        num_classes=case.classes,
-        class_names=tuple(map(str, range(case.classes))),
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-    )
+def step_of(config: TrainConfig, *, classes: int, side: int) -> TrainStep:
+    """The training step of a config for two colour images of each class; no image is made.
+
+    Args:
+        config: settings of the step.
+        classes: number of classes.
+        side: height and width of the images, in pixels.
+    """
+    torch.manual_seed(config.seed)
+    cohort, method = make_parts(config, classes, in_channels=3)
+    labels = torch.arange(2 * classes) % classes
+    return TrainStep(cohort, method, config, labels=labels, image_shape=(3, side, side))
 
 
 def make_batch(case: StepCase) -> tuple[Tensor, Batch]:
@@ -135,16 +131,13 @@ class Steps:
     @functools.cached_property
     def _steps(self) -> tuple[Call, Call]:
         images, batch = make_batch(self.case)
-        trainer = make_trainer(self.case)
-        trainer.cohort.train()
-        trainer.method.train()
+        step = make_step(self.case)
+        step.cohort.train()
+        step.method.train()
         if self.case.variant not in PLAIN:
-            return (
-                lambda: trainer.train_step(images, batch),
-                lambda: trainer.bilevel_step(images, batch, trainer.config.lr),
-            )
-        assert isinstance(trainer.method, LayerwiseMCL)
-        plain = PublishedStep(trainer.cohort, trainer.method, trainer.config)
+            return lambda: step(images, batch), lambda: step.bilevel(images, batch)
+        assert isinstance(step.method, LayerwiseMCL)
+        plain = PublishedStep(step.cohort, step.method, step.config)
         return lambda: plain(images, batch.labels), lambda: plain.bilevel(images, batch.labels)
 
     def __call__(self) -> object:

@@ -72,18 +72,21 @@ def _version_of(distribution: str) -> str:
         return "not installed"
 
 
+def root() -> Path:
+    """Folder that holds the package: a checkout, or the place where packages are installed."""
+    return Path(__file__).resolve().parents[1]
+
+
 def report_dict() -> dict[str, dict[str, Any]]:
     """The report as data: section -> name -> value, all of it fit for JSON."""
-    package = Path(__file__).resolve().parent
-    root = package.parent
     extension = backends.extension()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "mclfast": {
             "version": __version__,
-            "path": str(package),
+            "path": str(root() / "mclfast"),
             # An installed package may lie inside the checkout of another project.
-            "git": git_hash(root) if (root / ".git").exists() else None,
+            "git": git_hash(root()) if (root() / ".git").exists() else None,
         },
         "system": {
             "python": platform.python_version(),

@@ -1,12 +1,16 @@
-"""Recipes: YAML files with the settings of published runs."""
+"""Recipes: YAML files with the settings of published runs, and one with what those runs reached."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mclfast._base.checks import unknown_name
 from mclfast._base.files import read_yaml
+
+# Beside the recipes, and none of them.
+_FIGURES = "published.yaml"
 
 
 def folder() -> Path:
@@ -17,7 +21,7 @@ def folder() -> Path:
 
 def available() -> list[str]:
     """Names of the recipes that ship with the package."""
-    return sorted(path.stem for path in folder().glob("*.yaml"))
+    return sorted(p.stem for p in folder().glob("*.yaml") if p.name != _FIGURES)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -33,3 +37,9 @@ def load(name: str) -> dict[str, Any]:
             raise unknown_name("recipe", name, available())
         path = folder() / f"{name}.yaml"
     return read_yaml(path, "recipe")
+
+
+@cache
+def published() -> dict[str, Any]:
+    """Content of ``published.yaml``: sources, figures of networks alone, and tables of cohorts."""
+    return read_yaml(folder() / _FIGURES, "published")

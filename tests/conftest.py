@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import golden
 from mclfast.ops import backends
-
-ROOT = Path(__file__).resolve().parents[1]
 
 if "OMP_NUM_THREADS" not in os.environ:
     # Test processes that each take all cores slow one another down.
@@ -19,13 +18,13 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def backend(request, monkeypatch) -> str:
+def backend(request) -> Iterator[str]:
     """Makes "auto" take each backend for CPU tensors in turn."""
     status = backends.backend_report()[request.param]
     if not status.available:
         pytest.skip(f"backend {request.param}: {status.reason}")
-    monkeypatch.setitem(backends._BEST, "cpu", request.param)
-    return request.param
+    with backends.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,4 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Folder of the values recorded from the published implementations."""
-    folder = Path(os.environ.get("MCLFAST_GOLDEN", ROOT.parent / "shared" / "golden"))
-    if not folder.is_dir():
-        pytest.skip(f"no recorded values at {folder}; set MCLFAST_GOLDEN to their folder")
-    return folder
+    return golden.FOLDER

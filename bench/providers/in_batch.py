@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mclfast
 from mclfast._base.optional import optional_import
 from mclfast.bench.problem import (
     DTYPES,
@@ -25,6 +24,12 @@ from mclfast.bench.problem import (
 )
 from mclfast.bench.published import in_batch
 from mclfast.losses import reference, weighting
+from mclfast.losses.in_batch import (
+    info_nce_loss,
+    layerwise_mcl_objective,
+    layerwise_mcl_terms,
+    supcon_loss,
+)
 
 TEMPERATURE = 0.1
 KL_TEMPERATURE = 3.0
@@ -148,15 +153,14 @@ def _layerwise(backend: str, fused: bool, case: Case, inputs: Inputs) -> Loss:
         "kl_temperature": KL_TEMPERATURE,
         "backend": backend,
     }
-    if fused:
-        settings["coefficients"] = COEFFICIENTS
 
     def loss(leaves: Sequence[Tensor]) -> Tensor:
         weights = leaves[1] if case.mode == WEIGHTS else inputs.pair_weights
         nodes = leaves[0].unflatten(0, (case.m, case.l))
-        result: Any = mclfast.layerwise_mcl_loss(nodes, inputs.labels, weights, **settings)
-        value: Tensor = result.loss if fused else result.weighted_sum(*COEFFICIENTS)
-        return value
+        arguments = nodes, inputs.labels, weights
+        if fused:
+            return layerwise_mcl_objective(*arguments, weights=COEFFICIENTS, **settings).loss
+        return layerwise_mcl_terms(*arguments, **settings).weighted_sum(*COEFFICIENTS)
 
     return loss
 
@@ -170,11 +174,11 @@ def _contrastive(backend: str, case: Case, inputs: Inputs) -> Loss:
     check_backend(backend, case)
     options: dict[str, Any] = {"temperature": TEMPERATURE, "backend": backend}
     if case.op == "supcon":
-        return lambda leaves: mclfast.supcon_loss(leaves[0], inputs.labels, **options)
+        return lambda leaves: supcon_loss(leaves[0], inputs.labels, **options)
     if case.op == "nt_xent":
         labels = _views(case, inputs)
-        return lambda leaves: mclfast.supcon_loss(torch.cat(list(leaves)), labels, **options)
-    return lambda leaves: mclfast.info_nce_loss(leaves[0], leaves[1], **options)
+        return lambda leaves: supcon_loss(torch.cat(list(leaves)), labels, **options)
+    return lambda leaves: info_nce_loss(leaves[0], leaves[1], **options)
 
 
 def _reference(case: Case, inputs: Inputs) -> Loss:

@@ -3,7 +3,7 @@
 Every network runs on its own, every pair of stages of two networks computes its own weight and its
 own similarity matrices, every head its own cross entropy, and the loop reads each number that it
 shows from the device in every step. Networks and the modules beside them are those of mclfast; from
-the same weights a step equals :meth:`mclfast.train.trainer.Trainer.train_step` up to rounding.
+the same weights a step equals :class:`mclfast.TrainStep` up to rounding.
 
 Source: arXiv 2207.11518, sections 3.3 to 3.5; the code published with it.
 """
@@ -79,7 +79,7 @@ class PublishedStep:
             (self._distill(own[-1], other) for own in logits for other in aggregates), start=zero
         )
         terms = self._contrastive(features, embeddings, labels)
-        loss = ce + aggregate_ce + distill + terms.weighted_sum(*self.method.coefficients())
+        loss = ce + aggregate_ce + distill + terms.weighted_sum(*self.method.weights())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

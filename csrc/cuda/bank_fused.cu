@@ -3,8 +3,10 @@
 // global memory. The second read of the bank rows, for the gradient, comes from the L2 cache: as
 // many teams run as have their rows fit in half of it.
 #include "bank_grad.cuh"
+#include "bank_rows.cuh"
+#include "bank_tile.cuh"
 #include "launch.cuh"
-#include "plan.h"
+#include "launch_plan.h"
 
 namespace mclfast::cuda {
 namespace {

@@ -2,9 +2,12 @@
 // one tile ahead; both products read them there, so each row is read once from where it lies.
 #include <cuda_pipeline_primitives.h>
 
+#include "../families.h"
 #include "bank_grad.cuh"
+#include "bank_rows.cuh"
+#include "bank_tile.cuh"
 #include "launch.cuh"
-#include "plan.h"
+#include "launch_plan.h"
 
 namespace mclfast::cuda {
 namespace {

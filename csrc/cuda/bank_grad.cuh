@@ -2,7 +2,12 @@
 // their sums in registers.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "bank_rows.cuh"
+#include "bank_tile.cuh"
+#include "device.cuh"
+#include "launch.h"
 
 namespace mclfast::cuda {
 

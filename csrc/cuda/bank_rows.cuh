@@ -2,7 +2,14 @@
 // gradients that follow from them. Row (m, e) is the vector of scores of node e in bank m.
 #pragma once
 
-#include "bank_tile.cuh"
+#include <cfloat>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include "../families.h"
+#include "device.cuh"
+#include "launch.h"
 
 namespace mclfast::cuda {
 

@@ -1,8 +1,10 @@
 // Rows and log-partitions of the memory-bank terms, and the row inner products of their double
 // backward: each bank row is read once, from where it lies, for all nodes.
+#include "../families.h"
 #include "bank_rows.cuh"
+#include "bank_tile.cuh"
 #include "launch.cuh"
-#include "plan.h"
+#include "launch_plan.h"
 
 namespace mclfast::cuda {
 namespace {

@@ -2,7 +2,12 @@
 // gradients. A warp works on groups of 4 keys; each of its lanes holds 4 neighbouring features.
 #pragma once
 
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
 #include "device.cuh"
+#include "launch.h"
 
 namespace mclfast::cuda {
 

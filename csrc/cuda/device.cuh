@@ -1,7 +1,7 @@
 // Device functions shared by the kernels: warp sums, conversions, dynamic shared memory.
 #pragma once
 
-#include <cfloat>
+#include <cstddef>
 #include <cstdint>
 
 #include <cuda_bf16.h>

@@ -1,6 +1,9 @@
 // Launches of kernels that take one struct by value.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include <cuda_runtime.h>
 
 namespace mclfast::cuda {

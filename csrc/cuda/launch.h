@@ -15,9 +15,6 @@ constexpr int kMaxNodes = 128;
 
 enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Row families of the `families` argument.
-enum Family : unsigned { kVcl = 1, kSoftVcl = 2, kIcl = 4, kSoftIcl = 8 };
-
 // N nodes, M networks (one bank each), B samples, D features, P positives, K negatives.
 struct Bank {
   const void* nodes;       // [N, B, D]
@@ -29,7 +26,7 @@ struct Bank {
   int node_count, network_count, batch, width, positives, negatives;
   int node_type, bank_type;  // enum Type
   float temperature, kl_temperature;
-  unsigned families;
+  unsigned families;  // bits of ../families.h
   unsigned char networks[kMaxNodes];  // [N]
 };
 

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "../bank_schemas.h"
+#include "../families.h"
 #include "launch.h"
 
 namespace mclfast::cuda {
@@ -336,7 +337,9 @@ Tensors2 sample_contrast_op(const Tensor& index, const Tensor& order, const Tens
 
 }  // namespace
 
-TORCH_LIBRARY(mclfast_cuda, m) { define_bank_ops(m); }
+TORCH_LIBRARY(mclfast_cuda, m) {
+  for (const char* schema : kBankSchemas) m.def(schema);
+}
 
 // A bank in page-locked host memory comes with arguments on the GPU, and CUDA then takes the call.
 TORCH_LIBRARY_IMPL(mclfast_cuda, CUDA, m) {

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mclfast._base.optional import optional_import
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -57,8 +59,7 @@ def read_yaml(path: Path, argument: str) -> dict[str, Any]:
         ValueError: the file is not a YAML mapping; the text begins with ``argument``.
         FileNotFoundError: there is none.
     """
-    import yaml
-
+    yaml = optional_import("yaml", extra="train")
     if not path.is_file():
         raise FileNotFoundError(f"{argument}: expected a file {path}, found none")
     try:

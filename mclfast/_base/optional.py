@@ -21,16 +21,20 @@ def optional_import(name: str, *, extra: str) -> ModuleType:
         The imported module.
 
     Raises:
-        MissingOptionalError: the import failed; the text holds the pip line and the first error.
+        MissingOptionalError: the import failed; the text is one line that ends with what to run.
     """
+    package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     # RuntimeError: a torchvision built for another torch. OSError: a missing shared library.
     except (ImportError, RuntimeError, OSError) as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
-        state = "is not installed" if absent else "is installed but fails to import"
+        state = f"is installed but fails to import ({_in_one_line(error)})"
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            state = "is not installed"
         raise MissingOptionalError(
-            f"{name} {state}; try: pip install 'mclfast[{extra}]' "
-            f"(first error: {type(error).__name__}: {error})",
-            name=name,
+            f'the package {package} {state}; pip install "mclfast[{extra}]"', name=name
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

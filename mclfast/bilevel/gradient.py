@@ -94,6 +94,19 @@ def bilevel_gradient(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import bilevel_gradient
+        >>> params = {"w": torch.tensor(1.0)}
+        >>> weight = torch.tensor(0.5, requires_grad=True)              # what is learned
+        >>> result = bilevel_gradient(
+        ...     lambda p: weight * p["w"] ** 2, lambda p: (p["w"] - 0.5) ** 2, params, [weight],
+        ...     inner_steps=1, outer_steps=0, lr=0.1, momentum=0.0, weight_decay=0.0,
+        ... )
+        >>> # w = 1 - 0.1 * 2 * 0.5 = 0.9, so the gradient is 2 * (0.9 - 0.5) * -0.1 * 2.
+        >>> torch.allclose(result.grads[0], torch.tensor(-0.16))
+        True
+
     Source: layer-wise MCL, arXiv 2207.11518, section 3.4; forward mode over a backward pass:
     Pearlmutter, Neural Computation 1994.
     """

@@ -83,7 +83,9 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
 
     from mclfast.compare.design import make_plan, write_plan
     from mclfast.compare.runner import changed, others_in, runs_of
+    from mclfast.train.folder import require_packages
 
+    require_packages()
     if known.jobs < 0:
         raise ValueError(f"jobs: expected a value >= 0, got {known.jobs}")
     plan = make_plan(known.plan, known.methods, known.seeds, settings, known.set, defaults)

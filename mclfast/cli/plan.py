@@ -47,8 +47,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
         # Where it is not said otherwise: there is no other mode for it.
         values.setdefault("memory", "sequential")
 
-    from tqdm import tqdm
-
+    from mclfast._base.optional import optional_import
     from mclfast.config import TrainConfig
     from mclfast.plan import report
     from mclfast.plan.choose import MODES
@@ -62,11 +61,12 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     if asked.get("memory") == ["auto"]:
         asked["memory"] = list(MODES)
     config = TrainConfig.from_values(values)
+    tqdm = optional_import("tqdm", extra="train")
     device, memory = _device(config.device, known.device_memory)
     if device == "cpu":
         # Few CPUs are fast in it.
         asked.setdefault("amp", ["off"])
-    bar = partial(tqdm, desc="rehearsing", leave=False, disable=not sys.stderr.isatty())
+    bar = partial(tqdm.tqdm, desc="rehearsing", leave=False, disable=not sys.stderr.isatty())
     plan = make_plan(config, device, memory, choices(**asked), track=bar)
     if known.json:
         print(json.dumps(report.as_values(plan), indent=2))

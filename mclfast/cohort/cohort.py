@@ -38,6 +38,14 @@ class Cohort(nn.Module):
         TypeError: ``networks`` is not a sequence.
         ValueError: no networks, one network twice, networks that differ in their number of
             classes, a projection_dim below 1, or an unknown projection.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import Cohort, models
+        >>> cohort = Cohort([models.resnet8(num_classes=10) for _ in range(2)], projection_dim=16)
+        >>> outputs = cohort(torch.randn(4, 3, 32, 32))
+        >>> len(outputs.logits), outputs.final_logits[0].shape, outputs.embeddings[0][0].shape
+        (2, torch.Size([4, 10]), torch.Size([4, 16]))
     """
 
     def __init__(

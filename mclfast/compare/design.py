@@ -20,6 +20,7 @@ from typing import Any
 
 from mclfast._base.checks import describe, unknown_name
 from mclfast._base.files import read_yaml, write_text
+from mclfast._base.optional import optional_import
 from mclfast._base.settings import coerce, field_types
 from mclfast.config import TrainConfig
 
@@ -185,8 +186,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 def write_plan(path: Path, plan: Plan, command: str) -> None:
     """Writes a plan with all its settings spelt out, defaults of this version included."""
-    import yaml
-
+    yaml = optional_import("yaml", extra="train")
     values = {label: c.to_values() for label, c in plan.configs.items()}
     for entry in values.values():
         del entry["seed"]

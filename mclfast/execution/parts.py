@@ -28,11 +28,11 @@ def load_images(config: TrainConfig) -> Dataset:
     )
 
 
-def make_parts(config: TrainConfig, data: Dataset) -> tuple[Cohort, Method]:
-    """The cohort and the method of a config, for the classes and channels of a data set."""
+def make_parts(config: TrainConfig, num_classes: int, in_channels: int) -> tuple[Cohort, Method]:
+    """The cohort and the method of a config, for images of so many classes and channels."""
     cls = method_class(config.method)
     networks = [
-        models.create(name, num_classes=data.num_classes, in_channels=data.in_channels)
+        models.create(name, num_classes=num_classes, in_channels=in_channels)
         for name in config.cohort
     ]
     cohort = Cohort(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -124,11 +126,54 @@ def check_name(backend: str) -> None:
         raise unknown_name("backend", backend, ["auto", *_PROBES])
 
 
+_chosen: ContextVar[str] = ContextVar("backend", default="auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within it, losses called with ``backend="auto"`` take a backend by name.
+
+    A call that names a backend keeps its own. What the backend cannot do raises as if the call had
+    named it. Functions compiled by ``torch.compile`` keep the backend they were traced with.
+
+    Args:
+        name: "auto" or a name that ``mclfast env`` lists.
+
+    Raises:
+        ValueError: there is no such backend.
+
+    Examples:
+        >>> import torch
+        >>> import mclfast
+        >>> embeddings, labels = mclfast.unit_norm(torch.randn(8, 16)), torch.arange(8) % 4
+        >>> with mclfast.use_backend("reference"):
+        ...     plain = mclfast.supcon_loss(embeddings, labels)
+        >>> torch.allclose(plain, mclfast.supcon_loss(embeddings, labels))
+        True
+    """
+    check_name(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def chosen() -> str:
+    """The name given to :func:`use_backend`, "auto" outside of it."""
+    return _chosen.get()
+
+
+def available(name: str) -> bool:
+    """Whether a backend can be used here, and :func:`use_backend` has chosen no other one."""
+    return chosen() in ("auto", name) and _status(name).available
+
+
 def resolve(backend: str, device: str, *, banks: bool = False) -> str:
     """Turns the argument ``backend`` of a loss into the name of a backend for a device.
 
     Args:
-        backend: "auto" (the best for the device) or the name of one.
+        backend: "auto" (the choice of :func:`use_backend`, else the best for the device) or a name.
         device: device type of the embeddings, "cpu" or "cuda".
         banks: for a memory-bank loss.
 
@@ -140,6 +185,8 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
             no such losses.
         BackendUnavailableError: it is not available here; the text says why and what to do.
     """
+    if backend == "auto":
+        backend = chosen()
     if backend == "auto":
         names = _BEST | _BEST_FOR_BANKS if banks else _BEST
         best = names.get(device, "reference")
@@ -170,6 +217,7 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
 # torch.compile takes the answer as a constant instead of tracing the probes. The public decorator
 # does just this, but loads the whole compiler.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_for(backend: str, *tensors: torch.Tensor, banks: bool = False) -> str:
@@ -177,5 +225,6 @@ def resolve_for(backend: str, *tensors: torch.Tensor, banks: bool = False) -> st
     where one of the tensors has it.
     """
     found = resolve(backend, tensors[0].device.type, banks=banks)
+    backend = backend if backend != "auto" else chosen()
     has_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     return "reference" if backend == "auto" and found in _WITHOUT_FLOAT64 and has_float64 else found

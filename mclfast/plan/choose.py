@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -11,17 +11,12 @@ from mclfast._base.checks import shortened
 from mclfast._base.machine import free_memory
 from mclfast._base.sizes import format_bytes
 from mclfast.config import TrainConfig
-from mclfast.execution import layout, offload
-from mclfast.execution.cuda_graphs import check_graphs
-from mclfast.methods import Method
+from mclfast.execution import modes
+from mclfast.execution.step import TrainStep
+from mclfast.methods.base import Method
+from mclfast.plan.data_facts import DataFacts
 from mclfast.plan.estimate import Choice, estimate
-from mclfast.plan.rehearsal import has_bilevel, rehearse_bilevel
-from mclfast.plan.stand_in import facts_of
-
-if TYPE_CHECKING:
-    from mclfast.train.trainer import Trainer
-if TYPE_CHECKING:
-    from mclfast.plan.estimate import Choice
+from mclfast.plan.rehearsal import rehearse_bilevel
 
 #: From the fastest to the one that needs least.
 MODES = ("ordinary", "checkpoint", "sequential")
@@ -63,25 +58,26 @@ class Need(NamedTuple):
         return f"{self.bound} {format_bytes(self.size)}".lstrip()
 
 
-def choose(trainer: Trainer, free: int | None = None) -> Chosen:
-    """Chooses by a rehearsal of a trainer's steps, see :mod:`mclfast.plan.rehearsal`.
+def choose(step: TrainStep, known: DataFacts, free: int | None = None) -> Chosen:
+    """Chooses by a rehearsal of a step, see :mod:`mclfast.plan.rehearsal`.
 
     Args:
-        trainer: on its device, with parameters, banks and data; stays as it is.
+        step: the step of the run, on its device; stays as it is.
+        known: sizes of the data, which are in memory already.
         free: bytes still free on that device; None to measure them.
 
     Raises:
         OSError: a system that does not say how much memory is free.
         ValueError: networks or a method that cannot be rehearsed, or settings that no mode allows.
     """
-    room = free_memory(trainer.device) if free is None else free
+    room = free_memory(step.device) if free is None else free
     limit = int(SHARE * room)
-    refused = {mode: _refusal(trainer, mode) for mode in MODES}
+    refused = {mode: _refusal(step, mode) for mode in MODES}
     modes = [mode for mode in MODES if refused[mode] is None]
     if not modes:
         raise ValueError(refused[MODES[0]])
     needs: dict[str, Need] = {}
-    steps = _Steps(trainer, limit)
+    steps = _Steps(step, known, limit)
     for mode in modes:
         try:
             needs[mode] = steps.need(mode)
@@ -100,7 +96,7 @@ def choose(trainer: Trainer, free: int | None = None) -> Chosen:
     listed = ", ".join(f"{name} {need}" for name, need in needs.items())
     reason = (
         f"{chosen}: its steps {'fit' if fits else 'need least, but do not fit'} into {SHARE:.0%} "
-        f"of the {format_bytes(room)} free on {trainer.device} (needed: {listed})"
+        f"of the {format_bytes(room)} free on {step.device} (needed: {listed})"
     )
     if not fits:
         reason += "; try fewer peers, a smaller batch_size, or offload peers"
@@ -108,37 +104,38 @@ def choose(trainer: Trainer, free: int | None = None) -> Chosen:
     return Chosen(chosen, reason)
 
 
-def _refusal(trainer: Trainer, mode: str) -> str | None:
-    choice = Choice(mode, "none", trainer.config.amp)
-    return refusal(trainer.config, trainer.method, trainer.device, choice)
+def _refusal(step: TrainStep, mode: str) -> str | None:
+    choice = Choice(mode, "none", step.config.amp)
+    return refusal(step.config, step.method, step.device, choice)
 
 
 class _Steps:
-    """The steps of a trainer; a bilevel step, slow to rehearse, is rehearsed where it must be.
+    """The needs of a step in each mode; a bilevel step, slow to rehearse, only where it must be.
 
     Args:
-        trainer: stays as it is.
-        limit: of what the steps may add, in bytes.
+        step: stays as it is.
+        known: sizes of the data.
+        limit: bytes that the steps may add.
     """
 
-    def __init__(self, trainer: Trainer, limit: int) -> None:
-        self._trainer, self._limit = trainer, limit
+    def __init__(self, step: TrainStep, known: DataFacts, limit: int) -> None:
+        self._step, self._known, self._limit = step, known, limit
         self._bilevel: dict[bool, int] = {}
 
     def need(self, mode: str) -> Need:
         """What the steps add in a mode, as far as it takes to tell whether that fits."""
-        t, c = self._trainer, self._trainer.config
+        c = self._step.config
         found = estimate(
-            t,
-            facts_of(t.data),
+            self._step,
+            self._known,
             Choice(mode, "none", c.amp),
             c.batch_size,
-            device=t.device.type,
+            device=self._step.device.type,
             bilevel=False,
             graphed=c.cuda_graphs,
         )
         size = found.total - found.kept
-        if not has_bilevel(t):
+        if not self._step.has_bilevel:
             return Need(size)
         if size > self._limit:
             return Need(size, "over")
@@ -150,9 +147,9 @@ class _Steps:
     def _bilevel_bytes(self, *, one_at_a_time: bool) -> int:
         """The same for each mode but the ordinary one."""
         if one_at_a_time not in self._bilevel:
-            c = self._trainer.config
+            c = self._step.config
             self._bilevel[one_at_a_time] = rehearse_bilevel(
-                self._trainer, one_at_a_time=one_at_a_time, amp=c.amp, batch_size=c.batch_size
+                self._step, one_at_a_time=one_at_a_time, amp=c.amp, batch_size=c.batch_size
             )
         return self._bilevel[one_at_a_time]
 
@@ -170,11 +167,7 @@ def refusal(
     """
     try:
         config = dataclasses.replace(config, **choice._asdict())
-        layout.check_memory(config, config.memory)
-        if config.offload == "peers":
-            offload.check_method(method)
-        if config.cuda_graphs:
-            check_graphs(config, method, config.memory, device)
+        modes.check(config.memory, config, method, device)
     except ValueError as error:
         return str(error)
     return None

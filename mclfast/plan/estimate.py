@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
+from mclfast.execution.step import TrainStep
 from mclfast.methods._banked import BankMethod
+from mclfast.plan.data_facts import DataFacts
 from mclfast.plan.live_bytes import HOST, WORKSPACE
 from mclfast.plan.rehearsal import (
     ACTIVATIONS,
@@ -19,10 +21,7 @@ from mclfast.plan.rehearsal import (
     rehearse,
     rehearse_bilevel,
 )
-from mclfast.plan.stand_in import DataFacts, scaled_bytes
-
-if TYPE_CHECKING:
-    from mclfast.train.trainer import Trainer
+from mclfast.plan.stand_in import scaled_bytes
 
 PARAMETERS, BANK, DATA, HEAP = "parameters", "bank", "data set", "heap"
 #: What memory goes to, in the order of the report.
@@ -128,20 +127,20 @@ class Kept(NamedTuple):
 
 
 def kept(
-    trainer: Trainer, known: DataFacts, batch_size: int, *, pinned: bool = False, offload: bool
+    step: TrainStep, known: DataFacts, batch_size: int, *, pinned: bool = False, offload: bool
 ) -> Kept:
-    """What a trainer keeps.
+    """Bytes that a run keeps between its steps.
 
     Args:
-        trainer: may be a stand-in, for fewer images than the true set has.
+        step: the step of the run, or a stand-in for fewer images than the true set has.
         known: the true set.
         batch_size: images per step.
         pinned: memory banks lie in host memory.
         offload: so do the parameters of the peers.
     """
-    cohort, method = trainer.cohort, trainer.method
-    nets = [cohort, *([trainer.average] if trainer.average else ())]
-    images = len(trainer.data.train)
+    cohort, method = step.cohort, step.method
+    nets = [cohort, *([step.average] if step.average else ())]
+    images = step.num_samples
     parameters = sum(p.nbytes for m in (*nets, method) for p in m.parameters())
     parameters += sum(b.nbytes for m in nets for b in m.buffers())
     away = sum(p.nbytes for p in cohort.parameters()) if offload else 0
@@ -164,7 +163,7 @@ def _drawn_bytes(method: nn.Module, batch_size: int) -> int:
 
 
 def estimate(
-    trainer: Trainer,
+    step: TrainStep,
     known: DataFacts,
     choice: Choice,
     batch_size: int,
@@ -177,7 +176,7 @@ def estimate(
     """What a run needs at its peak.
 
     Args:
-        trainer: of the run, or a stand-in for it; stays as it is.
+        step: the step of the run, or a stand-in for it; stays as it is.
         known: the data set.
         choice: the settings.
         batch_size: images per step.
@@ -186,16 +185,16 @@ def estimate(
         graphed: as in :class:`Estimate`.
         pinned: memory banks lie in host memory.
     """
-    came = rehearse(trainer, **choice._asdict(), batch_size=batch_size, foreach=device != "cpu")
+    came = rehearse(step, **choice._asdict(), batch_size=batch_size, foreach=device != "cpu")
     away = choice.offload == "peers"
-    held = kept(trainer, known, batch_size, pinned=pinned, offload=away)
+    held = kept(step, known, batch_size, pinned=pinned, offload=away)
     parts = came.step | {PARAMETERS: held.parameters, BANK: held.bank, DATA: held.data}
     host = parts.pop(HOST, 0)
     if device == "cpu":
         parts[HEAP] = _gaps(sum(came.step.values()) - host, parts)
     found = Estimate(
         choice,
-        len(trainer.cohort.peers),
+        len(step.cohort.peers),
         batch_size,
         {name: parts[name] for name in PARTS if parts.get(name)},
         host=held.host + host,
@@ -208,11 +207,7 @@ def estimate(
     alone = choice.memory != "ordinary"
     return found.with_bilevel(
         rehearse_bilevel(
-            trainer,
-            one_at_a_time=alone,
-            amp=choice.amp,
-            batch_size=batch_size,
-            offload=choice.offload,
+            step, one_at_a_time=alone, amp=choice.amp, batch_size=batch_size, offload=choice.offload
         )
     )
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from mclfast.config import TrainConfig
+from mclfast.execution.step import TrainStep
 from mclfast.plan.choose import MODES, SHARE, refusal
+from mclfast.plan.data_facts import DataFacts, facts
 from mclfast.plan.estimate import Choice, Estimate, estimate
 from mclfast.plan.rehearsal import rehearse_bilevel
-from mclfast.plan.stand_in import DataFacts, facts, stand_in_trainer
-
-if TYPE_CHECKING:
-    from mclfast.train.trainer import Trainer
+from mclfast.plan.stand_in import stand_in_step
 
 
 @dataclass(frozen=True)
@@ -111,28 +109,28 @@ class _Planner:
     def __init__(self, config: TrainConfig, known: DataFacts, device: str, limit: int) -> None:
         self._config, self._known = config, known
         self._device, self._limit = device, limit
-        self._trainer = stand_in_trainer(config, known)
+        self._step = stand_in_step(config, known)
         self._larger = self._with_one_more()
-        self._bilevel: dict[tuple[Trainer, bool, str, str], int] = {}
+        self._bilevel: dict[tuple[TrainStep, bool, str, str], int] = {}
 
-    def _with_one_more(self) -> Trainer | None:
+    def _with_one_more(self) -> TrainStep | None:
         cohort = (*self._config.cohort, self._config.cohort[-1])
         try:
-            return stand_in_trainer(dataclasses.replace(self._config, cohort=cohort), self._known)
+            return stand_in_step(dataclasses.replace(self._config, cohort=cohort), self._known)
         except ValueError:
             return None
 
     def refusal(self, choice: Choice) -> str | None:
-        return refusal(self._config, self._trainer.method, torch.device(self._device), choice)
+        return refusal(self._config, self._step.method, torch.device(self._device), choice)
 
     def row(self, choice: Choice) -> Row:
         c = self._config
-        bilevel = self._bilevel_bytes(self._trainer, choice)
-        here = self._estimate(self._trainer, choice, c.batch_size, bilevel)
+        bilevel = self._bilevel_bytes(self._step, choice)
+        here = self._estimate(self._step, choice, c.batch_size, bilevel)
         # Slow to rehearse: taken to grow in proportion, which is never too little.
-        twice = self._estimate(self._trainer, choice, 2 * c.batch_size, 2 * bilevel)
+        twice = self._estimate(self._step, choice, 2 * c.batch_size, 2 * bilevel)
         batch = largest(_lines(c.batch_size, here, 2 * c.batch_size, twice), self._limit)
-        step = c.images_per_class if c.sampler == "balanced" else 1
+        unit = c.images_per_class if c.sampler == "balanced" else 1
         cohort = None
         if self._larger is not None:
             count = here.networks
@@ -144,14 +142,14 @@ class _Planner:
             more = self._estimate(self._larger, choice, c.batch_size, bilevel)
             cohort = largest(_lines(count, here, count + 1, more), self._limit)
         fits = here.total <= self._limit
-        return Row(here, fits, batch // step * step, cohort)
+        return Row(here, fits, batch // unit * unit, cohort)
 
-    def _bilevel_bytes(self, trainer: Trainer, choice: Choice) -> int:
+    def _bilevel_bytes(self, step: TrainStep, choice: Choice) -> int:
         """The same for each memory mode but the ordinary one."""
-        key = trainer, choice.memory != "ordinary", choice.amp, choice.offload
+        key = step, choice.memory != "ordinary", choice.amp, choice.offload
         if key not in self._bilevel:
             self._bilevel[key] = rehearse_bilevel(
-                trainer,
+                step,
                 one_at_a_time=key[1],
                 amp=key[2],
                 batch_size=self._config.batch_size,
@@ -159,12 +157,10 @@ class _Planner:
             )
         return self._bilevel[key]
 
-    def _estimate(
-        self, trainer: Trainer, choice: Choice, batch_size: int, bilevel: int
-    ) -> Estimate:
+    def _estimate(self, step: TrainStep, choice: Choice, batch_size: int, bilevel: int) -> Estimate:
         pinned = getattr(self._config.options, "bank_storage", "device") == "pinned"
         found = estimate(
-            trainer,
+            step,
             self._known,
             choice,
             batch_size,

@@ -1,15 +1,16 @@
 """The true training step on tensors without values: what it needs, without needing it.
 
-A rehearsal runs ``Trainer.train_step`` on a copy of a trainer whose tensors are fake (they have a
-shape, a dtype and a device, and no memory) and follows the birth and death of every storage.
-Whatever a step keeps or gives back in any memory mode is seen, as it is the same code.
+A rehearsal runs a copy of a :class:`mclfast.TrainStep` whose tensors are fake (they have a shape, a
+dtype and a device, and no memory) and follows the birth and death of every storage. Whatever a step
+keeps or gives back in any memory mode is seen, as it is the same code. It is a copy because a step
+changes its method (queues, draws), and because networks of your own cannot be built anew.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopy
 from mclfast._base.modules import evaluation_mode
 from mclfast._base.random import rng_restored
 from mclfast.cohort.outputs import Batch, PeerOutputs
-from mclfast.execution import layout, modes
+from mclfast.execution import layout
 from mclfast.execution.offload import PeerOffload
+from mclfast.execution.step import TrainStep
 from mclfast.methods._banked import BankMethod
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.plan.live_bytes import HOST_MEMORY, LiveBytes
-
-if TYPE_CHECKING:
-    from mclfast.train.trainer import Trainer
 
 ACTIVATIONS, GRADIENTS, OPTIMIZER, LOSS = "activations", "gradients", "optimiser", "loss"
 
@@ -47,12 +46,12 @@ class Rehearsed(NamedTuple):
 
 
 def rehearse(
-    trainer: Trainer, *, memory: str, offload: str, amp: str, batch_size: int, foreach: bool = False
+    step: TrainStep, *, memory: str, offload: str, amp: str, batch_size: int, foreach: bool = False
 ) -> Rehearsed:
-    """What the ordinary steps and the evaluation of a trainer need.
+    """Bytes that an ordinary step and an evaluation batch need.
 
     Args:
-        trainer: stays as it is.
+        step: stays as it is.
         memory, offload, amp: values of the settings of these names in ``TrainConfig``.
         batch_size: images per step.
         foreach: count the optimiser's step in its form for GPUs, all parameters at a time.
@@ -63,37 +62,32 @@ def rehearse(
     settings = {"memory": memory, "offload": offload, "amp": amp}
     with rng_restored():
         try:
-            return _rehearsed(trainer, settings, batch_size, foreach, whole_loss=True)
+            return _rehearsed(step, settings, batch_size, foreach, whole_loss=True)
         except DataDependentOutputException:
-            return _rehearsed(trainer, settings, batch_size, foreach, whole_loss=False)
-
-
-def has_bilevel(trainer: Trainer) -> bool:
-    """Whether a trainer's run has bilevel steps."""
-    return trainer.meta_optimizer is not None and trainer.config.bilevel_every > 0
+            return _rehearsed(step, settings, batch_size, foreach, whole_loss=False)
 
 
 def rehearse_bilevel(
-    trainer: Trainer, *, one_at_a_time: bool, amp: str, batch_size: int, offload: str = "none"
+    step: TrainStep, *, one_at_a_time: bool, amp: str, batch_size: int, offload: str = "none"
 ) -> int:
     """Bytes at the peak of a bilevel step, gradients and optimiser state included; 0 without one.
 
     What lies in host memory with offload is not among them.
 
     Args:
-        trainer: stays as it is.
+        step: stays as it is.
         one_at_a_time: the activations of one peer live at a time, as in each memory mode but the
             ordinary one.
         amp: value of the setting of this name in ``TrainConfig``.
         batch_size: images per step.
         offload: value of the setting of this name; needs peers that run one at a time.
     """
-    if not has_bilevel(trainer):
+    if not step.has_bilevel:
         return 0
     memory = "sequential" if one_at_a_time else "ordinary"
     with rng_restored():
         twin, batch, mode, live = _prepared(
-            trainer, {"memory": memory, "offload": offload, "amp": amp}, batch_size
+            step, {"memory": memory, "offload": offload, "amp": amp}, batch_size
         )
         c = twin.config
         # The peak is that of the last of two SGD steps; a step more keeps a copy of the parameters
@@ -112,14 +106,14 @@ def rehearse_bilevel(
                     parameter.fake_device = HOST_MEMORY  # type: ignore[attr-defined]
                 more = 0
             live.reset()
-            twin.bilevel_step(images, batch, c.lr)
-    return live.total() + more * sum(p.nbytes for p in trainer.cohort.parameters())
+            twin.bilevel(images, batch, c.lr)
+    return live.total() + more * sum(p.nbytes for p in step.cohort.parameters())
 
 
 def _rehearsed(
-    trainer: Trainer, settings: dict[str, Any], batch_size: int, foreach: bool, *, whole_loss: bool
+    step: TrainStep, settings: dict[str, Any], batch_size: int, foreach: bool, *, whole_loss: bool
 ) -> Rehearsed:
-    twin, batch, mode, live = _prepared(trainer, settings, batch_size)
+    twin, batch, mode, live = _prepared(step, settings, batch_size)
     if foreach:
         for group in twin.optimizer.param_groups:
             group["foreach"] = True
@@ -131,44 +125,41 @@ def _rehearsed(
         _settle(twin, images, batch)
         _name_state(twin, live)
         live.reset()
-        twin.train_step(images, batch)
-        step = {kind: size for kind, size in live.peak.items() if size}
+        twin(images, batch)
+        peak = {kind: size for kind, size in live.peak.items() if size}
         evaluation = _evaluation(twin, live)
-    return Rehearsed(step, evaluation, whole_loss)
+    return Rehearsed(peak, evaluation, whole_loss)
 
 
 def _prepared(
-    trainer: Trainer, settings: dict[str, Any], batch_size: int
-) -> tuple[Trainer, Batch, FakeTensorMode, LiveBytes]:
-    """A fake copy of a trainer and a batch for it; what the run keeps is left out of the count."""
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=trainer.device)
+    step: TrainStep, settings: dict[str, Any], batch_size: int
+) -> tuple[TrainStep, Batch, FakeTensorMode, LiveBytes]:
+    """A fake copy of a step and a batch for it; what a run keeps is left out of the count."""
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=step.device)
     batch = Batch(labels, torch.zeros_like(labels), 0, 0)
-    if isinstance(trainer.method, BankMethod) and trainer.method.uses_banks:
+    if isinstance(step.method, BankMethod) and step.method.uses_banks:
         # Drawn here, as draws depend on values. They are counted with the banks.
-        trainer.method.contrast(batch)
+        step.method.contrast(batch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = _fake_copy(trainer, mode, batch, settings)
+    twin = _fake_copy(step, mode, batch, settings)
     live = LiveBytes()
     for module in _modules(twin):
         live.leave_out((*module.parameters(), *module.buffers()))
     return twin, batch, mode, live
 
 
-def _modules(twin: Trainer) -> list[nn.Module]:
+def _modules(twin: TrainStep) -> list[nn.Module]:
     return [twin.cohort, twin.method, *([twin.average] if twin.average else ())]
 
 
 def _fake_copy(
-    trainer: Trainer, mode: FakeTensorMode, batch: Batch, settings: dict[str, Any]
-) -> Trainer:
-    """A copy with fake parameters, buffers and optimiser state; what it only reads is shared."""
-    read = (trainer.data, trainer.held_out, trainer.mean_images, trainer.sampler, trainer.feed)
-    memo: dict[int, Any] = {id(part): part for part in (*read, batch)}
+    step: TrainStep, mode: FakeTensorMode, batch: Batch, settings: dict[str, Any]
+) -> TrainStep:
+    """A copy with fake parameters, buffers and optimiser state, under other settings."""
     # Neither compiled calls nor a graph of kernels are rehearsed.
-    with FakeCopyMode(mode), layout.plain_calls(trainer.cohort):
-        twin = copy.deepcopy(trainer, memo)
-    twin.compute = twin._gradients
-    twin.config = dataclasses.replace(trainer.config, **settings)
+    with FakeCopyMode(mode), layout.plain_calls(step.cohort):
+        twin = copy.deepcopy(step, {id(batch): batch})
+    twin.config = dataclasses.replace(step.config, cuda_graphs=False, **settings)
     if twin.config.amp == "fp16":
         # Of the same sizes, and its scaler looks at values.
         twin.config.amp = "bf16"
@@ -176,8 +167,7 @@ def _fake_copy(
     if twin.config.offload == "peers":
         with mode:
             PeerOffload(twin.cohort, twin.device, HOST_MEMORY)
-    twin.memory = twin.config.memory
-    twin.runner = modes.runner(twin)
+    twin.set_memory(twin.config.memory)
     twin.cohort.train()
     twin.method.train()
     return twin
@@ -187,7 +177,7 @@ def _cross_entropy(outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
     return {"loss": sum_cross_entropy(outputs, batch.labels)}
 
 
-def _mark(twin: Trainer, live: LiveBytes) -> None:
+def _mark(twin: TrainStep, live: LiveBytes) -> None:
     """Tells activations, loss and gradients apart."""
     live.watch(twin.cohort, ACTIVATIONS)
     if twin.average is not None:
@@ -209,10 +199,10 @@ def _mark(twin: Trainer, live: LiveBytes) -> None:
             parameter.register_post_accumulate_grad_hook(arrived)
 
 
-def _settle(twin: Trainer, images: Tensor | list[Tensor], batch: Batch) -> None:
+def _settle(twin: TrainStep, images: Tensor | list[Tensor], batch: Batch) -> None:
     """Gives optimisers the state, and parameters the gradients, that all but a first step find."""
     if twin.config.offload == "peers":
-        twin.train_step(images, batch)
+        twin(images, batch)
         return
     for optimizer in _optimizers(twin):
         for group in optimizer.param_groups:
@@ -223,12 +213,12 @@ def _settle(twin: Trainer, images: Tensor | list[Tensor], batch: Batch) -> None:
         twin.meta_optimizer.zero_grad(set_to_none=True)
 
 
-def _optimizers(twin: Trainer) -> list[torch.optim.Optimizer]:
+def _optimizers(twin: TrainStep) -> list[torch.optim.Optimizer]:
     own = twin.method.own_optimizers().values()
     return [twin.optimizer, *([twin.meta_optimizer] if twin.meta_optimizer else ()), *own]
 
 
-def _name_state(twin: Trainer, live: LiveBytes) -> None:
+def _name_state(twin: TrainStep, live: LiveBytes) -> None:
     """The state of all optimisers that lies on the device."""
     for optimizer in _optimizers(twin):
         for state in optimizer.state.values():
@@ -237,19 +227,19 @@ def _name_state(twin: Trainer, live: LiveBytes) -> None:
                     live.call(value, OPTIMIZER)
 
 
-def _images(twin: Trainer, batch_size: int, live: LiveBytes) -> Tensor | list[Tensor]:
+def _images(twin: TrainStep, batch_size: int, live: LiveBytes) -> Tensor | list[Tensor]:
     """A batch, in as many views as the method wants."""
     views = twin.method.view_count(len(twin.cohort.peers))
-    shape = batch_size, *twin.data.train.image_shape
+    shape = batch_size, *twin.image_shape
     with live.kind(ACTIVATIONS):
         images = [torch.empty(shape, device=twin.device) for _ in range(views)]
     return images[0] if views == 1 else images
 
 
-def _evaluation(twin: Trainer, live: LiveBytes) -> int:
+def _evaluation(twin: TrainStep, live: LiveBytes) -> int:
     """The peak of a forward run on a batch of evaluation."""
     live.reset()
-    shape = twin.config.eval_batch_size, *twin.data.train.image_shape
+    shape = twin.config.eval_batch_size, *twin.image_shape
     with torch.no_grad(), evaluation_mode(twin.cohort):
         twin.cohort(torch.empty(shape, device=twin.device))
     return live.total()

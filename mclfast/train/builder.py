@@ -28,5 +28,5 @@ def build(config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
 def assemble(data: Dataset, config: TrainConfig, run_dir: Path | str | None = None) -> Trainer:
     """The trainer of a config on data that is there; ``config.data`` is not read."""
     torch.manual_seed(config.seed)
-    cohort, method = make_parts(config, data)
+    cohort, method = make_parts(config, data.num_classes, data.in_channels)
     return Trainer(cohort, method, data, config, run_dir, network_names=config.cohort)

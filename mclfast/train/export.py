@@ -11,6 +11,7 @@ from torch import nn
 from mclfast import models
 from mclfast._base.checks import shortened
 from mclfast._base.files import read_json, replacing, write_json
+from mclfast._base.optional import optional_import
 from mclfast._version import __version__
 from mclfast.config import TrainConfig
 from mclfast.data.dataset import Dataset
@@ -48,11 +49,10 @@ def export_backbone(
     Returns:
         The folder.
     """
-    from safetensors.torch import save_file
-
+    safetensors = optional_import("safetensors.torch", extra="train")
     tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     with replacing(folder / WEIGHTS) as partial:
-        save_file(tensors, partial)
+        safetensors.save_file(tensors, partial)
     write_json(folder / DESCRIPTION, {"network": network, "mclfast": __version__, **description})
     return folder
 
@@ -102,9 +102,8 @@ def load_backbone(folder: Path | str) -> Exported:
         FileNotFoundError: no export in the folder.
         ValueError: a damaged file, an unknown network, or weights that do not fit it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    safetensors = optional_import("safetensors", extra="train")
+    load_file = optional_import("safetensors.torch", extra="train").load_file
     folder = Path(folder)
     description = read_json(folder / DESCRIPTION, "export")
     wanted = ("network", "num_classes", "in_channels")
@@ -128,7 +127,7 @@ def load_backbone(folder: Path | str) -> Exported:
         raise FileNotFoundError(f"export: expected a file {folder / WEIGHTS}, found none")
     try:
         network.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, RuntimeError) as error:
+    except (safetensors.SafetensorError, RuntimeError) as error:
         # A network of another kind lacks hundreds of names.
         reason = shortened(" ".join(str(error).split()), 200)
         raise ValueError(

@@ -11,10 +11,10 @@ from typing import Any
 
 from mclfast import env
 from mclfast._base.files import read_json, read_yaml, write_json, write_text
+from mclfast._base.optional import optional_import
 from mclfast.train import checkpoint, plots
-from mclfast.train import history as metrics
 from mclfast.train.export import DESCRIPTION, WEIGHTS
-from mclfast.train.history import RunResult
+from mclfast.train.history import RunResult, read_csv, write_csv
 
 #: Written before the first epoch.
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
@@ -24,10 +24,23 @@ CHECKPOINT, METRICS = "checkpoint.pt", "metrics.csv"
 RESULT, CURVES = "result.json", "curves.png"
 
 
-def write_start(folder: Path, settings: Mapping[str, Any], memory: Mapping[str, str]) -> None:
-    """Writes what is known before the first step: settings and environment."""
-    import yaml
+def require_packages() -> None:
+    """Raises ImportError where a package is missing that writes the files of a run.
 
+    Backbones and curves are written after the last epoch, which is late to learn of it.
+    """
+    for name in ("yaml", "safetensors", "matplotlib"):
+        optional_import(name, extra="train")
+
+
+def write_start(folder: Path, settings: Mapping[str, Any], memory: Mapping[str, str]) -> None:
+    """Writes what is known before the first step: settings and environment.
+
+    Raises:
+        ImportError: a package is missing that the run needs now or after its last epoch.
+    """
+    require_packages()
+    yaml = optional_import("yaml", extra="train")
     write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
     write_json(folder / ENVIRONMENT, env.report_dict() | {"memory": memory})
 
@@ -36,7 +49,7 @@ def write_epoch(
     folder: Path, history: Sequence[Mapping[str, float]], state: dict[str, Any]
 ) -> None:
     """Writes the records of all epochs so far, then the checkpoint."""
-    metrics.write_csv(folder / METRICS, history)
+    write_csv(folder / METRICS, history)
     checkpoint.save(folder / CHECKPOINT, state)
 
 
@@ -89,7 +102,7 @@ def read_result(folder: Path) -> RunResult:
         ensemble=values["ensemble"],
         published_protocol=values["published_protocol"],
         seconds=values["seconds"],
-        history=metrics.read_csv(folder / METRICS),
+        history=read_csv(folder / METRICS),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mclfast._base.files import replacing
+from mclfast._base.optional import optional_import
 from mclfast.train.history import evaluated
 
 if TYPE_CHECKING:
@@ -25,11 +26,10 @@ _MARKERS = ("o", "s", "^", "D")
 
 def _figure(title: str, columns: int, extra: float = 0.0) -> tuple[Figure, Any]:
     # The object-oriented interface: no display and no global state of a user's own plots.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * columns + extra, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    agg = optional_import("matplotlib.backends.backend_agg", extra="train")
+    figures = optional_import("matplotlib.figure", extra="train")
+    figure = figures.Figure(figsize=(5.2 * columns + extra, 3.8), layout="constrained")
+    agg.FigureCanvasAgg(figure)
     # About 13 letters to the inch.
     figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=10)
     return figure, figure.subplots(1, columns, squeeze=False)[0]

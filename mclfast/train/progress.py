@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from mclfast._base.optional import optional_import
+
 
 def progress_bar(label: str, *, steps: int, done: int, shown: bool) -> Any:
     """A bar of tqdm with the time left.
@@ -15,9 +17,7 @@ def progress_bar(label: str, *, steps: int, done: int, shown: bool) -> Any:
         done: how many of them are behind.
         shown: whether there is anything to see.
     """
-    from tqdm import tqdm
-
-    return tqdm(
+    return optional_import("tqdm", extra="train").tqdm(
         total=steps,
         initial=done,
         disable=not shown,

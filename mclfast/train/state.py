@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from mclfast._base.checks import shortened
 from mclfast._base.random import RngState, rng_state, set_rng_state
 from mclfast.data.dataset import Dataset
+from mclfast.execution.step import TrainStep
 
 #: Where a run computes, and where its data lie, may change; what it computes may not.
 FREE_SETTINGS = frozenset(
@@ -29,18 +29,6 @@ FREE_SETTINGS = frozenset(
         "peers_parallel",
     }
 )
-
-
-class Stateful(Protocol):
-    """A module, an optimiser or a scaler."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: Any) -> Any: ...
-
-
-#: What holds the tensors of a run, by name; None where a run has no such part.
-Parts = Mapping[str, Stateful | Mapping[str, Stateful] | None]
 
 
 @dataclass
@@ -107,12 +95,12 @@ def differences(
             yield name, value, now.get(name)
 
 
-def gather(identity: Identity, parts: Parts, place: Place) -> dict[str, Any]:
-    """Everything that training changes, as tensors and plain values; wait for the device before."""
+def gather(identity: Identity, step: TrainStep, place: Place) -> dict[str, Any]:
+    """Everything that training changes, as tensors and plain values."""
     return {
         "settings": identity.settings,
         "data": identity.data,
-        **{name: _saved(part) for name, part in parts.items()},
+        **step.state_dict(),
         "rng": rng_state()._asdict(),
         "step": place.step,
         "epoch_so_far": asdict(place.epoch_so_far),
@@ -120,54 +108,36 @@ def gather(identity: Identity, parts: Parts, place: Place) -> dict[str, Any]:
     }
 
 
-def restore(state: dict[str, Any], identity: Identity, parts: Parts, device: torch.device) -> Place:
-    """Brings parts, and the global generators, to a state that :func:`gather` gave.
+def restore(state: dict[str, Any], identity: Identity, step: TrainStep) -> Place:
+    """Brings a training step, and the global generators, to a state that :func:`gather` gave.
 
     Args:
-        state: of a checkpoint, possibly an older one.
-        identity: of the run that goes on.
-        parts: get the saved values.
-        device: of the run.
+        state: content of a checkpoint, possibly an older one.
+        identity: what tells the run that goes on from others.
+        step: gets the saved values.
 
     Returns:
-        How far the run had come.
+        How far the saved run had come.
 
     Raises:
         ValueError: the state is of other settings, other data or other networks.
     """
     try:
-        for saved, mine in ((state["settings"], identity.settings), (state["data"], identity.data)):
+        pairs = ((state["settings"], identity.settings), (state["data"], identity.data))
+        for saved, mine in pairs:
             for name, *values in differences(saved, mine):
                 want, got = (shortened(repr(value), 80) for value in values)
                 raise ValueError(
                     f"{name}: expected {want} as in the checkpoint being resumed, got {got}"
                 )
-        for name, part in parts.items():
-            if part is not None:
-                _load(part, state, name)
+        step.load_state_dict(state)
         set_rng_state(RngState(**state["rng"]))
         # Older checkpoints were written between epochs only.
         so_far = EpochSoFar(**state.get("epoch_so_far", {}))
-        totals = {name: total.to(device) for name, total in so_far.totals.items()}
+        totals = {name: total.to(step.device) for name, total in so_far.totals.items()}
         return Place(state["step"], replace(so_far, totals=totals), state["history"])
     except (KeyError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"checkpoint: expected the state of these networks and this method, got: {reason}"
         ) from None
-
-
-def _saved(part: Stateful | Mapping[str, Stateful] | None) -> dict[str, Any] | None:
-    if part is None:
-        return None
-    if isinstance(part, Mapping):
-        return {name: own.state_dict() for name, own in part.items()}
-    return part.state_dict()
-
-
-def _load(part: Stateful | Mapping[str, Stateful], state: Mapping[str, Any], name: str) -> None:
-    if not isinstance(part, Mapping):
-        part.load_state_dict(state[name])
-        return
-    for key, own in part.items():
-        own.load_state_dict(state[name][key])

@@ -11,42 +11,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mclfast._base.machine import select_device
-from mclfast._base.modules import evaluation_mode
 from mclfast._base.tensors import all_finite
-from mclfast.bilevel.gradient import bilevel_gradient
-from mclfast.cohort.average import frozen_copy, update_average
 from mclfast.cohort.cohort import Cohort
-from mclfast.cohort.functions import networks_for
-from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, detached
+from mclfast.cohort.outputs import Batch
 from mclfast.config import TrainConfig, learning_rate
 from mclfast.data.dataset import Dataset
 from mclfast.data.feed import TrainingFeed
 from mclfast.data.subsets import hold_out
-from mclfast.execution import layout, modes
-from mclfast.execution.batch_parts import forward_in_parts, shuffled_order
-from mclfast.execution.cuda_graphs import Gradients, GraphedStep, check_graphs
-from mclfast.execution.offload import PeerOffload, check_method
-from mclfast.execution.parts import make_sampler, make_sgd
-from mclfast.methods import Method
+from mclfast.execution.parts import make_sampler
+from mclfast.execution.step import TrainStep
+from mclfast.methods.base import Method
 from mclfast.models.staged import class_name
+from mclfast.plan.choose import choose
+from mclfast.plan.data_facts import facts_of
 from mclfast.train import checkpoint
 from mclfast.train import folder as run_folder
-from mclfast.train import history as metrics
 from mclfast.train import state as run_state
 from mclfast.train.class_means import class_mean_images, set_class_means
 from mclfast.train.evaluation import CohortAccuracy, cohort_accuracy, peer_logits
 from mclfast.train.export import describe, export_backbone
-from mclfast.train.history import RunResult, result_of
+from mclfast.train.history import RunResult, accuracies, evaluated, result_of
 from mclfast.train.progress import progress_bar
-from mclfast.train.state import EpochSoFar, Identity, Parts, Place, data_facts
+from mclfast.train.state import EpochSoFar, Identity, Place, data_facts
 
 
 class Trainer:
@@ -92,47 +82,43 @@ class Trainer:
 
         self.config = config
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.device = select_device(config.device)
-        self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
-        self.cohort = cohort
-        if config.offload == "peers":
-            check_method(method)
-            PeerOffload(cohort, self.device)
-        else:
-            cohort.to(self.device)
-        layout.arrange(self.cohort, config, self.device)
-
-        self.method = method
-        self.method.check_device(self.device)
-        self.method.prepare(
-            Setup(
-                self.data.train.labels,
-                self.data.num_classes,
-                self.cohort.projection_dim,
-                self._example(),
-                config.seed,
-                config.batch_size,
-            )
-        )
-        self.method.to(self.device)
-        self.average = frozen_copy(self.cohort) if method.teacher else None
-        if self.average is not None:
-            self.average.train(method.teacher_mode == "train")
-        self.mean_images = None if method.supervised else class_mean_images(self.data)
-
+        self.cohort, self.method = cohort, method
+        self.own_parts = network_names is None
+        self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
         #: Where the weights come from, where not from the seed; kept with the settings, so that no
         #: run of other weights goes on with this one.
         self.origin: dict[str, str] = {}
-        self.own_parts = network_names is None
-        self.names = tuple(network_names or (class_name(p.backbone) for p in cohort.peers))
 
+        # The data come first: a held-out part is no longer among the labels that the step is for.
+        self.device = select_device(config.device)
+        self.data, self.held_out = hold_out(data.to(self.device), method.holdout())
+        self.mean_images = None if method.supervised else class_mean_images(self.data)
+
+        # Then the step, which moves networks and method to the device; "auto" chooses a memory mode
+        # for it as soon as it is whole, with the data already in memory.
+        auto = config.memory == "auto"
+        self.train_step = TrainStep(
+            cohort,
+            method,
+            config,
+            labels=self.data.train.labels,
+            image_shape=self.data.train.image_shape,
+            memory="ordinary" if auto else None,
+        )
+        self.memory_reason = f"{self.train_step.memory}: as set"
+        if auto:
+            chosen = choose(self.train_step, facts_of(self.data))
+            self.train_step.set_memory(chosen.memory)
+            self.memory_reason = chosen.reason
+
+        # Last what feeds it: the sampler deals the images that are not held out.
         self.sampler = make_sampler(config, self.data.train, self.data.num_classes)
         self.feed = TrainingFeed(
             self.data,
             device=self.device,
             seed=config.seed,
             augmented=config.augment,
-            views=method.view_count(len(self.cohort.peers)),
+            views=method.view_count(len(cohort.peers)),
             contrastive=method.augmentation(),
         )
 
@@ -140,32 +126,6 @@ class Trainer:
         self.step = 0
         self._so_far = EpochSoFar()
         self._started = 0.0
-
-        meta = self.method.meta_parameters()
-        groups = [{"params": list(self.cohort.parameters())}, *self.method.parameter_groups()]
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = make_sgd(config, groups)
-        self.meta_optimizer = make_sgd(config, meta) if meta else None
-        # Only fp16 underflows: with the scaler off, its methods do nothing.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-
-        self.compute: Gradients = self._gradients
-        self.memory, self.memory_reason = modes.resolve(config, self)
-        self.runner = modes.runner(self)
-        layout.check_memory(config, self.memory)
-        if config.cuda_graphs:
-            check_graphs(config, self.method, self.memory, self.device)
-            modules = [self.cohort, self.method]
-            self.compute = GraphedStep(self._gradients, self.parameters, modules, self.device)
-
-    @torch.no_grad()
-    def _example(self) -> PeerOutputs:
-        """Outputs for two blank images."""
-        with evaluation_mode(self.cohort):
-            outputs: PeerOutputs = self.cohort(
-                torch.zeros(2, *self.data.train.image_shape, device=self.device)
-            )
-        return outputs
 
     def fit(self, *, progress: bool = True, stop_after: int | None = None) -> RunResult:
         """Trains to the last epoch, from the checkpoint in ``run_dir`` if there is one.
@@ -193,7 +153,7 @@ class Trainer:
             for epoch in range(first, min(last, self.config.epochs)):
                 self._started = time.perf_counter() - self._so_far.seconds
                 record = self._train_epoch(epoch, bar)
-                record |= metrics.accuracies(
+                record |= accuracies(
                     self._evaluate() if self._is_evaluated(epoch) else None,
                     self.history,
                     len(self.cohort.peers),
@@ -202,7 +162,7 @@ class Trainer:
                 record["seconds"] = before + time.perf_counter() - self._started
                 self.history.append(record)
                 self._so_far = EpochSoFar()
-                tested = metrics.evaluated(self.history)[-1:]
+                tested = evaluated(self.history)[-1:]
                 bar.set_postfix_str(
                     f"loss {record['train_loss']:.3g}"
                     + "".join(f", test {row['acc_mean']:.1f} %" for row in tested)
@@ -222,17 +182,12 @@ class Trainer:
             # In host memory: beside the modules, a second copy of the banks may not fit the GPU.
             self.load_state(checkpoint.load(path))
             return
-        memory = {"mode": self.memory, "reason": self.memory_reason}
+        memory = {"mode": self.train_step.memory, "reason": self.memory_reason}
         run_folder.write_start(run_dir, self._identity().settings, memory)
 
     def _train_epoch(self, epoch: int, bar: Any) -> dict[str, float]:
         c = self.config
-        lr = learning_rate(c, epoch)
-        for optimizer in (self.optimizer, self.meta_optimizer):
-            for group in optimizer.param_groups if optimizer else ():
-                group["lr"] = lr
-        self.cohort.train()
-        self.method.train()
+        lr = self.train_step.begin_epoch(epoch)
         totals = self._so_far.totals
         done = self.step - epoch * len(self.sampler)
         if done == 0:
@@ -243,8 +198,8 @@ class Trainer:
             parts = self.train_step(images, batch)
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0) + value.detach()
-            if self.meta_optimizer and c.bilevel_every and self.step % c.bilevel_every == 0:
-                self.bilevel_step(images, batch, lr)
+            if self.train_step.has_bilevel and self.step % c.bilevel_every == 0:
+                self.train_step.bilevel(images, batch)
             self.step += 1
             done += 1
             bar.update()
@@ -263,89 +218,6 @@ class Trainer:
         logits = peer_logits(self.cohort, self.held_out, self.data, batch_size=size)
         self.method.before_epoch(logits, self.held_out.labels)
 
-    def train_step(self, images: Tensor | list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        """One ordinary step: outputs of the peers, loss, backward, SGD. Returns the loss parts."""
-        outputs, parts = self.compute(images, batch)
-        if self.config.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.average is not None and self.method.teacher_mode == "eval":
-            update_average(self.average, self.cohort, self.method.teacher_decay(batch.step))
-        self.method.after_step(outputs, batch)
-        return parts
-
-    def _gradients(
-        self, images: Tensor | list[Tensor], batch: Batch
-    ) -> tuple[PeerOutputs, dict[str, Tensor]]:
-        """Outputs and loss parts; the gradients are in ``.grad`` afterwards."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            outputs = self._outputs(images, batch)
-            parts = self.method.loss(outputs, batch)
-        self.scaler.scale(parts["loss"]).backward()
-        self.runner.backward(outputs)
-        return detached(outputs), parts
-
-    def _outputs(self, images: Tensor | list[Tensor], batch: Batch) -> PeerOutputs:
-        """Those of the peers, and those of their moving average where there is one."""
-        method = self.method
-        own, others = images if method.views == "query_key" else (images, images)
-        outputs = self.runner.forward(own)
-        if self.average is None:
-            return outputs
-        order = None
-        if method.teacher_mode == "train":
-            decay = method.teacher_decay(batch.step)
-            update_average(self.average, self.cohort, decay, buffers=False)
-            order = shuffled_order(
-                len(batch.index), seed=self.config.seed, step=batch.step, device=self.device
-            )
-        with torch.no_grad():
-            teacher = forward_in_parts(self.average, others, method.batch_parts(), order)
-        return outputs._replace(teacher=teacher)
-
-    def bilevel_step(self, images: Tensor | list[Tensor], batch: Batch, lr: float) -> None:
-        """One SGD step of the method's meta parameters along the exact bilevel gradient.
-
-        Networks, their buffers and the ordinary optimiser stay as they are. In fp16 it runs in
-        fp32: its second-order gradients are not scaled against underflow. Where the memory mode is
-        not the ordinary one, activations of one peer live at a time.
-        """
-        assert self.meta_optimizer is not None
-        c = self.config
-        inner, outer = self.method.inner_loss, self.method.outer_loss
-        meta = self.method.meta_parameters()
-        # Checkpointing would not reach into forward mode: one peer at a time saves as much.
-        alone = self.memory in ("sequential", "checkpoint")
-        network, whole = networks_for(self.cohort, images, one_at_a_time=alone)
-        autocast = nullcontext() if c.amp == "fp16" else self.autocast()
-        with layout.plain_calls(self.cohort), autocast:
-            result = bilevel_gradient(
-                lambda outputs: inner(whole(outputs), batch),
-                lambda outputs: outer(whole(outputs), batch),
-                dict(self.cohort.named_parameters()),
-                meta,
-                network=network,
-                inner_steps=c.inner_steps,
-                outer_steps=c.outer_steps,
-                lr=lr,
-                momentum=c.momentum,
-                weight_decay=c.weight_decay,
-            )
-        for parameter, grad in zip(meta, result.grads, strict=True):
-            parameter.grad = grad
-        self.meta_optimizer.step()
-        self.meta_optimizer.zero_grad(set_to_none=True)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context that forward runs and losses are computed in: mixed precision if set."""
-        if self.config.amp == "off":
-            return nullcontext()
-        dtype = torch.bfloat16 if self.config.amp == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype)
-
     def _save_within_epoch(self, done: int) -> None:
         if self.run_dir is None:
             return
@@ -355,7 +227,7 @@ class Trainer:
 
     def _check_finite(self, loss: float) -> None:
         """Raises before weights that are not finite get into a checkpoint."""
-        self._wait()
+        self.train_step.wait()
         # The last step shows in no loss yet.
         tensors = [*self.cohort.state_dict().values(), *self.method.state_dict().values()]
         if not (math.isfinite(loss) and all_finite(tensors, self.device)):
@@ -365,11 +237,6 @@ class Trainer:
                 "try a smaller learning rate or clip_grad_norm "
                 f"(lr was {learning_rate(self.config, epoch):.3g})"
             )
-
-    def _wait(self) -> None:
-        """Until the device has written what it writes to host memory."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def _is_evaluated(self, epoch: int) -> bool:
         return (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
@@ -397,9 +264,9 @@ class Trainer:
 
     def export(self, peer: int, folder: Path) -> Path:
         """Writes one peer's bare backbone, see :func:`mclfast.train.export.export_backbone`."""
-        self._wait()
+        self.train_step.wait()
         backbone = self.cohort.peers[peer].backbone
-        tested = metrics.evaluated(self.history[-1:])
+        tested = evaluated(self.history[-1:])
         description = describe(
             backbone,
             self.data,
@@ -413,9 +280,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes, as tensors and plain values."""
-        self._wait()
         place = Place(self.step, self._so_far, self.history)
-        return run_state.gather(self._identity(), self._stateful(), place)
+        return run_state.gather(self._identity(), self.train_step, place)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continues from what :meth:`state` gave.
@@ -423,21 +289,8 @@ class Trainer:
         Raises:
             ValueError: the state is of other settings, other data or other networks.
         """
-        self._wait()
-        place = run_state.restore(state, self._identity(), self._stateful(), self.device)
+        place = run_state.restore(state, self._identity(), self.train_step)
         self.step, self._so_far, self.history = place
-
-    def _stateful(self) -> Parts:
-        """What holds the tensors of the run."""
-        return {
-            "cohort": self.cohort,
-            "method": self.method,
-            "optimizer": self.optimizer,
-            "meta_optimizer": self.meta_optimizer,
-            "own_optimizers": self.method.own_optimizers(),
-            "average": self.average,
-            "scaler": self.scaler,
-        }
 
     def _identity(self) -> Identity:
         names = {"cohort": list(self.names), "data": self.data.name}

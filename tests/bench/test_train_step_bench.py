@@ -14,7 +14,7 @@ import torch
 from mclfast.bench import draw_cohort, train_step
 from mclfast.bench.problem import Unavailable
 from mclfast.bench.published.train_step import PublishedStep
-from mclfast.bench.train_step import PUBLISHED, StepCase, make_batch, make_trainer
+from mclfast.bench.train_step import PUBLISHED, StepCase, make_batch, make_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,28 +25,28 @@ SMALL = StepCase("ours", network="resnet8", peers=3, batch=8, side=8, classes=4)
 def test_published_steps_equal_ours():
     """Losses, all weights after two ordinary steps and a bilevel one, in float64."""
     images, batch = make_batch(SMALL)
-    ours, theirs = make_trainer(SMALL), make_trainer(SMALL)
+    ours, theirs = make_step(SMALL), make_step(SMALL)
     for trainer in (ours, theirs):
         trainer.cohort.double().train()
         trainer.method.double().train()
     plain = PublishedStep(theirs.cohort, theirs.method, theirs.config)
     for _ in range(2):
-        want = ours.train_step(images.double(), batch)
+        want = ours(images.double(), batch)
         found = plain(images.double(), batch.labels)
         for name, value in want.items():
             assert found[name] == pytest.approx(float(value.detach()), rel=1e-9, abs=1e-9), name
         assert {name for name in found if name not in want} == {f"accuracy{i}" for i in range(12)}
-    ours.bilevel_step(images.double(), batch, ours.config.lr)
+    ours.bilevel(images.double(), batch)
     plain.bilevel(images.double(), batch.labels)
     for a, b in ((ours.cohort, theirs.cohort), (ours.method, theirs.method)):
         for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
             torch.testing.assert_close(y, x, rtol=1e-7, atol=1e-8, msg=name)
 
 
-def test_every_variant_is_a_trainer():
+def test_every_variant_is_a_step():
     for name, settings in (train_step.PLAIN | train_step.OURS).items():
         if name != "compiled":
-            config = make_trainer(dataclasses.replace(SMALL, variant=name)).config
+            config = make_step(dataclasses.replace(SMALL, variant=name)).config
             assert {key: getattr(config, key) for key in settings} == settings
 
 
@@ -133,7 +133,7 @@ def test_committed_results_still_load(name: str, tmp_path: Path):
 def test_peak_counts_all_that_training_needs():
     """Weights, gradients, momentum and the activations of a step, of three networks."""
     case = dataclasses.replace(SMALL, batch=64, side=16, classes=32)
-    parameters = sum(p.numel() for p in make_trainer(case).cohort.parameters())
+    parameters = sum(p.numel() for p in make_step(case).cohort.parameters())
     found = train_step.peak(case)
     assert 3 * 4 * parameters < found < 2**30
 

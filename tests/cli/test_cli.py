@@ -26,6 +26,7 @@ from mclfast import data, methods, models
 from mclfast._base.settings import field_types
 from mclfast.cli.main import main
 from mclfast.config import TrainConfig, field_help
+from mclfast.execution.step import TrainStep
 from mclfast.train.export import load_backbone
 from mclfast.train.trainer import Trainer
 
@@ -320,15 +321,15 @@ def test_eval_measures_anew(run_dir, capsys):
 def test_interrupted_run_is_resumed(tmp_path, capsys, monkeypatch):
     arguments = ["train", *TINY_LMCL, "--cohort", "resnet8", "--epochs", "3"]
     assert call(*arguments, "--run-dir", "whole") == 0
-    step, done = Trainer.train_step, []
+    step, done = TrainStep.__call__, []
 
-    def interrupted(self: Trainer, *batch: Any) -> Any:
+    def interrupted(self: TrainStep, *batch: Any) -> Any:
         done.append(1)
         if len(done) == 2:
             raise KeyboardInterrupt
         return step(self, *batch)
 
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(TrainStep, "__call__", interrupted)
     assert call(*arguments, "--run-dir", "cut") == 130
     message = capsys.readouterr().err.strip()
     assert message == "interrupted; go on with: mclfast train --resume cut"

@@ -29,9 +29,10 @@ from mclfast.compare.published import published
 from mclfast.compare.runner import Finished, Run
 from mclfast.compare.summary import spread, summarize, summary_rows
 from mclfast.config import TrainConfig
+from mclfast.execution.step import TrainStep
 from mclfast.methods import MCL
 from mclfast.train import plots
-from mclfast.train.trainer import RunResult, Trainer
+from mclfast.train.trainer import RunResult
 
 SMALL = [
     "--data",
@@ -207,23 +208,23 @@ def test_plan_of_a_comparison_gives_the_same_runs(compared, capsys):
 def test_interrupted_comparison_goes_on(monkeypatch, capsys):
     arguments = ["compare", *SMALL, "--epochs", "3", "--methods", "baseline,mcl", "--seeds", "1"]
     assert call(*arguments, "--jobs", "0", "--out", "whole") == 0
-    step, done = Trainer.train_step, []
+    step, done = TrainStep.__call__, []
 
-    def interrupted(self: Trainer, *batch: Any) -> Any:
+    def interrupted(self: TrainStep, *batch: Any) -> Any:
         done.append(self.config.method)
         if len(done) == 5:
             raise KeyboardInterrupt
         return step(self, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
+        patch.setattr(TrainStep, "__call__", interrupted)
         assert call(*arguments, *HERE) == 130
         # One step an epoch: the second run has finished one epoch of three.
         assert done == ["baseline"] * 3 + ["mcl"] * 2
         assert "the same command goes on" in capsys.readouterr().err
     done.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
+        patch.setattr(TrainStep, "__call__", interrupted)
         assert call(*arguments, *HERE) == 0
     assert done == ["mcl"] * 2
     assert "1 of 2 runs are finished already" in capsys.readouterr().out

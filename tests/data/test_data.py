@@ -268,7 +268,7 @@ class TestDigits:
 
     def test_without_scikit_learn(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-        with pytest.raises(ImportError, match="pip install scikit-learn"):
+        with pytest.raises(ImportError, match=r'pip install "mclfast\[train\]"'):
             data.load("digits")
 
 
@@ -384,6 +384,6 @@ class TestFolder:
             data.load("folder", root=folder, image_size=0)
 
     def test_without_pillow(self, folder, monkeypatch):
-        monkeypatch.setitem(sys.modules, "PIL", None)
-        with pytest.raises(ImportError, match="pip install pillow"):
+        monkeypatch.setitem(sys.modules, "PIL.Image", None)
+        with pytest.raises(ImportError, match=r'pip install "mclfast\[train\]"'):
             data.load("folder", root=folder)

@@ -301,8 +301,8 @@ def test_refuses_numbers(values, message, folder):
 
 
 def test_without_pillow(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match="pip install pillow"):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r'pip install "mclfast\[train\]"'):
         loaded(folder)
 
 

@@ -37,7 +37,7 @@ def test_bilevel_steps_with_peers_in_host_memory():
         torch.manual_seed(5)
         for images, batch in batches(trainer, 2):
             trainer.train_step(images, batch)
-            trainer.bilevel_step(images, batch, 0.05)
+            trainer.train_step.bilevel(images, batch, 0.05)
         found.append([p.detach().cpu() for p in trainer.method.meta_parameters()])
     assert_same(found[1], found[0], 1e-7)
 
@@ -49,7 +49,7 @@ def test_peers_wait_in_pinned_memory(amp: str, channels_last: bool):
     steps_of(trainer, 2)
     for p in trainer.cohort.parameters():
         assert p.is_pinned()
-        assert trainer.optimizer.state[p]["momentum_buffer"].is_pinned()
+        assert trainer.train_step.optimizer.state[p]["momentum_buffer"].is_pinned()
     assert all(b.is_cuda for b in trainer.cohort.buffers())
     assert min(trainer._evaluate().peers) >= 0
 
@@ -61,7 +61,7 @@ def test_memory_does_not_grow_with_the_peers():
         )
         first, second = batches(trainer, 2)
         trainer.train_step(*first)
-        trainer.optimizer.zero_grad()
+        trainer.train_step.optimizer.zero_grad()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

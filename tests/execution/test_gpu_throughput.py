@@ -83,7 +83,7 @@ def test_a_whole_epoch_waits_at_its_end_alone():
 @pytest.mark.parametrize("name", REPEATABLE)
 def test_graphs_equal_plain_steps(name: str):
     plain, fast = (on_gpu(name, cuda_graphs=on) for on in (False, True))
-    assert isinstance(fast.compute, GraphedStep)
+    assert isinstance(fast.train_step.compute, GraphedStep)
     check_same(plain, fast)
 
 

@@ -113,7 +113,7 @@ def test_mixed_precision(case: str, mode: str):
 def test_loss_scaling():
     def run(memory: str) -> dict[str, Any]:
         trainer = in_float64(small_trainer("dml", memory=memory))
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        trainer.train_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         return steps_of(trainer, 3)
 
     want = run("ordinary")
@@ -186,7 +186,7 @@ def test_networks_with_buffers_of_other_kinds(mode: str, own_statistics: bool):
                     block.norm.train = lambda _=True: None
                     block.norm.eval()
                     block.norm.running_mean.normal_()
-        trainer.optimizer = make_sgd(trainer.config, list(trainer.cohort.parameters()))
+        trainer.train_step.optimizer = make_sgd(trainer.config, list(trainer.cohort.parameters()))
         return steps_of(in_float64(trainer), 2)
 
     assert_same(run(mode), run("ordinary"), 1e-10)
@@ -201,7 +201,7 @@ def peaks(mode: str, case: str = "dml") -> list[int]:
         )
         first, second = batches(trainer, 2)
         trainer.train_step(*first)
-        trainer.optimizer.zero_grad()
+        trainer.train_step.optimizer.zero_grad()
         found.append(peak_of(lambda t=trainer, b=second: t.train_step(*b)))
     return found
 
@@ -259,7 +259,8 @@ def test_a_peer_without_gradient_is_not_run_again(ran: list[int]):
 
 def test_auto_resolves_to_a_mode():
     trainer = small_trainer("baseline", memory="auto")
-    assert trainer.memory == "ordinary" and trainer.memory_reason.startswith("ordinary: ")
+    assert trainer.train_step.memory == "ordinary"
+    assert trainer.memory_reason.startswith("ordinary: ")
 
 
 # ---------------------------------------------------------------- resuming within an epoch
@@ -267,14 +268,14 @@ def test_auto_resolves_to_a_mode():
 
 def interrupted(trainer: Trainer, step: int) -> None:
     """Trains until a step is about to begin, and leaves as Ctrl-C does."""
-    run = trainer.train_step
+    compute = trainer.train_step.compute
 
-    def train_step(images: Any, batch: Batch) -> dict[str, Tensor]:
+    def stopped(images: Any, batch: Batch) -> Any:
         if batch.step == step:
             raise KeyboardInterrupt
-        return run(images, batch)
+        return compute(images, batch)
 
-    trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.train_step.compute = stopped
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(progress=False)
 
@@ -316,15 +317,12 @@ def test_checkpoints_within_an_epoch_are_those_asked_for(tmp_path: Path, monkeyp
 
 def test_no_checkpoint_within_an_epoch_holds_weights_that_are_not_finite(tmp_path: Path):
     trainer = small_trainer("baseline", run_dir=tmp_path, checkpoint_every=4)
-    run = trainer.train_step
 
-    def train_step(images: Any, batch: Batch) -> dict[str, Tensor]:
-        parts = run(images, batch)
+    def broken(outputs: PeerOutputs, batch: Batch) -> None:
         if batch.step == 7:
             next(trainer.cohort.parameters()).data.fill_(float("nan"))
-        return parts
 
-    trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.method.after_step = broken  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match="^lr: expected a finite loss and weights"):
         trainer.fit(progress=False)
     assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 4

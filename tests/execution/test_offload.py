@@ -109,7 +109,7 @@ def test_a_turn_is_a_few_large_copies():
     assert count.copies == 2 * 3
     for j in range(2):
         own = [p for m in trainer.cohort.peer_modules(j) for p in m.parameters()]
-        state = [trainer.optimizer.state[p]["momentum_buffer"] for p in own]
+        state = [trainer.train_step.optimizer.state[p]["momentum_buffer"] for p in own]
         blocks = {t.untyped_storage().data_ptr() for t in (*own, *state)}
         assert len(blocks) == 2
         for some in (own, state):
@@ -207,7 +207,7 @@ def test_a_bilevel_step_has_one_peer_on_the_device(monkeypatch: pytest.MonkeyPat
     homes = [p.data_ptr() for p in trainer.cohort.parameters()]
     count.most = 0
     waits.clear()
-    trainer.bilevel_step(images, batch, 0.05)
+    trainer.train_step.bilevel(images, batch, 0.05)
     # For the parameters that the step before it sends home.
     assert waits == [1]
     assert count.now == 0 and count.most == size
@@ -247,7 +247,7 @@ def test_nothing_but_copies_comes_from_the_host_to_the_device():
         trainer.train_step(images, batch)
         for module in (gradient, param_vector):
             patch.setattr(module, "ParamVector", Recorded)
-        trainer.bilevel_step(images, batch, 0.05)
+        trainer.train_step.bilevel(images, batch, 0.05)
         # The watch sees what is not copied.
         with pytest.raises(Mixed):
             trainer.cohort.peers[0](images)
@@ -295,14 +295,14 @@ def test_parameters_and_momentum_move_to_pinned_memory(monkeypatch: pytest.Monke
     steps_of(trainer, 1)
     for p in trainer.cohort.parameters():
         assert p.is_pinned()
-        assert trainer.optimizer.state[p]["momentum_buffer"].is_pinned()
+        assert trainer.train_step.optimizer.state[p]["momentum_buffer"].is_pinned()
 
 
 def test_a_step_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch):
     trainer = small_trainer("baseline", **OFFLOAD)
     (first, second) = batches(trainer, 2)
     trainer.train_step(*first)
-    state = trainer.optimizer.state
+    state = trainer.train_step.optimizer.state
     own = [p for m in trainer.cohort.peer_modules(0) for p in m.parameters()]
     before = [(p.detach().clone(), state[p]["momentum_buffer"]) for p in own]
     values = [buffer.clone() for _, buffer in before]
@@ -313,7 +313,11 @@ def test_a_step_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch):
             step(optimizer, *args)
             raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(trainer.optimizer, "step", functools.partial(failing, trainer.optimizer))
+    monkeypatch.setattr(
+        trainer.train_step.optimizer,
+        "step",
+        functools.partial(failing, trainer.train_step.optimizer),
+    )
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train_step(*second)
     for p, (weight, buffer), value in zip(own, before, values, strict=True):

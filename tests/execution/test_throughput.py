@@ -216,7 +216,7 @@ def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
     plain, fast = (doubled(trainer_of("mcl", channels_last=on)) for on in ("off", "on"))
     for trainer in (plain, fast):
         images, batch = first_batch(trainer)
-        outputs, _ = trainer._gradients(images.double(), batch)
+        outputs, _ = trainer.train_step._gradients(images.double(), batch)
         assert outputs.maps[0].is_contiguous(
             memory_format=torch.channels_last if trainer is fast else torch.contiguous_format
         )
@@ -315,7 +315,7 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return replay
 
     monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: record)
-    monkeypatch.setattr("mclfast.train.trainer.check_graphs", lambda *_: None)
+    monkeypatch.setattr("mclfast.execution.modes.check_graphs", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", ["mcl", "kdcl minlogit"])
@@ -325,7 +325,7 @@ def test_recorded_steps_equal_plain_ones(name: str, monkeypatch: pytest.MonkeyPa
     plain, fast = (
         trainer_of(name, cuda_graphs=on, epochs=2, train_per_class=4) for on in (False, True)
     )
-    assert isinstance(fast.compute, GraphedStep)
+    assert isinstance(fast.train_step.compute, GraphedStep)
     for trainer in (plain, fast):
         trainer.fit(progress=False)
     same_modules(plain, fast, 0.0)
@@ -379,7 +379,7 @@ def test_graphs_need_the_ordinary_memory_mode():
     trainer = trainer_of("dml", memory="sequential")
     with pytest.raises(ValueError, match="^memory: expected ordinary with cuda_graphs, got seq"):
         cuda_graphs.check_graphs(
-            trainer.config, trainer.method, trainer.memory, torch.device("cuda")
+            trainer.config, trainer.method, trainer.train_step.memory, torch.device("cuda")
         )
 
 
@@ -419,7 +419,7 @@ def test_bilevel_steps_and_evaluation_run_plainly():
 
     trainer.cohort.run_together = counted
     images, batch = first_batch(trainer)
-    trainer.bilevel_step(images, batch, 0.1)
+    trainer.train_step.bilevel(images, batch, 0.1)
     trainer._evaluate()
     assert not calls and trainer.cohort.run_together is counted
     trainer.cohort.train()

@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mclfast.kernels.families import ALL
+
 ROOT = Path(__file__).resolve().parents[2]
+EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -56,12 +59,11 @@ class Sample(c.Structure):
 
 def build(folder: Path, *flags: str) -> c.CDLL:
     library = folder / "emulated.so"
-    emulation = Path(__file__).parent / "cuda_emulation"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
     command += flags
     # A longjmp to another stack is what the checked form of it refuses.
-    command += ["-U_FORTIFY_SOURCE", f"-I{emulation}", f"-I{ROOT / 'csrc/cuda'}"]
-    command += [*map(str, sorted(emulation.glob("*.cpp"))), "-x", "c++"]
+    command += ["-U_FORTIFY_SOURCE", f"-I{EMULATION}", f"-I{ROOT / 'csrc/cuda'}"]
+    command += [*map(str, sorted(EMULATION.glob("*.cpp"))), "-x", "c++"]
     command += [*map(str, sorted((ROOT / "csrc" / "cuda").glob("*.cu"))), "-o", str(library)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -110,7 +112,7 @@ class Kernels:
         networks: list[int],
         tau: float,
         t: float = 1.0,
-        families: int = 15,
+        families: int = ALL,
     ) -> Bank:
         for x in (nodes, banks):
             assert x.is_contiguous()

@@ -30,8 +30,8 @@ def steps_of(trainer: Trainer, count: int) -> dict[str, Any]:
 def meta_gradients(trainer: Trainer, count: int) -> list[Tensor]:
     """Those of some bilevel steps, each after an ordinary step."""
     found: list[Tensor] = []
-    assert trainer.meta_optimizer is not None
-    trainer.meta_optimizer.register_step_pre_hook(
+    assert trainer.train_step.meta_optimizer is not None
+    trainer.train_step.meta_optimizer.register_step_pre_hook(
         lambda optimizer, *_: found.extend(
             p.grad.clone() for group in optimizer.param_groups for p in group["params"]
         )
@@ -39,7 +39,7 @@ def meta_gradients(trainer: Trainer, count: int) -> list[Tensor]:
     torch.manual_seed(5)
     for images, batch in batches(trainer, count):
         trainer.train_step(images, batch)
-        trainer.bilevel_step(images, batch, 0.05)
+        trainer.train_step.bilevel(images, batch, 0.05)
     return found
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FOLDER = Path(__file__).resolve().parents[1] / "data" / "golden"
 TERMS = ("vcl", "soft_vcl", "icl", "soft_icl")
 
 

@@ -148,7 +148,7 @@ def small_trainer(
 
 def in_float64(trainer: Trainer) -> Trainer:
     """The same trainer with all its modules in float64."""
-    for module in (trainer.cohort, trainer.method, trainer.average):
+    for module in (trainer.cohort, trainer.method, trainer.train_step.average):
         if module is not None:
             module.double()
     return trainer

@@ -123,7 +123,7 @@ def test_bilevel_step_learns_through_the_banks_and_leaves_them():
     banks = trainer.method.bank.banks.clone()
     matcher = [p.detach().clone() for p in trainer.method.meta_parameters()]
     cohort = {k: v.clone() for k, v in trainer.cohort.state_dict().items()}
-    trainer.bilevel_step(images, batch, lr=0.1)
+    trainer.train_step.bilevel(images, batch, lr=0.1)
     assert torch.equal(trainer.method.bank.banks, banks)
     assert all(torch.equal(v, cohort[k]) for k, v in trainer.cohort.state_dict().items())
     meta = trainer.method.meta_parameters()

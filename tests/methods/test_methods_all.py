@@ -43,7 +43,7 @@ def test_a_batch_of_one_image(name):
 def test_a_step_in_fp16_is_that_in_full_precision(name):
     trainer = trainer_of(name, amp="fp16")
     images, batch = first_batch(trainer)
-    full = trainer.method.loss(trainer._outputs(images, batch), batch)
+    full = trainer.method.loss(trainer.train_step.outputs(images, batch), batch)
     found = trainer.train_step(images, batch)
     check_weights(trainer)
     for key, value in full.items():

@@ -160,18 +160,22 @@ def test_average_of_pcl():
     assert prepared("pcl", fake_outputs([(3, 2)] * 2)).teacher_decay(10**7) == 0.999
     images, first = drawn(trainer)
     assert len(images) == 2 and not torch.equal(images[0], images[1])
-    seen = trainer._outputs(images, first).teacher
-    for peer, view, stages in zip(trainer.average.peers, images, seen.logits, strict=True):
+    seen = trainer.train_step.outputs(images, first).teacher
+    for peer, view, stages in zip(
+        trainer.train_step.average.peers, images, seen.logits, strict=True
+    ):
         torch.testing.assert_close(stages[-1], peer.backbone(view))
         assert not stages[-1].requires_grad
     trainer.train_step(images, first)
     cohort = trainer.cohort.state_dict()
-    average = {name: value.clone() for name, value in trainer.average.state_dict().items()}
+    average = {
+        name: value.clone() for name, value in trainer.train_step.average.state_dict().items()
+    }
     assert all(torch.equal(value, cohort[name]) for name, value in average.items())
     for step, decay in ((1, 1 / 2), (2, 2 / 3)):
         trainer.train_step(images, Batch(first.labels, first.index, step, 0))
         changed = trainer.cohort.state_dict()
-        for name, value in trainer.average.state_dict().items():
+        for name, value in trainer.train_step.average.state_dict().items():
             if value.is_floating_point():
                 want = decay * average[name].double() + (1 - decay) * changed[name].double()
                 torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
@@ -261,7 +265,7 @@ def test_fusion_of_maps_of_different_sizes():
 def test_fusion_module_is_the_published_one_with_its_own_weight_decay():
     assert sum(p.numel() for p in FusionModule([64, 64], 100).parameters()) == 16_228
     trainer = tiny("ffl", weight_decay=3e-4)
-    networks, fusion = trainer.optimizer.param_groups
+    networks, fusion = trainer.train_step.optimizer.param_groups
     assert (networks["weight_decay"], fusion["weight_decay"]) == (3e-4, 1e-5)
     assert fusion["lr"] == networks["lr"]
     assert {id(p) for p in fusion["params"]} == {id(p) for p in trainer.method.parameters()}
@@ -358,7 +362,7 @@ def test_optimizers_of_afd_share_nothing():
     method = cls(cohort.feature_dims)
     assert method.own_optimizers() == {}
     trainer = Trainer(cohort, method, tiny("afd").data, TrainConfig.from_values(TINY))
-    ordinary = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    ordinary = {id(p) for g in trainer.train_step.optimizer.param_groups for p in g["params"]}
     own = method.own_optimizers()["discriminators"]
     apart = {id(p) for g in own.param_groups for p in g["params"]}
     assert apart == {id(p) for p in method.discriminators.parameters()}

@@ -598,7 +598,7 @@ def test_gate_and_attention_of_half_precision_are_wide():
 def states(trainer: Trainer) -> dict[str, Tensor]:
     modules = {"cohort": trainer.cohort, "method": trainer.method}
     found = {f"{k}.{n}": t for k, m in modules.items() for n, t in m.state_dict().items()}
-    momenta = trainer.optimizer.state_dict()["state"]
+    momenta = trainer.train_step.optimizer.state_dict()["state"]
     return found | {f"momentum.{i}": s["momentum_buffer"] for i, s in momenta.items()}
 
 

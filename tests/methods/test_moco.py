@@ -135,7 +135,7 @@ def test_loss_of_a_step():
     weights = {"vcl_weight": 0.5, "soft_vcl_weight": 2, "icl_weight": 0.3, "soft_icl_weight": 1.5}
     trainer = tiny(temperature=0.1, kl_temperature=2, **weights)
     images, batch = drawn(trainer)
-    outputs = trainer._outputs(images, batch)
+    outputs = trainer.train_step.outputs(images, batch)
     got = trainer.method.loss(outputs, batch)
     queries = torch.stack([e[-1] for e in outputs.embeddings]).double()
     keys = torch.stack([e[-1] for e in outputs.teacher.embeddings]).double()
@@ -174,11 +174,11 @@ def test_images_are_augmented_as_asked_for(name):
 def test_gradients_reach_the_queries_networks_alone():
     trainer = tiny()
     images, batch = drawn(trainer)
-    trainer.method.loss(trainer._outputs(images, batch), batch)["loss"].backward()
+    trainer.method.loss(trainer.train_step.outputs(images, batch), batch)["loss"].backward()
     without = {n for n, p in trainer.cohort.named_parameters() if p.grad is None}
     assert without == {f"networks.{i}.backbone.fc.{p}" for i in (0, 1) for p in ("weight", "bias")}
     assert all(bool(p.grad.any()) for p in trainer.cohort.parameters() if p.grad is not None)
-    assert all(p.grad is None for p in trainer.average.parameters())
+    assert all(p.grad is None for p in trainer.train_step.average.parameters())
 
 
 def test_labels_change_nothing_in_training():
@@ -238,12 +238,12 @@ def test_a_step_puts_its_keys_into_the_queue(monkeypatch):
 def test_keys_average_parameters_before_they_run_and_keep_their_own_statistics():
     trainer = tiny()
     trainer.train_step(*drawn(trainer))
-    keys = dict(trainer.average.named_parameters())
+    keys = dict(trainer.train_step.average.named_parameters())
     before = {n: p.clone() for n, p in keys.items()}
     now = {n: p.detach().clone() for n, p in trainer.cohort.named_parameters()}
-    statistics = {n: b.clone() for n, b in trainer.average.named_buffers()}
+    statistics = {n: b.clone() for n, b in trainer.train_step.average.named_buffers()}
     seen: list[dict[str, Tensor]] = []
-    trainer.average.register_forward_pre_hook(
+    trainer.train_step.average.register_forward_pre_hook(
         lambda m, args: seen.append({n: p.clone() for n, p in m.named_parameters()})
     )
     trainer.train_step(*drawn(trainer))
@@ -251,10 +251,14 @@ def test_keys_average_parameters_before_they_run_and_keep_their_own_statistics()
         want = 0.9 * value + 0.1 * now[name]
         torch.testing.assert_close(seen[0][name], want, rtol=1e-6, atol=1e-7)
         assert torch.equal(keys[name], seen[0][name])
-    assert trainer.average.training
-    changed = {n for n, b in trainer.average.named_buffers() if not torch.equal(b, statistics[n])}
+    assert trainer.train_step.average.training
+    changed = {
+        n
+        for n, b in trainer.train_step.average.named_buffers()
+        if not torch.equal(b, statistics[n])
+    }
     assert changed == set(statistics)
-    assert int(trainer.average.networks[0].backbone.bn1.num_batches_tracked) == 4
+    assert int(trainer.train_step.average.networks[0].backbone.bn1.num_batches_tracked) == 4
 
 
 def test_a_frozen_copy_is_a_constant_in_evaluation_mode():
@@ -289,10 +293,10 @@ def test_the_second_view_and_its_order_go_to_the_keys():
     assert not torch.equal(images[0], images[1])
     given: dict[str, list[Tensor]] = {"cohort": [], "average": []}
     for name, seen in given.items():
-        getattr(trainer, name).register_forward_pre_hook(
+        getattr(trainer.train_step, name).register_forward_pre_hook(
             lambda m, args, seen=seen: seen.append(args[0])
         )
-    outputs = trainer._outputs(images, batch)
+    outputs = trainer.train_step.outputs(images, batch)
     order = shuffled_order(40, seed=0, step=0, device=trainer.device)
     assert sorted(order.tolist()) == list(range(40)) and order.tolist() != list(range(40))
     assert torch.equal(torch.cat(given["cohort"]), images[0])
@@ -300,10 +304,10 @@ def test_the_second_view_and_its_order_go_to_the_keys():
     assert [len(x) for x in given["average"]] == [20, 20]
 
     # In evaluation mode nothing of parts and order is left.
-    trainer.average.eval()
+    trainer.train_step.average.eval()
     with torch.no_grad():
-        plain = trainer.average(images[1])
-        mixed = forward_in_parts(trainer.average, images[1], 4, order)
+        plain = trainer.train_step.average(images[1])
+        mixed = forward_in_parts(trainer.train_step.average, images[1], 4, order)
     for a, b in zip(plain.embeddings, mixed.embeddings, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(plain.maps, mixed.maps)
@@ -384,7 +388,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     rest = tiny(tmp_path / "cut", queue_size=120)
     assert rest.fit(progress=False).peers == want.peers
     for name in ("cohort", "method", "average"):
-        mine, theirs = (getattr(t, name).state_dict() for t in (rest, whole))
+        mine, theirs = (getattr(t.train_step, name).state_dict() for t in (rest, whole))
         assert all(torch.equal(mine[k], theirs[k]) for k in theirs), name
 
 

@@ -10,8 +10,9 @@ import torch
 from mclfast.cohort.outputs import Batch
 from mclfast.config import TrainConfig
 from mclfast.plan.choose import choose
+from mclfast.plan.data_facts import facts, facts_of
 from mclfast.plan.estimate import Choice, estimate
-from mclfast.plan.stand_in import facts, stand_in_trainer
+from mclfast.plan.stand_in import stand_in_step
 from mclfast.train.builder import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -49,7 +50,7 @@ def test_within_15_percent_of_the_peak(method, amp, memory):
     real = torch.cuda.max_memory_allocated() - before
     known = facts(c)
     plan = estimate(
-        stand_in_trainer(c, known), known, Choice(memory, "none", amp), c.batch_size, device="cuda"
+        stand_in_step(c, known), known, Choice(memory, "none", amp), c.batch_size, device="cuda"
     )
     assert plan.step == pytest.approx(real, rel=0.15)
 
@@ -57,5 +58,8 @@ def test_within_15_percent_of_the_peak(method, amp, memory):
 def test_auto_rehearses_on_the_gpu():
     c = TrainConfig.from_values({"method": "mcl", "device": "cuda", "cohort": "resnet8,resnet8"})
     trainer = build(dataclasses.replace(c, memory="auto"))
-    assert trainer.memory == "ordinary"
-    assert choose(trainer, free=1000).memory in ("checkpoint", "sequential")
+    assert trainer.train_step.memory == "ordinary"
+    assert choose(trainer.train_step, facts_of(trainer.data), free=1000).memory in (
+        "checkpoint",
+        "sequential",
+    )

@@ -22,16 +22,17 @@ from helpers.small_cohort import batches, small_trainer
 from helpers.two_places import DEVICE, offloaded_in_two_places
 from mclfast._base.machine import _group_rooms, free_memory
 from mclfast.bench import resident as measured
-from mclfast.bench.resident import RESIDENT, allocated, in_child, make_trainer, predicted, step_of
+from mclfast.bench.resident import RESIDENT, allocated, in_child, make_step, predicted, steps_of
 from mclfast.config import TrainConfig
 from mclfast.plan import choose as choosing
 from mclfast.plan import format_bytes, parse_bytes, report
 from mclfast.plan import planner as planning
 from mclfast.plan.choose import BILEVEL_AT_MOST, MODES, SHARE, Need, choose
+from mclfast.plan.data_facts import facts, facts_of
 from mclfast.plan.estimate import BANK, DATA, PARAMETERS, Choice, Estimate, estimate
 from mclfast.plan.planner import make_plan
 from mclfast.plan.rehearsal import ACTIVATIONS, OPTIMIZER, rehearse, rehearse_bilevel
-from mclfast.plan.stand_in import facts, facts_of, stand_in_trainer
+from mclfast.plan.stand_in import stand_in_step
 from mclfast.train.builder import build
 from mclfast.train.folder import ENVIRONMENT
 from mclfast.train.trainer import Trainer
@@ -52,13 +53,15 @@ def planned(c: TrainConfig, device: str = "cuda") -> Estimate:
     """Without the gaps of a CPU's heap, unless for a CPU."""
     known = facts(c)
     choice = Choice(c.memory, c.offload, c.amp)
-    return estimate(stand_in_trainer(c, known), known, choice, c.batch_size, device=device)
+    return estimate(stand_in_step(c, known), known, choice, c.batch_size, device=device)
 
 
 def needed(trainer: Trainer, memory: str, *, bilevel: bool = True) -> int:
     """What the steps of a trainer add to what it keeps."""
     known, c = facts_of(trainer.data), trainer.config
-    found = estimate(trainer, known, Choice(memory), c.batch_size, device="cpu", bilevel=bilevel)
+    found = estimate(
+        trainer.train_step, known, Choice(memory), c.batch_size, device="cpu", bilevel=bilevel
+    )
     return found.total - found.kept
 
 
@@ -104,7 +107,7 @@ def comes_and_goes(e: Estimate) -> int:
 def test_within_15_percent_of_what_the_allocator_gives_out(values):
     c = config(**values)
     trainer = build(c)
-    step = step_of(trainer)
+    step = steps_of(trainer.train_step)
     for _ in range(2):
         step()
     assert comes_and_goes(planned(c)) == pytest.approx(allocated(step), rel=0.15)
@@ -114,7 +117,7 @@ def test_within_15_percent_of_what_the_allocator_gives_out(values):
 def test_resident_memory():
     # Much memory for little computing.
     values = {"method": "baseline", "cohort": ["shufflenet_v2_x0_5_cifar"], "batch_size": 64}
-    tensors, process = predicted(make_trainer(values, 32))
+    tensors, process = predicted(make_step(values, 32))
     assert tensors > 150e6
     without_gaps = in_child(RESIDENT, values, 32, {**os.environ, **NO_HEAP})
     assert without_gaps == pytest.approx(tensors, rel=0.15)
@@ -154,8 +157,8 @@ def test_what_a_run_keeps_is_counted_exactly():
     assert plan.parts[BANK] == tables + drawn
     images = (trainer.data.train, trainer.data.test)
     assert plan.parts[DATA] == sum(s.images.nbytes + s.labels.nbytes for s in images)
-    step_of(trainer)()
-    state = trainer.optimizer.state.values()
+    steps_of(trainer.train_step)()
+    state = trainer.train_step.optimizer.state.values()
     assert plan.parts[OPTIMIZER] == sum(s["momentum_buffer"].nbytes for s in state)
 
 
@@ -184,9 +187,9 @@ def test_vectors_in_host_memory_are_not_on_the_device():
     with places:
         trainer.train_step(images, batch)
         before = places.most = places.now[DEVICE]
-        trainer.bilevel_step(images, batch, 0.05)
+        trainer.train_step.bilevel(images, batch, 0.05)
     planned_bytes = rehearse_bilevel(
-        small_trainer("lmcl", **values),
+        small_trainer("lmcl", **values).train_step,
         one_at_a_time=True,
         amp="off",
         batch_size=2,
@@ -199,7 +202,9 @@ def test_vectors_in_host_memory_are_not_on_the_device():
 @pytest.mark.parametrize("case", ["afd", "cl-ilr", "ffl", "kdcl", "kdcl-general", "mcl-okd", "pcl"])
 def test_every_method_can_be_rehearsed(case):
     trainer = small_trainer(case)
-    came = rehearse(trainer, memory="sequential", offload="none", amp="off", batch_size=8)
+    came = rehearse(
+        trainer.train_step, memory="sequential", offload="none", amp="off", batch_size=8
+    )
     assert came.step["activations"] > 8 * trainer.data.train.image_shape[1] ** 2
     # Only its Newton steps look at values.
     assert came.whole_loss == (case != "kdcl")
@@ -244,8 +249,8 @@ def test_plan_as_text_and_as_json(capsys):
 
 
 def test_one_peer_at_a_time_more_peers_cost_a_bilevel_step_no_activations(monkeypatch):
-    def bilevel(trainer, *, one_at_a_time, **_):
-        peers = len(trainer.cohort.peers)
+    def bilevel(step, *, one_at_a_time, **_):
+        peers = len(step.cohort.peers)
         return (100 + 10 * peers) << 20 if one_at_a_time else 100 * peers << 20
 
     monkeypatch.setattr(planning, "rehearse_bilevel", bilevel)
@@ -387,11 +392,11 @@ def test_auto_takes_the_fastest_mode_that_fits(monkeypatch):
     assert needs["ordinary"] > needs["checkpoint"] > needs["sequential"]
     monkeypatch.setattr(choosing._Steps, "need", lambda _, mode: Need(needs[mode]))
     for mode, size in needs.items():
-        chosen = choose(trainer, free=int(size / 0.85) + 2)
+        chosen = choose(trainer.train_step, facts_of(trainer.data), free=int(size / 0.85) + 2)
         assert chosen.memory == mode
         assert chosen.reason.startswith(f"{mode}: its steps fit into 85% of")
         assert format_bytes(size) in chosen.reason
-    nothing = choose(trainer, free=1000)
+    nothing = choose(trainer.train_step, facts_of(trainer.data), free=1000)
     assert nothing.memory == "sequential"
     assert "do not fit" in nothing.reason and "batch_size" in nothing.reason
 
@@ -418,14 +423,16 @@ def test_auto_with_bilevel_steps_rehearses_them_where_the_choice_hangs_on_it(mon
         (1, "checkpoint", False, []),
     ):
         rehearsed.clear()
-        chosen = choose(trainer, free=math.ceil((limit + 1) / SHARE))
+        chosen = choose(
+            trainer.train_step, facts_of(trainer.data), free=math.ceil((limit + 1) / SHARE)
+        )
         assert (chosen.memory, "do not fit" not in chosen.reason) == (mode, fits)
         assert rehearsed == wanted
 
 
 def test_auto_takes_no_mode_that_the_run_cannot_have():
     trainer = small_trainer("dml", peers_parallel="stack")
-    chosen = choose(trainer, free=1000)
+    chosen = choose(trainer.train_step, facts_of(trainer.data), free=1000)
     assert chosen.memory == "ordinary" and "do not fit" in chosen.reason
     assert "memory: expected ordinary with peers_parallel" in chosen.reason
 
@@ -434,7 +441,7 @@ def test_auto_takes_no_mode_that_the_run_cannot_have():
 def test_choosing_changes_nothing(case):
     trainer, other = small_trainer(case), small_trainer(case)
     rng = torch.get_rng_state()
-    choose(trainer)
+    choose(trainer.train_step, facts_of(trainer.data))
     assert torch.equal(torch.get_rng_state(), rng)
     before = copy.deepcopy(other.state())
     for one in (trainer, other):
@@ -457,7 +464,7 @@ def test_auto_says_when_a_run_cannot_be_rehearsed():
     trainer = small_trainer("baseline")
     trainer.cohort.peers[0].register_forward_hook(lambda *_: float(torch.ones(()).item()) and None)
     with pytest.raises(ValueError, match="^memory: expected one of ordinary, .* got auto"):
-        choose(trainer)
+        choose(trainer.train_step, facts_of(trainer.data))
 
 
 # ---------------------------------------------------------------- free memory

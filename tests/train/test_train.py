@@ -28,11 +28,11 @@ from mclfast.data import Dataset, ImageSet
 from mclfast.data.augment import prepare
 from mclfast.methods import Method, method_class
 from mclfast.models import StagedNetwork, staged
-from mclfast.train import history as metrics
 from mclfast.train import plots
 from mclfast.train.builder import build, train
 from mclfast.train.evaluation import accuracy, cohort_accuracy
 from mclfast.train.folder import CHECKPOINT, METRICS, RESULT
+from mclfast.train.history import evaluated, read_csv, write_csv
 from mclfast.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,7 +187,7 @@ def test_resuming_equals_the_uninterrupted_run(
 
     assert differences(whole.state(), second.state()) == []
     assert len(result.history) == second.config.epochs
-    written = metrics.read_csv(tmp_path / METRICS)
+    written = read_csv(tmp_path / METRICS)
     assert differences(written, [{k: float(v) for k, v in r.items()} for r in whole.history]) == []
     # What is compared is really there, and was trained.
     state = second.state()
@@ -284,9 +284,9 @@ def test_eval_every_leaves_epochs_out_and_changes_no_step(tmp_path):
     best = [row["acc_best_head_so_far"] for row in seldom]
     assert best[:2] == [0, 0] and best == sorted(best) and best[-1] <= whole.published_protocol
 
-    read = metrics.read_csv(tmp_path / METRICS)
+    read = read_csv(tmp_path / METRICS)
     assert list(read[0]) == list(always[0]) and math.isnan(read[0]["acc_mean"])
-    assert metrics.evaluated(read) == seldom[2:]
+    assert evaluated(read) == seldom[2:]
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
@@ -355,7 +355,7 @@ def test_baseline_has_no_extra_modules():
     assert [p.num_stages for p in trainer.cohort.peers] == [1, 1]
     assert not list(trainer.cohort.projections.parameters())
     assert not list(trainer.method.parameters())
-    assert trainer.meta_optimizer is None
+    assert trainer.train_step.meta_optimizer is None
     parts = trainer.train_step(*batch(trainer))
     assert set(parts) == {"loss", "ce"}
 
@@ -365,9 +365,12 @@ def test_clip_grad_norm_bounds_the_step():
         trainer = tiny_trainer(
             (4, 6), momentum=0, nesterov=False, weight_decay=0, lr=1, clip_grad_norm=clip
         )
-        before = [p.detach().clone() for p in trainer.parameters]
+        before = [p.detach().clone() for p in trainer.train_step.parameters]
         trainer.train_step(*batch(trainer))
-        moved = [(p.detach() - b).norm() for p, b in zip(trainer.parameters, before, strict=True)]
+        moved = [
+            (p.detach() - b).norm()
+            for p, b in zip(trainer.train_step.parameters, before, strict=True)
+        ]
         return torch.stack(moved).norm().item()
 
     free = step(None)
@@ -384,21 +387,23 @@ def test_bilevel_step_changes_the_matcher_only():
         "cohort": snapshot(trainer.cohort),
         "optimizer": [
             {k: v.clone() for k, v in s.items() if isinstance(v, Tensor)}
-            for s in trainer.optimizer.state.values()
+            for s in trainer.train_step.optimizer.state.values()
         ],
-        "grads": [None if p.grad is None else p.grad.clone() for p in trainer.parameters],
+        "grads": [
+            None if p.grad is None else p.grad.clone() for p in trainer.train_step.parameters
+        ],
         "rng": torch.get_rng_state(),
     }
     method = snapshot(trainer.method)
     modes = [m.training for m in trainer.cohort.modules()]
-    trainer.bilevel_step(*batch(trainer), lr=0.1)
+    trainer.train_step.bilevel(*batch(trainer), lr=0.1)
     after = {
         "cohort": dict(trainer.cohort.state_dict()),
         "optimizer": [
             {k: v for k, v in s.items() if isinstance(v, Tensor)}
-            for s in trainer.optimizer.state.values()
+            for s in trainer.train_step.optimizer.state.values()
         ],
-        "grads": [p.grad for p in trainer.parameters],
+        "grads": [p.grad for p in trainer.train_step.parameters],
         "rng": torch.get_rng_state(),
     }
     assert before["optimizer"] and all(s for s in before["optimizer"])
@@ -412,7 +417,7 @@ def test_bilevel_step_changes_the_matcher_only():
 def test_bilevel_steps_come_every_so_many_steps(every, steps, monkeypatch):
     trainer = tiny_trainer(bilevel_every=every, epochs=2)
     found = []
-    monkeypatch.setattr(trainer, "bilevel_step", lambda *_: found.append(trainer.step))
+    monkeypatch.setattr(trainer.train_step, "bilevel", lambda *_: found.append(trainer.step))
     trainer.fit(progress=False)
     assert found == steps
 
@@ -430,19 +435,21 @@ def test_bilevel_gradient_is_that_of_the_unrolled_steps(
         outer_steps=outer_steps,
         weight_decay=0.05,
     )
-    trainer.memory = memory
+    trainer.train_step.set_memory(memory)
     cohort, method = trainer.cohort.double(), trainer.method.double()
     images, sample = batch(trainer, 12)
     images, lr, momentum, decay = images.double(), 0.3, 0.9, 0.05
 
-    assert trainer.meta_optimizer is not None
+    assert trainer.train_step.meta_optimizer is not None
     found: list[Tensor] = []
     meta = method.meta_parameters()
     monkeypatch.setattr(
-        trainer.meta_optimizer, "step", lambda: found.extend(p.grad.clone() for p in meta)
+        trainer.train_step.meta_optimizer,
+        "step",
+        lambda: found.extend(p.grad.clone() for p in meta),
     )
     rng = torch.get_rng_state()
-    trainer.bilevel_step(images, sample, lr)
+    trainer.train_step.bilevel(images, sample, lr)
 
     torch.set_rng_state(rng)
     params = {n: p.detach().clone().requires_grad_() for n, p in cohort.named_parameters()}
@@ -479,18 +486,20 @@ def test_bilevel_gradient_of_peers_that_share_modules(topology, peers, monkeypat
     trainer.method.double()
     images, sample = batch(trainer, 4)
     meta, found = trainer.method.meta_parameters(), {}
-    assert trainer.meta_optimizer is not None
+    assert trainer.train_step.meta_optimizer is not None
     for memory in ("ordinary", "sequential"):
         got = found[memory] = []
         monkeypatch.setattr(
-            trainer.meta_optimizer, "step", lambda got=got: got.extend(p.grad for p in meta)
+            trainer.train_step.meta_optimizer,
+            "step",
+            lambda got=got: got.extend(p.grad for p in meta),
         )
-        trainer.memory = memory
+        trainer.train_step.set_memory(memory)
         before = snapshot(trainer.cohort)
-        trainer.bilevel_step(images.double(), sample, 0.1)
+        trainer.train_step.bilevel(images.double(), sample, 0.1)
         assert changed(before, trainer.cohort) == set()
         parameters = {id(p) for p in trainer.cohort.parameters()}
-        assert parameters <= {id(p) for p in trainer.parameters}
+        assert parameters <= {id(p) for p in trainer.train_step.parameters}
     params, hyper = dict(trainer.cohort.named_parameters()), meta
     plain = bilevel_gradient(
         lambda p: trainer.method.inner_loss(cohort_outputs(trainer, p, images.double()), sample),
@@ -783,19 +792,23 @@ def test_a_method_must_define_its_losses():
 def test_an_epoch_in_mixed_precision_is_finite(method, amp):
     trainer = tiny_trainer(method=method, amp=amp, epochs=1, bilevel_every=1)
     before = snapshot(trainer.method)
-    assert trainer.autocast().__class__.__name__ == ("nullcontext" if amp == "off" else "autocast")
+    assert trainer.train_step.autocast().__class__.__name__ == (
+        "nullcontext" if amp == "off" else "autocast"
+    )
     record = trainer.fit(progress=False).history[0]
     assert all(math.isfinite(v) for v in record.values())
-    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in trainer.parameters)
+    assert all(
+        p.isfinite().all() and p.dtype == torch.float32 for p in trainer.train_step.parameters
+    )
     if method == "lmcl":
         assert changed(before, trainer.method) == set(before)
 
 
 def step_of(trainer: Trainer) -> Tensor:
     """How far one train step moves all parameters."""
-    before = torch.cat([p.detach().flatten() for p in trainer.parameters])
+    before = torch.cat([p.detach().flatten() for p in trainer.train_step.parameters])
     trainer.train_step(*batch(trainer))
-    return torch.cat([p.detach().flatten() for p in trainer.parameters]) - before
+    return torch.cat([p.detach().flatten() for p in trainer.train_step.parameters]) - before
 
 
 PLAIN = {"method": "baseline", "momentum": 0, "nesterov": False, "weight_decay": 0, "lr": 1}
@@ -803,7 +816,7 @@ PLAIN = {"method": "baseline", "momentum": 0, "nesterov": False, "weight_decay":
 
 def test_fp16_takes_the_step_of_full_precision():
     trainer = tiny_trainer(amp="fp16", **PLAIN)
-    assert trainer.scaler.is_enabled() and trainer.scaler.get_scale() > 1000
+    assert trainer.train_step.scaler.is_enabled() and trainer.train_step.scaler.get_scale() > 1000
     got, want = step_of(trainer), step_of(tiny_trainer(**PLAIN))
     assert not torch.equal(got, want)
     assert (got - want).norm() < 0.05 * want.norm()
@@ -819,9 +832,11 @@ def test_fp16_clips_what_is_unscaled():
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_fp16_skips_a_step_that_overflows(clip):
     trainer = tiny_trainer(amp="fp16", clip_grad_norm=clip, **PLAIN)
-    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    trainer.train_step.scaler.load_state_dict(
+        {**trainer.train_step.scaler.state_dict(), "scale": 2.0**40}
+    )
     assert not step_of(trainer).any()
-    assert trainer.scaler.get_scale() == 2.0**39
+    assert trainer.train_step.scaler.get_scale() == 2.0**39
 
 
 @pytest.mark.parametrize("method", ["baseline", "lmcl"])
@@ -835,10 +850,12 @@ def test_resuming_in_fp16_equals_the_uninterrupted_run(method, tmp_path):
     assert differences(whole.state(), second.state()) == []
     # The scaler counts the steps it took, and they trained.
     scaler = second.state()["scaler"]
-    start = by_hand(None, method=method, amp="fp16").scaler.state_dict()
+    start = by_hand(None, method=method, amp="fp16").train_step.scaler.state_dict()
     assert scaler["_growth_tracker"] > 2 or scaler["scale"] < start["scale"]
     assert {name for name, _ in second.cohort.named_parameters()} <= changed(before, second.cohort)
-    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in second.parameters)
+    assert all(
+        p.isfinite().all() and p.dtype == torch.float32 for p in second.train_step.parameters
+    )
 
 
 def test_bf16_follows_full_precision():
@@ -863,7 +880,7 @@ def test_batches_without_a_pair_of_one_class():
     assert len(sample.labels.unique()) == 4
     parts = trainer.train_step(images, sample)
     assert parts["vcl"] == parts["icl"] == 0
-    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.parameters)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.train_step.parameters)
 
 
 def test_lone_network_with_lmcl():
@@ -905,9 +922,9 @@ def test_warm_up_is_linear_and_changes_nothing_after_it(schedule):
 
 def test_the_schedule_reaches_both_optimisers():
     trainer = tiny_trainer(schedule="multistep", milestones="1", lr=0.2, lr_decay=0.25, epochs=2)
-    assert trainer.meta_optimizer is not None
+    assert trainer.train_step.meta_optimizer is not None
     trainer.fit(progress=False)
-    for optimizer in (trainer.optimizer, trainer.meta_optimizer):
+    for optimizer in (trainer.train_step.optimizer, trainer.train_step.meta_optimizer):
         assert all(group["lr"] == pytest.approx(0.05) for group in optimizer.param_groups)
 
 
@@ -998,14 +1015,14 @@ def test_evaluation_restores_the_mode_after_an_error():
 
 def test_metrics_file_round_trip(tmp_path):
     rows = [{"epoch": 1, "loss": 1 / 3}, {"epoch": 2, "loss": 1e-17}]
-    metrics.write_csv(tmp_path / "m.csv", rows)
-    assert metrics.read_csv(tmp_path / "m.csv") == rows
+    write_csv(tmp_path / "m.csv", rows)
+    assert read_csv(tmp_path / "m.csv") == rows
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     for name in (".m.csv.123.partial", ".m.csv.9.partial", ".n.csv.9.partial"):
         (tmp_path / name).write_text("half")
-    metrics.write_csv(tmp_path / "m.csv", [{"epoch": 1}])
+    write_csv(tmp_path / "m.csv", [{"epoch": 1}])
     # The other one may be being written.
     assert {p.name for p in tmp_path.iterdir()} == {"m.csv", ".n.csv.9.partial"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mclfast._base.optional import optional_import
 from mclfast.data.augment import Augmentation
 from mclfast.data.dataset import Dataset, ImageSet, channel_stats
 from mclfast.data.subsets import class_ranks, select
@@ -71,13 +72,7 @@ def _split(name: str, everything: ImageSet, in_train: Tensor) -> Dataset:
 
 
 def _read() -> ImageSet:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            f"the digits come with scikit-learn: pip install scikit-learn ({error})"
-        ) from error
-    raw = load_digits()
+    raw = optional_import("sklearn.datasets", extra="train").load_digits()
     levels = torch.from_numpy(raw.images).to(torch.int64)  # [N, 8, 8], 0..16
     return ImageSet(_upsample(levels), torch.from_numpy(raw.target).to(torch.int64))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mclfast._base.optional import optional_import
 from mclfast.data.augment import Augmentation
 from mclfast.data.dataset import Dataset, ImageSet, channel_stats
 
@@ -106,14 +107,9 @@ def _read_split(split: Path, numbers: dict[str, int], size: int) -> ImageSet:
 
 def _read_image(file: Path, size: int) -> Tensor:
     """uint8 [3, size, size]."""
+    pillow = optional_import("PIL.Image", extra="train")
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            f"reading images from folders needs Pillow: pip install pillow ({error})"
-        ) from error
-    try:
-        with Image.open(file) as opened:
+        with pillow.open(file) as opened:
             image = opened.convert("RGB")
     # The decoders raise many types on damaged files, some of them their own.
     except Exception as error:
@@ -121,7 +117,7 @@ def _read_image(file: Path, size: int) -> Tensor:
     shorter = min(image.size)
     width, height = (max(size, round(side * size / shorter)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), pillow.Resampling.BILINEAR)
     image = image.crop((left, top, left + size, top + size))
     # A bytearray because torch warns about read-only memory.
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

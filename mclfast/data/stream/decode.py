@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mclfast._base.optional import optional_import
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -136,12 +138,11 @@ def evaluation_view(data: bytes, size: int, stages: Stages | None = None) -> Ten
 
 def require_pillow() -> None:
     """Raises ImportError with the pip line where Pillow is missing."""
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"reading images from files needs Pillow: pip install pillow ({error})"
-        ) from error
+    _pillow()
+
+
+def _pillow() -> Any:
+    return optional_import("PIL.Image", extra="train")
 
 
 class _Clock:
@@ -165,19 +166,17 @@ def _uniform(generator: random.Random, low: float, high: float) -> float:
 
 
 def _opened(data: bytes) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
-
+    pillow = _pillow()
     try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
+        opened: Image.Image = pillow.open(io.BytesIO(data))
+    except pillow.UnidentifiedImageError:
         # Its own text names the buffer.
         raise ValueError(f"{len(data)} bytes of no known image format") from None
+    return opened
 
 
 def _bilinear() -> Any:
-    from PIL import Image
-
-    return Image.Resampling.BILINEAR
+    return _pillow().Resampling.BILINEAR
 
 
 def _draft(image: Image.Image, *shrinks: int) -> int:

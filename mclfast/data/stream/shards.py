@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mclfast._base.files import replacing
+from mclfast._base.optional import optional_import
 from mclfast.data.dataset import Dataset
 from mclfast.data.stream.imagefolder import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 from mclfast.data.stream.streamed import StreamedSet
@@ -176,12 +177,13 @@ def _shards(folder: Path) -> list[Path]:
 
 def _scan(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     """The columns of the index: shard int32 [N], offset, size and label int64 [N]."""
-    from tqdm import tqdm
-
+    # Shown on a terminal only: a million files take a minute or two.
+    bar = optional_import("tqdm", extra="train").tqdm(
+        paths, "indexing shards", leave=False, disable=None
+    )
     shards: list[np.ndarray] = []
     rows: list[np.ndarray] = []
-    # Shown on a terminal only: a million files take a minute or two.
-    for number, path in enumerate(tqdm(paths, "indexing shards", leave=False, disable=None)):
+    for number, path in enumerate(bar):
         try:
             samples = np.array(list(_samples(path)), dtype=np.int64).reshape(-1, 3)
         except (tarfile.TarError, EOFError) as error:

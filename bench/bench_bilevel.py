@@ -20,7 +20,7 @@ import torch
 
 from mclfast._base.files import write_json
 from mclfast.bench import measure, peak
-from mclfast.bench.published.bilevel import PublishedBilevel
+from mclfast.bench.published_forms.bilevel import PublishedBilevel
 from mclfast.bench.report import environment
 from mclfast.bench.train_step import StepCase, make_batch, make_step
 from mclfast.methods.lmcl import LayerwiseMCL

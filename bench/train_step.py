@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mclfast.bench import measure
 from mclfast.bench.problem import Unavailable
-from mclfast.bench.published.train_step import PublishedStep
+from mclfast.bench.published_forms.train_step import PublishedStep
 from mclfast.cohort.outputs import Batch
 from mclfast.config import TrainConfig
 from mclfast.execution.parts import make_parts

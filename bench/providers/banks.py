@@ -24,7 +24,7 @@ from mclfast.bench.problem import (
     check_backend,
     step,
 )
-from mclfast.bench.published import banks as published_bank
+from mclfast.bench.published_forms import banks as published_bank
 from mclfast.losses import reference_banks, weighting
 from mclfast.losses.banks import (
     bank_nce_loss,

@@ -22,7 +22,7 @@ from mclfast.bench.problem import (
     check_backend,
     step,
 )
-from mclfast.bench.published import in_batch
+from mclfast.bench.published_forms import in_batch
 from mclfast.losses import reference, weighting
 from mclfast.losses.in_batch import (
     info_nce_loss,

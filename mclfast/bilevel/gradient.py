@@ -18,7 +18,7 @@ from mclfast._base.checks import (
 from mclfast._base.random import rng_restored
 from mclfast.bilevel.dual_ops import ConvolutionTape
 from mclfast.bilevel.param_vector import ParamVector
-from mclfast.bilevel.split_step import Networks, Part, SplitStep
+from mclfast.bilevel.split_step import NetworkFunctions, Part, SplitStep
 from mclfast.bilevel.step import Step
 
 
@@ -185,7 +185,7 @@ def _checked_hyperparams(hyperparams: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
-def _checked_networks(network: Part | Sequence[Part] | None) -> Networks | None:
+def _checked_networks(network: Part | Sequence[Part] | None) -> NetworkFunctions | None:
     if network is None:
         return None
     parts = (network,) if callable(network) else network
@@ -196,4 +196,4 @@ def _checked_networks(network: Part | Sequence[Part] | None) -> Networks | None:
         )
     if not parts:
         raise ValueError("network: expected at least one function, got none")
-    return Networks(tuple(parts), callable(network))
+    return NetworkFunctions(tuple(parts), callable(network))

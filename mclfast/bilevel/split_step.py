@@ -30,7 +30,7 @@ Part = Callable[[Params], Any]
 Element = TypeVar("Element")
 
 
-class Networks(NamedTuple):
+class NetworkFunctions(NamedTuple):
     """Networks as functions of the parameters.
 
     Attributes:
@@ -60,7 +60,7 @@ class SplitStep(Step):
         self,
         argument: str,
         objective: Callable[[Any], Tensor],
-        networks: Networks,
+        networks: NetworkFunctions,
         params: Params,
         tape: ConvolutionTape | None = None,
     ) -> None:

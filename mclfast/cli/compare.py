@@ -11,8 +11,8 @@ from mclfast.cli.options import check_folder, cohort_name
 from mclfast.cli.settings import an_integer, dashed, given_settings
 
 if TYPE_CHECKING:
-    from mclfast.compare.design import Plan
-    from mclfast.compare.runner import Finished, Run
+    from mclfast.compare.design import Design
+    from mclfast.compare.runs import Finished, Run
 
 HELP = "train several methods with several seeds and report them side by side"
 
@@ -81,28 +81,28 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     defaults = recipe.load(known.recipe) if known.recipe else {}
     settings = _settings(known, rest, defaults)
 
-    from mclfast.compare.design import make_plan, write_plan
-    from mclfast.compare.runner import changed, others_in, runs_of
+    from mclfast.compare.design import make_design, write_design
+    from mclfast.compare.runs import changed, others_in, runs_of
     from mclfast.train.folder import require_packages
 
     require_packages()
     if known.jobs < 0:
         raise ValueError(f"jobs: expected a value >= 0, got {known.jobs}")
-    plan = make_plan(known.plan, known.methods, known.seeds, settings, known.set, defaults)
-    folder = known.out or _default_folder(plan)
+    design = make_design(known.plan, known.methods, known.seeds, settings, known.set, defaults)
+    folder = known.out or _default_folder(design)
     check_folder("out", folder)
-    runs = runs_of(plan, folder)
+    runs = runs_of(design, folder)
     replaced = changed(runs, overwrite=known.overwrite)
     if others := others_in(folder, runs):
         names = shortened(", ".join(others), 200)
         print(f"not of this comparison, and not in its report: {names}", flush=True)
-    write_plan(folder / "plan.yaml", plan, known.command_line)
+    write_design(folder / "plan.yaml", design, known.command_line)
     try:
         failed = _execute(known, runs, replaced)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    return _report(folder, plan, runs, failed, known.command_line)
+    return _report(folder, design, runs, failed, known.command_line)
 
 
 def _settings(
@@ -140,15 +140,15 @@ def _unknown_flag(flag: str) -> ValueError:
     return unknown_name("setting", flag, map(dashed, known))
 
 
-def _default_folder(plan: Plan) -> Path:
+def _default_folder(design: Design) -> Path:
     """``runs/compare-<data>-<cohort>``, of the first entry."""
-    config = next(iter(plan.configs.values()))
+    config = next(iter(design.configs.values()))
     return Path("runs") / f"compare-{config.data}-{cohort_name(config.cohort)}"
 
 
 def _execute(known: argparse.Namespace, runs: list[Run], replaced: set[Path]) -> dict[Run, str]:
     """Does what is not done yet; returns the failed runs with the reasons."""
-    from mclfast.compare.runner import execute
+    from mclfast.compare.runs import execute
 
     open_ = [run for run in runs if not run.finished or run.folder in replaced]
     if len(open_) < len(runs):
@@ -170,7 +170,7 @@ def _execute(known: argparse.Namespace, runs: list[Run], replaced: set[Path]) ->
 
 def _loaded(run: Run, failed: dict[Run, str]) -> Finished | None:
     """What a finished run left; None where that cannot be read, with the reason in ``failed``."""
-    from mclfast.compare.runner import load
+    from mclfast.compare.runs import load
 
     try:
         return load(run)
@@ -179,7 +179,9 @@ def _loaded(run: Run, failed: dict[Run, str]) -> Finished | None:
         return None
 
 
-def _report(folder: Path, plan: Plan, runs: list[Run], failed: dict[Run, str], command: str) -> int:
+def _report(
+    folder: Path, design: Design, runs: list[Run], failed: dict[Run, str], command: str
+) -> int:
     from mclfast.compare import report
 
     left = (_loaded(run, failed) for run in runs if run not in failed)
@@ -187,7 +189,7 @@ def _report(folder: Path, plan: Plan, runs: list[Run], failed: dict[Run, str], c
     if not finished:
         print("no run finished: nothing to report", file=sys.stderr)
         return 1
-    made = report.write_report(folder, plan, finished, failed, command)
+    made = report.write_report(folder, design, finished, failed, command)
     for table in made.tables:
         print(f"\n{table.title}\n{report.text(table)}")
     print(f"\nreport    {folder / report.REPORT}, {folder / report.PAGE}")

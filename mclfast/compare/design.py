@@ -30,7 +30,7 @@ _KEYS = ("seeds", "defaults", "methods", "command")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Design:
     """A comparison.
 
     Attributes:
@@ -57,14 +57,14 @@ class Plan:
         return None if first == label else first
 
 
-def make_plan(
+def make_design(
     file: Path | None,
     methods: str | None,
     seeds: str | None,
     settings: Mapping[str, Any],
     overrides: Sequence[str],
     recipe: Mapping[str, Any] | None = None,
-) -> Plan:
+) -> Design:
     """The plan of a file, if any, and of options, which go before it.
 
     Args:
@@ -114,7 +114,7 @@ def make_plan(
             # Which of many, where the settings of all do not say it.
             where = f" (settings of {label})" if values else ""
             raise ValueError(f"{error}{where}") from None
-    return Plan(configs, _seeds(given.get("seeds", 3) if seeds is None else seeds))
+    return Design(configs, _seeds(given.get("seeds", 3) if seeds is None else seeds))
 
 
 def _recipe(values: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -184,10 +184,10 @@ def _seeds(value: Any) -> tuple[int, ...]:
     return seeds
 
 
-def write_plan(path: Path, plan: Plan, command: str) -> None:
+def write_design(path: Path, design: Design, command: str) -> None:
     """Writes a plan with all its settings spelt out, defaults of this version included."""
     yaml = optional_import("yaml", extra="train")
-    values = {label: c.to_values() for label, c in plan.configs.items()}
+    values = {label: c.to_values() for label, c in design.configs.items()}
     for entry in values.values():
         del entry["seed"]
     common = field_types(TrainConfig).keys() - {"seed", "method"}
@@ -203,7 +203,7 @@ def write_plan(path: Path, plan: Plan, command: str) -> None:
     }
     content = {
         "command": command,
-        "seeds": list(plan.seeds),
+        "seeds": list(design.seeds),
         "defaults": defaults,
         "methods": methods,
     }

@@ -14,9 +14,9 @@ from typing import Any
 
 from mclfast._base.files import write_text
 from mclfast._base.settings import field_types
-from mclfast.compare.design import BASELINE, Plan
+from mclfast.compare.design import BASELINE, Design
 from mclfast.compare.published import Published, differing_settings, published
-from mclfast.compare.runner import Finished, Run
+from mclfast.compare.runs import Finished, Run
 from mclfast.compare.summary import Summary, summarize, summary_rows, tidy_rows
 from mclfast.config import TrainConfig
 from mclfast.methods import method_class
@@ -70,7 +70,11 @@ class Report:
 
 
 def write_report(
-    folder: Path, plan: Plan, finished: Sequence[Finished], failed: Mapping[Run, str], command: str
+    folder: Path,
+    design: Design,
+    finished: Sequence[Finished],
+    failed: Mapping[Run, str],
+    command: str,
 ) -> Report:
     """Writes all files of a comparison of which at least one run is finished.
 
@@ -84,13 +88,13 @@ def write_report(
     Returns:
         What the report says, for the terminal.
     """
-    summaries = summarize(plan, finished)
+    summaries = summarize(design, finished)
     report = Report(
-        _title(plan),
+        _title(design),
         command,
-        [*_settings(plan), *_machines(finished)],
+        [*_settings(design), *_machines(finished)],
         [
-            _accuracies(plan, summaries),
+            _accuracies(design, summaries),
             _peers(summaries),
             _costs(summaries, finished),
             *([_failures(failed)] if failed else []),
@@ -107,7 +111,7 @@ def write_report(
         },
         folder / ACCURACY,
         report.title,
-        _reference(plan, summaries),
+        _reference(design, summaries),
     )
     plots.accuracy_bands({s.label: s.histories for s in summaries}, folder / CURVES, report.title)
     write_text(folder / REPORT, markdown(report))
@@ -115,9 +119,9 @@ def write_report(
     return report
 
 
-def _title(plan: Plan) -> str:
-    data = " and ".join(dict.fromkeys(c.data for c in plan.configs.values()))
-    cohorts = list(dict.fromkeys(_networks(c.cohort) for c in plan.configs.values()))
+def _title(design: Design) -> str:
+    data = " and ".join(dict.fromkeys(c.data for c in design.configs.values()))
+    cohorts = list(dict.fromkeys(_networks(c.cohort) for c in design.configs.values()))
     several = f"{len(cohorts)} cohorts of networks"
     return f"Training methods on {data}: {' or '.join(cohorts) if len(cohorts) < 4 else several}"
 
@@ -130,17 +134,17 @@ def _networks(cohort: Sequence[str]) -> str:
     )
 
 
-def _reference(plan: Plan, summaries: Sequence[Summary]) -> str | None:
+def _reference(design: Design, summaries: Sequence[Summary]) -> str | None:
     """What the gains are over, in words; None where there are none."""
-    found = dict.fromkeys(plan.baseline_of(s.label) for s in summaries if "gain" in s.values)
+    found = dict.fromkeys(design.baseline_of(s.label) for s in summaries if "gain" in s.values)
     if not found:
         return None
     return next(iter(found)) if len(found) == 1 else "the baseline of the same networks"
 
 
-def _settings(plan: Plan) -> list[str]:
+def _settings(design: Design) -> list[str]:
     """What most entries have, then what each has of its own, a line each."""
-    values = {label: c.to_values() for label, c in plan.configs.items()}
+    values = {label: c.to_values() for label, c in design.configs.items()}
     usual = TrainConfig().to_values()
     fields = [n for n in field_types(TrainConfig) if n not in FREE_SETTINGS | {"seed", "method"}]
     most = {n: _most_frequent([v[n] for v in values.values()]) for n in fields}
@@ -149,14 +153,14 @@ def _settings(plan: Plan) -> list[str]:
     text = ", ".join(f"{name} {_shown(most[name])}" for name in shown)
     lines = [text + ("; where nothing else is said" if differing else "")]
     for label, entry in values.items():
-        options = plan.configs[label].options
+        options = design.configs[label].options
         unusual = dataclasses.asdict(type(options)())
         own = [n for n in fields if entry[n] != most[n]]
         own += [n for n, default in unusual.items() if entry[n] != default]
         method = [f"method {entry['method']}"] if entry["method"] != label else []
         if each := [*method, *(f"{name} {_shown(entry[name])}" for name in own)]:
             lines.append(f"{label}: {', '.join(each)}")
-    return [*lines, f"seeds {', '.join(map(str, plan.seeds))}; all settings are in plan.yaml"]
+    return [*lines, f"seeds {', '.join(map(str, design.seeds))}; all settings are in plan.yaml"]
 
 
 def _most_frequent(values: Sequence[Any]) -> Any:
@@ -181,7 +185,7 @@ def _distinct(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _accuracies(plan: Plan, summaries: Sequence[Summary]) -> Table:
+def _accuracies(design: Design, summaries: Sequence[Summary]) -> Table:
     known = {s.label: found for s in summaries if (found := published(s.config))}
     gains = any("gain" in s.values for s in summaries)
     header = [
@@ -196,7 +200,7 @@ def _accuracies(plan: Plan, summaries: Sequence[Summary]) -> Table:
     rows = [
         [
             s.label,
-            _count(s, plan),
+            _count(s, design),
             s.text("mean_of_peers"),
             *([s.text("gain", sign="+")] if gains else []),
             s.text("ensemble"),
@@ -213,8 +217,8 @@ def _accuracies(plan: Plan, summaries: Sequence[Summary]) -> Table:
     ]
     if gains:
         notes.append(
-            f"Gain: points over {_reference(plan, summaries)}, mean of peers, run by run with the "
-            "same seed." + _other_cohorts(plan, summaries)
+            f"Gain: points over {_reference(design, summaries)}, mean of peers, run by run with "
+            f"the same seed.{_other_cohorts(design, summaries)}"
         )
     if unlabelled := [s.label for s in summaries if not method_class(s.config.method).supervised]:
         notes.append(
@@ -228,16 +232,16 @@ def _accuracies(plan: Plan, summaries: Sequence[Summary]) -> Table:
     return Table("Accuracy", header, rows, notes)
 
 
-def _count(summary: Summary, plan: Plan) -> str:
-    done, all_ = len(summary.seeds), len(plan.seeds)
+def _count(summary: Summary, design: Design) -> str:
+    done, all_ = len(summary.seeds), len(design.seeds)
     return str(done) if done == all_ else f"{done} of {all_}"
 
 
-def _other_cohorts(plan: Plan, summaries: Sequence[Summary]) -> str:
+def _other_cohorts(design: Design, summaries: Sequence[Summary]) -> str:
     others = [
         s.label
         for s in summaries
-        if s.config.method != BASELINE and plan.baseline_of(s.label) is None
+        if s.config.method != BASELINE and design.baseline_of(s.label) is None
     ]
     return f" None for {', '.join(others)}: other networks." if others else ""
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from mclfast.compare.design import Plan
-from mclfast.compare.runner import Finished
+from mclfast.compare.design import Design
+from mclfast.compare.runs import Finished
 from mclfast.config import TrainConfig
 from mclfast.train.plots import History
 
@@ -23,7 +23,7 @@ class Summary:
         seeds: those of the finished runs.
         values: by metric, one value for each seed that has it. "gain" and "gain_peer<i>" are
             differences from the baseline's run with the same seed, absent where there is none, see
-            `Plan.baseline_of`; "peak_memory_mib" is absent where it could not be measured.
+            ``Design.baseline_of``; "peak_memory_mib" is absent where it could not be measured.
         histories: record by epoch of each run.
     """
 
@@ -39,18 +39,20 @@ class Summary:
         return spread(found, digits=digits, sign=sign) if found else "-"
 
 
-def summarize(plan: Plan, finished: Sequence[Finished]) -> list[Summary]:
+def summarize(design: Design, finished: Sequence[Finished]) -> list[Summary]:
     """The entries of which at least one run is finished, in the order of the plan."""
     by_label = {
         label: sorted((f for f in finished if f.run.label == label), key=lambda f: f.run.seed)
-        for label in plan.configs
+        for label in design.configs
     }
     return [
         Summary(
             label,
-            plan.configs[label],
+            design.configs[label],
             tuple(f.run.seed for f in runs),
-            _values(runs, {f.run.seed: f for f in by_label.get(plan.baseline_of(label) or "", [])}),
+            _values(
+                runs, {f.run.seed: f for f in by_label.get(design.baseline_of(label) or "", [])}
+            ),
             [f.result.history for f in runs],
         )
         for label, runs in by_label.items()

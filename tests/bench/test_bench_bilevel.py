@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mclfast import Batch, Cohort, bilevel_gradient, models
-from mclfast.bench.published.bilevel import PublishedBilevel
+from mclfast.bench.published_forms.bilevel import PublishedBilevel
 from mclfast.cohort.functions import cohort_function
 from mclfast.methods import method_class
 

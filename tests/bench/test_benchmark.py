@@ -30,8 +30,8 @@ from mclfast.bench.problem import (
     Unavailable,
 )
 from mclfast.bench.providers import banks, in_batch
-from mclfast.bench.published import banks as published_bank
-from mclfast.bench.published import in_batch as published
+from mclfast.bench.published_forms import banks as published_bank
+from mclfast.bench.published_forms import in_batch as published
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 ABOUT = {"cpu": "a CPU", "threads": 2, "gpu": ""}

@@ -13,7 +13,7 @@ import torch
 
 from mclfast.bench import draw_cohort, train_step
 from mclfast.bench.problem import Unavailable
-from mclfast.bench.published.train_step import PublishedStep
+from mclfast.bench.published_forms.train_step import PublishedStep
 from mclfast.bench.train_step import PUBLISHED, StepCase, make_batch, make_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,4 +1,4 @@
-"""Comparison of methods: plan, runs, statistics, report, and what mistakes cost."""
+"""Comparison of methods: design, runs, statistics, report, and what mistakes cost."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from PIL import Image
 from helpers.command import call, contents, error_of
 from mclfast import models, recipe
 from mclfast.cli import compare
-from mclfast.compare import one_run, report, runner
-from mclfast.compare.design import Plan, make_plan, write_plan
+from mclfast.compare import one_run, report
+from mclfast.compare.design import Design, make_design, write_design
 from mclfast.compare.published import published
-from mclfast.compare.runner import Finished, Run
+from mclfast.compare.runs import Finished, Run, load
 from mclfast.compare.summary import spread, summarize, summary_rows
 from mclfast.config import TrainConfig
 from mclfast.execution.step import TrainStep
@@ -327,7 +327,7 @@ def test_damaged_files_of_a_run(damaged, file, content, reason):
     run = Run("mcl", 5, TrainConfig.from_values({"method": "mcl"}), damaged)
     message = f"^out: expected the files of a finished run in {damaged}, got: {reason}.*; remove "
     with pytest.raises(ValueError, match=message):
-        runner.load(run)
+        load(run)
 
 
 def test_a_damaged_run_is_reported_and_the_others_go_on(damaged, capsys):
@@ -368,7 +368,7 @@ def test_a_run_cut_before_its_exports_writes_them(tmp_path):
         )
 
     perform()
-    assert run.finished and runner.load(run).cost["peak_memory_bytes"] > 2**20
+    assert run.finished and load(run).cost["peak_memory_bytes"] > 2**20
     before = contents(run.folder)
     # As after an end between the result and the exports.
     for name in ("cost.json", "peer1/backbone.json", "peer1/backbone.safetensors"):
@@ -380,7 +380,7 @@ def test_a_run_cut_before_its_exports_writes_them(tmp_path):
     for name in ("peer1/backbone.safetensors", "checkpoint.pt", "result.json", "metrics.csv"):
         assert before[name] == after[name]
     # Nothing was trained: what it would have needed is unknown.
-    assert runner.load(run).cost["peak_memory_bytes"] is None
+    assert load(run).cost["peak_memory_bytes"] is None
     # Without its checkpoint it would be trained again.
     shutil.rmtree(run.folder / "peer0")
     (run.folder / "checkpoint.pt").unlink()
@@ -425,12 +425,12 @@ def test_a_process_that_dies(script, reason, tmp_path, monkeypatch, capsys):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(runner.sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", str(program))
     assert call("compare", *SMALL, "--methods", "baseline", "--seeds", "2", "--out", "out") == 1
     assert capsys.readouterr().out.count(reason) == 2
 
 
-# ---------------------------------------------------------------- plan
+# ---------------------------------------------------------------- design
 
 
 def test_what_goes_before_what(tmp_path):
@@ -439,14 +439,16 @@ def test_what_goes_before_what(tmp_path):
         "seeds: 2\ndefaults: {lr: 0.3, epochs: 7, amp: off, batch_size: 24}\n"
         "methods: {baseline: {batch_size: 36}, wide: {method: mcl, projection_dim: 9}}\n"
     )
-    plan = make_plan(file, None, None, {"epochs": "8"}, ["wide.lr=0.4", "wide.kl-temperature=2"])
-    assert (list(plan.configs), plan.seeds) == (["baseline", "wide"], (0, 1))
-    assert (plan.baseline_of("wide"), plan.baseline_of("baseline")) == ("baseline", None)
-    baseline, wide = plan.configs.values()
+    design = make_design(
+        file, None, None, {"epochs": "8"}, ["wide.lr=0.4", "wide.kl-temperature=2"]
+    )
+    assert (list(design.configs), design.seeds) == (["baseline", "wide"], (0, 1))
+    assert (design.baseline_of("wide"), design.baseline_of("baseline")) == ("baseline", None)
+    baseline, wide = design.configs.values()
     assert (baseline.lr, baseline.epochs, baseline.batch_size) == (0.3, 8, 36)
     assert (wide.lr, wide.epochs, wide.batch_size, wide.projection_dim) == (0.4, 8, 24, 9)
     assert (wide.method, wide.options.kl_temperature, wide.amp) == ("mcl", 2.0, "off")
-    chosen = make_plan(file, "mcl,wide", "3,1", {}, [])
+    chosen = make_design(file, "mcl,wide", "3,1", {}, [])
     assert (list(chosen.configs), chosen.seeds) == (["mcl", "wide"], (3, 1))
     assert chosen.baseline_of("wide") is None
     assert chosen.configs["mcl"].projection_dim == TrainConfig.projection_dim
@@ -467,11 +469,11 @@ def test_a_recipe_gives_the_defaults(capsys):
         assert config[name] == value
 
     values = recipe.load("mine.yaml")
-    plan = make_plan(Path("plan.yaml"), None, None, {}, ["lmcl.kl_temperature=3.5"], values)
-    mcl, lmcl = plan.configs["mcl"], plan.configs["lmcl"]
+    design = make_design(Path("plan.yaml"), None, None, {}, ["lmcl.kl_temperature=3.5"], values)
+    mcl, lmcl = design.configs["mcl"], design.configs["lmcl"]
     assert (mcl.lr, mcl.clip_grad_norm, lmcl.batch_size) == (0.3, 4.0, 20)
     assert (mcl.options.kl_temperature, lmcl.options.kl_temperature) == (2.0, 3.5)
-    chosen = make_plan(None, "lmcl,baseline", "1", {"lr": 0.2}, [], values).configs
+    chosen = make_design(None, "lmcl,baseline", "1", {"lr": 0.2}, [], values).configs
     assert (chosen["lmcl"].options.kl_temperature, chosen["baseline"].lr) == (3.0, 0.2)
 
     capsys.readouterr()
@@ -484,9 +486,9 @@ def test_a_recipe_gives_the_defaults(capsys):
 def test_a_written_plan_is_the_same_plan(tmp_path):
     given = ["wide.milestones=3,5", "wide.data_root=/a"]
     (tmp_path / "given.yaml").write_text("methods: {lmcl: {}, wide: {method: mcl, workers: 0}}\n")
-    plan = make_plan(tmp_path / "given.yaml", None, "4,2", {"schedule": "cosine"}, given)
-    write_plan(tmp_path / "plan.yaml", plan, "mclfast compare")
-    assert make_plan(tmp_path / "plan.yaml", None, None, {}, []) == plan
+    design = make_design(tmp_path / "given.yaml", None, "4,2", {"schedule": "cosine"}, given)
+    write_design(tmp_path / "plan.yaml", design, "mclfast compare")
+    assert make_design(tmp_path / "plan.yaml", None, None, {}, []) == design
 
 
 @pytest.mark.parametrize(
@@ -534,8 +536,8 @@ def test_a_file_in_the_place_of_the_folder(capsys):
 
 
 def test_the_default_folder_has_no_part_of_a_name_as_a_folder(capsys):
-    plan = make_plan(None, "mcl", "1", {"cohort": "timm:hub/a,resnet8"}, [])
-    assert compare._default_folder(plan) == Path("runs/compare-digits-timm-hub-a+resnet8")
+    design = make_design(None, "mcl", "1", {"cohort": "timm:hub/a,resnet8"}, [])
+    assert compare._default_folder(design) == Path("runs/compare-digits-timm-hub-a+resnet8")
 
 
 @pytest.mark.parametrize(
@@ -558,7 +560,7 @@ def test_the_default_folder_has_no_part_of_a_name_as_a_folder(capsys):
 def test_mistakes_in_a_plan(content, message, tmp_path):
     (tmp_path / "plan.yaml").write_text(content)
     with pytest.raises(ValueError, match=f"^{message}"):
-        make_plan(tmp_path / "plan.yaml", None, None, {}, [])
+        make_design(tmp_path / "plan.yaml", None, None, {}, [])
 
 
 def test_help_shows_all_settings(capsys):
@@ -590,8 +592,8 @@ def finished(label: str, seed: int, peers: list[float], **values: Any) -> Finish
     return Finished(run, result, cost, about)
 
 
-def plan_of(runs: list[Finished]) -> Plan:
-    return Plan(
+def design_of(runs: list[Finished]) -> Design:
+    return Design(
         {f.run.label: f.run.config for f in runs}, tuple(sorted({f.run.seed for f in runs}))
     )
 
@@ -604,7 +606,7 @@ def test_gain_is_paired_by_seed():
         finished("mcl", 1, [64.0, 63.0], method="mcl"),
         finished("mcl", 0, [71.0, 75.0], method="mcl"),
     ]
-    _, mcl = summarize(plan_of(runs), runs)
+    _, mcl = summarize(design_of(runs), runs)
     assert mcl.seeds == (0, 1, 2)
     assert mcl.values["mean_of_peers"] == [73.0, 63.5, 90.0]
     # The baseline has no run with seed 2.
@@ -625,7 +627,7 @@ def test_each_cohort_has_a_baseline_of_its_own(tmp_path):
         finished("mcl-three", 0, [a + 4 for a in three], method="mcl"),
         finished("other-data", 0, [72.0, 72.0], method="mcl", data="cifar10"),
     ]
-    found = {s.label: s.values.get("gain") for s in summarize(plan_of(runs), runs)}
+    found = {s.label: s.values.get("gain") for s in summarize(design_of(runs), runs)}
     assert found == {
         "two": None,
         "three": None,
@@ -633,7 +635,7 @@ def test_each_cohort_has_a_baseline_of_its_own(tmp_path):
         "mcl-three": [4.0],
         "other-data": None,
     }
-    report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
+    report.write_report(tmp_path, design_of(runs), runs, {}, "mclfast compare")
     text = (tmp_path / "report.md").read_text()
     assert "points over the baseline of the same networks" in text
     assert "None for other-data: other networks" in text
@@ -652,17 +654,19 @@ def test_what_learned_without_labels_is_said(tmp_path):
         finished("baseline", 0, [70.0, 71.0], method="baseline"),
         finished("moco", 0, [40.0, 41.0], method="moco-mcl", sampler="shuffle"),
     ]
-    report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
+    report.write_report(tmp_path, design_of(runs), runs, {}, "mclfast compare")
     text = (tmp_path / "report.md").read_text()
     assert "moco: trained without labels. The classifiers are class means" in text
-    report.write_report(tmp_path, plan_of(runs[:1]), runs[:1], {}, "mclfast compare")
+    report.write_report(tmp_path, design_of(runs[:1]), runs[:1], {}, "mclfast compare")
     assert "without labels" not in (tmp_path / "report.md").read_text()
 
 
 def test_what_others_wrote_is_text(tmp_path):
     runs = [finished("baseline", 0, [70.0, 71.0], method="baseline")]
     failed = {runs[0].run: "TypeError: got <class 'int'> | 3 < 4"}
-    report.write_report(tmp_path, plan_of(runs), runs, failed, "mclfast compare --out 'a`b<i>\nc'")
+    report.write_report(
+        tmp_path, design_of(runs), runs, failed, "mclfast compare --out 'a`b<i>\nc'"
+    )
     text = (tmp_path / "report.md").read_text()
     assert "| baseline | 0 | TypeError: got &lt;class 'int'> \\| 3 < 4 |" in text
     # A fence that the command does not hold, in one line.
@@ -675,7 +679,7 @@ def test_numbers_are_flush_right(tmp_path):
     runs = [
         finished("baseline", seed, [a, a], method="baseline") for seed, a in ((0, 5.0), (1, 71.0))
     ]
-    made = report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
+    made = report.write_report(tmp_path, design_of(runs), runs, {}, "mclfast compare")
     assert made.tables[0].numeric == [False, True, True, True, True]
     text = (tmp_path / "report.md").read_text()
     assert "| --- | ---: | ---: | ---: | ---: |" in text
@@ -840,7 +844,7 @@ def test_published_column_in_a_report(tmp_path):
         finished("lmcl", 0, [75.0, 76.0], **settings),
         finished("short", 0, [75.0, 76.0], **settings | {"epochs": 3}),
     ]
-    report.write_report(tmp_path, plan_of(runs), runs, {}, "mclfast compare")
+    report.write_report(tmp_path, design_of(runs), runs, {}, "mclfast compare")
     text = (tmp_path / "report.md").read_text()
     assert "| published protocol | published |" in text
     assert "| baseline | 1 | 70.50 | 72.00 | 73.00 | 70.91 ± 0.14 |" in text.replace("| - |", "|")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mclfast.bench.published.in_batch import kl_term
+from mclfast.bench.published_forms.in_batch import kl_term
 from mclfast.losses.results import MCLTerms
 
 PairFunction = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]

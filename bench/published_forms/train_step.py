@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mclfast.bench.published.bilevel import PublishedBilevel
-from mclfast.bench.published.in_batch import pair_terms
+from mclfast.bench.published_forms.bilevel import PublishedBilevel
+from mclfast.bench.published_forms.in_batch import pair_terms
 from mclfast.cohort.cohort import Cohort
 from mclfast.config import TrainConfig
 from mclfast.losses.results import MCLTerms

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mclfast._base.checks import shortened
 from mclfast._base.files import read_json, read_yaml
-from mclfast.compare.design import Plan
+from mclfast.compare.design import Design
 from mclfast.compare.one_run import COST, FAILURE, perform
 from mclfast.config import TrainConfig
 from mclfast.train.export import DESCRIPTION
@@ -61,12 +61,12 @@ class Finished(NamedTuple):
     environment: dict[str, Any]
 
 
-def runs_of(plan: Plan, folder: Path) -> list[Run]:
+def runs_of(design: Design, folder: Path) -> list[Run]:
     """All runs, seed by seed: every entry once before any entry twice."""
     return [
         Run(label, seed, replace(config, seed=seed), folder / label / f"seed{seed}")
-        for seed in plan.seeds
-        for label, config in plan.configs.items()
+        for seed in design.seeds
+        for label, config in design.configs.items()
     ]
 
 

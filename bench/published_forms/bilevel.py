@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mclfast.bench.published.in_batch import layerwise_mcl_loss
+from mclfast.bench.published_forms.in_batch import layerwise_mcl_loss
 from mclfast.cohort.cohort import Cohort
 from mclfast.methods.lmcl import LayerwiseMCL
 

@@ -1,4 +1,4 @@
-"""Argument checks: each raises one line that names the argument, what was expected and what came."""
+"""Argument checks: each raises one line with the argument, what was expected and what came."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the mutual contrastive methods share: the four terms, in the batch or against banks."""
+"""Base class of the mutual contrastive methods: the four terms, in the batch or against banks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ContrastiveMethod(BankMethod):
     many to meet in a batch.
 
     As in the published code, the same image in another network is a positive in the banks, and
-    neither positive nor negative in the batch. An anchor without a positive, for which that code
-    gives NaN, adds nothing to vcl and icl; means are over all anchors. Temperature and weights are
-    by default those published for the batch; those for banks stand in the recipes for ImageNet.
+    neither positive nor negative in the batch. An anchor without a positive adds nothing to vcl and
+    icl, where the published code gives NaN; means are over all anchors. The default temperature and
+    weights are those published for the batch; the recipes for ImageNet hold those for banks.
     """
 
     @dataclass
@@ -67,7 +67,7 @@ class ContrastiveMethod(BankMethod):
     def contrastive_terms(
         self, outputs: PeerOutputs, batch: Batch, pair_weights: Tensor | None = None
     ) -> MCLTerms:
-        """The four terms, each differentiable; layer-wise where pair weights are given."""
+        """The four terms, each differentiable; layer-wise with pair weights."""
         terms = self._call(outputs, batch, pair_weights, None)
         assert isinstance(terms, MCLTerms)
         return terms
@@ -75,13 +75,13 @@ class ContrastiveMethod(BankMethod):
     def contrastive_objective(
         self, outputs: PeerOutputs, batch: Batch, pair_weights: Tensor | None = None
     ) -> MCLObjective:
-        """Their weighted sum, in the fastest form; layer-wise where pair weights are given."""
+        """The weighted sum of the four terms, in the fastest form; layer-wise with pair weights."""
         objective = self._call(outputs, batch, pair_weights, self.coefficients())
         assert isinstance(objective, MCLObjective)
         return objective
 
     def coefficients(self) -> tuple[float, float, float, float]:
-        """Weights of vcl, soft_vcl, icl, soft_icl."""
+        """The weights of vcl, soft_vcl, icl, soft_icl, in this order."""
         return term_weights(self.options)
 
     def _call(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mclfast._base.machine import status
+from mclfast._base.machine import process_memory
 from mclfast.bench.cases import PROVIDERS, make_inputs
 from mclfast.bench.measure import release
 from mclfast.bench.problem import Case, step
@@ -31,10 +31,10 @@ def measure(call: Callable[[], object]) -> int:
     # Freed memory that stays resident would be used again unseen.
     release()
     Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    before = process_memory("VmRSS")
     for _ in range(2):
         call()
-    return max(0, status("VmHWM") - before)
+    return max(0, process_memory("VmHWM") - before)
 
 
 def _case_call(task: dict[str, object]) -> Callable[[], object]:

@@ -1,1 +1,1 @@
-"""What every package needs and none owns: checks, files, tensors, modules, the machine."""
+"""Helpers for every package: checks, files, modules, random states, settings, tensors, machine."""

@@ -1,4 +1,4 @@
-"""Argument checks. Each raises one line naming the argument, what was expected and what came."""
+"""Argument checks: each raises one line with the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def unknown_name(argument: str, got: object, known: Iterable[str]) -> ValueError
     names = sorted(known)
     close = difflib.get_close_matches(str(got).lower(), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    # A long list is of no help to one who has mistyped.
+    # After a typing error the closest name helps, and a long list does not.
     expected = "a known name" if close and len(names) > 12 else f"one of {', '.join(names)}"
     return ValueError(f"{argument}: expected {expected}; got {got!r}{hint}")
 
@@ -47,37 +47,37 @@ def _check_number(argument: str, value: float, kind: str, wanted: str, fits: boo
 
 
 def _is_between(value: Any, least: float, most: float) -> bool:
-    """False for what is no number: the type is judged elsewhere."""
+    """Whether a value is a number in [least, most]; the type has a check of its own."""
     return isinstance(value, (int, float)) and least <= value <= most
 
 
 def check_positive(argument: str, value: float) -> float:
-    """A finite number above zero."""
+    """Accepts a finite number above zero."""
     fits = _is_between(value, 0, sys.float_info.max) and value != 0
     return _check_number(argument, value, "a finite number", "> 0", fits)
 
 
 def check_not_negative(argument: str, value: float) -> float:
-    """A finite number, zero or above."""
+    """Accepts a finite number, zero or above."""
     fits = _is_between(value, 0, sys.float_info.max)
     return _check_number(argument, value, "a finite number", ">= 0", fits)
 
 
 def check_temperature(argument: str, value: float) -> float:
-    """A divisor of similarities or logits, for which float32 neither overflows nor underflows."""
+    """Accepts a divisor of similarities or logits that keeps them within the range of float32."""
     fits = _is_between(value, 1e-6, 1e6)
     return _check_number(argument, value, "a number", "in [1e-6, 1e6]", fits)
 
 
 def check_integer(argument: str, value: Any, least: int) -> int:
-    """An integer that is not below ``least``."""
+    """Accepts an integer that is not below ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{argument}: expected an integer >= {least}, got {describe(value)}")
     return value
 
 
 def check_embeddings(argument: str, value: Any, shape: Sequence[int | str]) -> Tensor:
-    """A floating-point tensor whose shape matches ``shape``; letters stand for any size >= 1."""
+    """Accepts a floating-point tensor of a shape in which letters stand for any size >= 1."""
     wanted = "[" + ", ".join(map(str, shape)) + "]"
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a tensor {wanted}, got {describe(value)}")
@@ -98,7 +98,7 @@ def check_embeddings(argument: str, value: Any, shape: Sequence[int | str]) -> T
 def check_stages(
     argument: str, value: Any, widths: Sequence[Sequence[int | str]]
 ) -> list[list[Tensor]]:
-    """Networks of stages of [B, width], with one B for all."""
+    """Accepts networks of stages of [B, width] tensors, with one B for all of them."""
     try:
         networks = [list(stages) for stages in value]
     except TypeError:
@@ -117,7 +117,7 @@ def check_stages(
 
 
 def check_same(argument: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    """The same device and dtype as another tensor argument."""
+    """Accepts a tensor with the device and dtype of another argument."""
     for attribute in ("device", "dtype"):
         got, want = getattr(value, attribute), getattr(like, attribute)
         if got != want:
@@ -127,7 +127,7 @@ def check_same(argument: str, value: Tensor, like_name: str, like: Tensor) -> No
 
 
 def check_labels(labels: Any, batch: int, device: torch.device) -> Tensor:
-    """Integer class labels [B] on the embeddings' device."""
+    """Accepts integer class labels [B] on the embeddings' device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected an integer tensor [{batch}], got {describe(labels)}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
@@ -143,8 +143,9 @@ def stack_nodes(embeddings: Any, *, stages: bool) -> tuple[Tensor, tuple[int, ..
     """Brings a public ``embeddings`` argument into one tensor, network-major.
 
     Args:
-        embeddings: [M, L, B, D] or networks of stages of [B, D] with ``stages``;
-            [M, B, D] or networks of [B, D] without.
+        embeddings: a tensor [M, B, D], or one [B, D] for each network; with ``stages``, a tensor
+            [M, L, B, D], or a list of [B, D] for each network.
+        stages: whether a network has an embedding for each of its stages, or a single one.
 
     Returns:
         ([N, B, D], the network index of each node)
@@ -181,7 +182,7 @@ def stack_nodes(embeddings: Any, *, stages: bool) -> tuple[Tensor, tuple[int, ..
 
 
 def check_rows(row_start: int, row_count: int | None, batch: int) -> tuple[int, int]:
-    """A slice of the anchors that lies inside the batch."""
+    """Accepts a slice of the anchors that lies inside the batch; returns its start and length."""
     if not isinstance(row_start, int) or not 0 <= row_start < batch:
         raise ValueError(f"row_start: expected an integer in [0, {batch}), got {row_start!r}")
     count = batch - row_start if row_count is None else row_count
@@ -193,7 +194,7 @@ def check_rows(row_start: int, row_count: int | None, batch: int) -> tuple[int, 
 
 
 def check_pair_weights(weights: Any, nodes: Tensor) -> Tensor | None:
-    """Pair weights [N, N, B] on the embeddings' device, or None."""
+    """Accepts pair weights [N, N, B] on the embeddings' device, or None."""
     if weights is None:
         return None
     count, batch = nodes.shape[:2]
@@ -206,7 +207,7 @@ def check_pair_weights(weights: Any, nodes: Tensor) -> Tensor | None:
 
 
 def check_banks(banks: Any, nodes: Tensor, networks: int) -> Tensor:
-    """Memory banks [M, n, D], one for each network, where their rows can be read from."""
+    """Accepts memory banks [M, n, D], one per network, that the embeddings' device can read."""
     check_embeddings("banks", banks, [networks, "n", nodes.shape[-1]])
     if not banks.is_contiguous():
         raise ValueError(f"banks: expected a contiguous tensor, got strides {banks.stride()}")
@@ -224,7 +225,7 @@ def check_banks(banks: Any, nodes: Tensor, networks: int) -> Tensor:
 def check_indices(
     argument: str, value: Any, shape: Sequence[int | str], device: torch.device
 ) -> Tensor:
-    """Sample numbers, int64; letters stand for any size >= 1."""
+    """Accepts sample numbers, int64, of a shape in which letters stand for any size >= 1."""
     wanted = "[" + ", ".join(map(str, shape)) + "]"
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         raise TypeError(f"{argument}: expected an int64 tensor {wanted}, got {describe(value)}")
@@ -242,9 +243,10 @@ def check_indices(
 
 
 def check_range(argument: str, index: Tensor, samples: int) -> None:
-    """Sample numbers in [0, samples), on a CPU: plain indexing would take -1 for the last one.
+    """Accepts sample numbers in [0, samples): plain indexing would take -1 for the last sample.
 
-    Not on a GPU, which would have to be waited for, nor in a compiled graph.
+    Numbers on a GPU, which the host would have to wait for, and numbers in a compiled graph are not
+    checked.
     """
     if index.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then moved into it."""
+"""Text, JSON and YAML files; a file is written beside its place and moved there when complete."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mclfast._base.optional import optional_import
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder that replaces ``path`` when the block succeeds."""
+    """Gives a temporary path beside ``path``, which its file replaces if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    # What a killed process left; no two processes write the same file.
+    # A killed process may have left its file here; no two processes write to the same path.
     for stray in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         stray.unlink(missing_ok=True)
     try:
@@ -40,7 +40,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Reads a JSON object; a missing or damaged file gives one line naming it."""
+    """Reads a JSON object.
+
+    Args:
+        path: file to read.
+        what: subject of the error message.
+
+    Raises:
+        ValueError: the file does not hold a JSON object; the text begins with ``what``.
+        FileNotFoundError: there is no file at ``path``.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -53,11 +62,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, argument: str) -> dict[str, Any]:
-    """The YAML mapping of a file.
+    """Reads a YAML mapping whose keys are text.
+
+    Args:
+        path: file to read.
+        argument: subject of the error message.
 
     Raises:
-        ValueError: the file is not a YAML mapping; the text begins with ``argument``.
-        FileNotFoundError: there is none.
+        ValueError: the file does not hold such a mapping; the text begins with ``argument``.
+        FileNotFoundError: there is no file at ``path``.
     """
     yaml = optional_import("yaml", extra="train")
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Modules that are run again, or for evaluation, and left as they were."""
+"""Contexts that run modules, once more or for evaluation, and leave them as they were."""
 
 from __future__ import annotations
 
@@ -8,20 +8,45 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# In training mode these normalise by the batch, and do without statistics to update.
+# In training mode these normalise by the batch, and run without statistics to update.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class BufferSnapshot:
-    """The buffers of modules as they are now, as a context to run the modules from there again.
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into evaluation mode for the block, then back into its mode of before."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
-    Within it, the modules have copies of what they had; afterwards, what they have now. Their own
-    tensors are not written to: what a graph has saved of them stays valid.
+
+@contextmanager
+def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Gives the buffers of modules their old values back after the block, in the same memory."""
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+class BufferSnapshot:
+    """Buffers of modules as they are now, to run the modules from there again in a ``with`` block.
+
+    In the block the modules use copies of the recorded buffers; after it they have the buffers that
+    they had when it was entered. These are never written to, so that a graph which has saved them
+    stays valid.
 
     Args:
-        modules: what is run again; a module found twice counts once.
-        skip_statistics: let batch norms that would only write to their buffers have none, which
-            saves the copies. Their graph then holds other tensors than that of the first run.
+        modules: modules that will be run again; one that occurs twice counts once.
+        skip_statistics: leave out the buffers of batch norms that would only write to them, which
+            saves the copies. The graph of such a run holds other tensors than that of the first.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, skip_statistics: bool = False) -> None:
@@ -46,29 +71,5 @@ class BufferSnapshot:
             module._buffers[name] = buffer
 
 
-@contextmanager
-def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Afterwards the buffers of modules have the values of before, in the same memory."""
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-
-
 def _only_writes(module: nn.Module) -> bool:
     return module.training and type(module) in _BATCH_NORMS
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode, and afterwards as it was before."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)

@@ -1,4 +1,4 @@
-"""Import of packages that are not always there, or are there and broken."""
+"""Import of optional packages, which may be missing or installed and broken."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def optional_import(name: str, *, extra: str) -> ModuleType:
 
     Args:
         name: module to import, dots allowed.
-        extra: the mclfast extra that installs it.
+        extra: name of the mclfast extra that installs the package.
 
     Returns:
         The imported module.
@@ -26,7 +26,7 @@ def optional_import(name: str, *, extra: str) -> ModuleType:
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
-    # RuntimeError: a torchvision built for another torch. OSError: a missing shared library.
+    # A torchvision built for another torch raises RuntimeError, a missing shared library OSError.
     except (ImportError, RuntimeError, OSError) as error:
         state = f"is installed but fails to import ({_in_one_line(error)})"
         if isinstance(error, ModuleNotFoundError) and error.name == package:

@@ -14,8 +14,8 @@ class RngState(NamedTuple):
     """States of the global generators.
 
     Attributes:
-        cpu: of the CPU.
-        cuda: of every GPU that this process uses.
+        cpu: state of the CPU's generator.
+        cuda: one state for every GPU; empty if this process uses no GPU.
     """
 
     cpu: Tensor
@@ -23,16 +23,17 @@ class RngState(NamedTuple):
 
 
 def rng_state() -> RngState:
-    """State of the generators of the CPU and of all GPUs, where this process uses any.
+    """State of the generators of the CPU and, if this process uses a GPU, of all GPUs.
 
-    Waits for no device: the host keeps them. Where parameters lie does not say where they are used.
+    All GPUs are read, because the place of a parameter does not tell which device will use it. The
+    host keeps these states, so that no device is waited for.
     """
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return RngState(torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in gpus])
 
 
 def set_rng_state(state: RngState) -> None:
-    """Goes back to a state that :func:`rng_state` gave, on a machine with as many GPUs or fewer."""
+    """Goes back to a state of :func:`rng_state`, taken with as many GPUs as here or with more."""
     torch.set_rng_state(state.cpu.cpu())
     # A run may go on with fewer GPUs than it was saved with, or with none.
     for gpu, value in zip(range(torch.cuda.device_count()), state.cuda, strict=False):
@@ -41,7 +42,7 @@ def set_rng_state(state: RngState) -> None:
 
 @contextmanager
 def rng_restored() -> Iterator[None]:
-    """Leaves the generators as they were."""
+    """Sets the generators back after the block to their states of before."""
     state = rng_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Settings dataclasses: the types of their fields, and values brought to them."""
+"""Settings dataclasses: fields with a help text, and conversion of values to a field's type."""
 
 from __future__ import annotations
 
@@ -12,25 +12,34 @@ T = TypeVar("T")
 
 
 def setting(default: T, text: str) -> T:
-    """A field of a settings dataclass: its default, and what the help says of it."""
+    """A field of a settings dataclass, with its default and the text that the help shows."""
     value: T = dataclasses.field(default=default, metadata={"help": text})
     return value
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Type of each field of a settings dataclass, without nested options."""
+    """Type of each field of a settings dataclass but the nested ``options``, by name."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "options"}
 
 
 def coerce_fields(settings: Any) -> None:
-    """Brings every field of a settings dataclass to its type, or raises."""
+    """Converts every field of a settings dataclass to its type, in place, or raises ValueError."""
     for name, kind in field_types(type(settings)).items():
         setattr(settings, name, coerce(name, kind, getattr(settings, name)))
 
 
 def coerce(name: str, kind: Any, value: Any) -> Any:
-    """``value``, from YAML, the command line or Python, as the type of its field."""
+    """Converts a value from YAML, the command line or Python to the type of its field.
+
+    Args:
+        name: name of the field, for the error message.
+        kind: type of the field: bool, int, float, str, a Literal, a tuple, or an optional of them.
+        value: value to convert.
+
+    Raises:
+        ValueError: the value does not fit the type.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):

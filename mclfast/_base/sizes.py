@@ -1,11 +1,11 @@
-"""Sizes of memory as people write them."""
+"""Memory sizes as text: "8GiB" to bytes, and bytes to "1.46 GiB"."""
 
 from __future__ import annotations
 
 import re
 
 _BINARY = ("", "KiB", "MiB", "GiB", "TiB")
-#: Bytes of a unit.
+#: Bytes of each unit that a size can be written in.
 UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base**power
     for suffix, base in (("B", 1000), ("iB", 1024))
@@ -18,12 +18,12 @@ def parse_bytes(text: str, argument: str = "size") -> int:
     """Bytes of a size such as "8GiB", "500 MB" or "123456".
 
     Args:
-        text: a number >= 0 with a unit of :data:`UNITS`; without one it is bytes. Upper and lower
-            case are told apart, as "Gb" means bits to some.
-        argument: named by the error.
+        text: a number >= 0 and a unit of :data:`UNITS`; without a unit, a number of bytes. Upper
+            and lower case are told apart, because "Gb" can mean bits.
+        argument: name that the error message begins with.
 
     Raises:
-        ValueError: another text, or less than one byte.
+        ValueError: the text is not such a size, or is less than one byte.
     """
     match = _NUMBER.fullmatch(text)
     unit = "" if match is None else match[2] or "B"
@@ -40,7 +40,7 @@ def parse_bytes(text: str, argument: str = "size") -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Three digits or so in a binary unit, as "1.46 GiB"."""
+    """A size with three digits or so in a binary unit, such as "1.46 GiB"."""
     power = 0
     while abs(size) >= 999.5 and power < len(_BINARY) - 1:
         size, power = size / 1024, power + 1

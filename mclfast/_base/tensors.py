@@ -1,4 +1,4 @@
-"""Tensors: the dtype statistics are computed in, unit norm, and whether all values are finite."""
+"""Arithmetic on tensors: the dtype of statistics, unit norm, and tests for finite values."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# Values of a part of finite_sum.
+# Values that finite_sum adds up at a time.
 _SUM_AT_A_TIME = 2**22
 
 
-def all_finite(tensors: Iterable[Tensor], device: torch.device) -> bool:
-    """Whether every value of every tensor is finite; waits once for the device of the answer."""
-    sums = torch.stack([finite_sum(tensor).to(device) for tensor in tensors])
-    return bool(sums.isfinite().all())
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that statistics of a tensor are computed in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def finite_sum(tensor: Tensor) -> Tensor:
-    """A sum of all values in float64 that is not finite where one of them is not; 0-dim.
-
-    In parts: a sum in another dtype copies what it adds up, which a large bank leaves no room for.
-    """
-    parts = tensor.detach().reshape(-1).split(_SUM_AT_A_TIME)
-    return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype of its statistics, float32 or wider."""
+    return x.to(statistics_dtype(x))
 
 
 def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -34,8 +29,8 @@ def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     1 / eps.
 
     Args:
-        x: [..., D].
-        eps: smallest norm divided by.
+        x: tensor of any shape [..., D].
+        eps: smallest norm that is divided by.
 
     Examples:
         >>> import torch
@@ -47,11 +42,22 @@ def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x * x.square().sum(-1, keepdim=True).clamp_min(eps**2).rsqrt()
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """float64 stays, everything narrower becomes float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def finite_sum(tensor: Tensor) -> Tensor:
+    """A float64 sum of all values, 0-dim; it is not finite where one of them is not.
+
+    A sum in another dtype copies the values that it adds up, and a large bank leaves no room for
+    the copy. The values are therefore added up in parts.
+    """
+    parts = tensor.detach().reshape(-1).split(_SUM_AT_A_TIME)
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()
 
 
-def wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype of the statistics."""
-    return x.to(statistics_dtype(x))
+def all_finite(tensors: Iterable[Tensor], device: torch.device) -> bool:
+    """Whether every value of every tensor is finite.
+
+    Args:
+        tensors: at least one tensor, on any devices.
+        device: device that the sums are brought to; the host waits for it once.
+    """
+    sums = torch.stack([finite_sum(tensor).to(device) for tensor in tensors])
+    return bool(sums.isfinite().all())

@@ -1,1 +1,1 @@
-"""Stored embeddings: memory banks, queues of keys, and the sampler that draws from them."""
+"""Stored embeddings: memory banks, queues of keys, and a sampler that draws from banks."""

@@ -1,4 +1,4 @@
-"""The newest keys of every network, first in, first out."""
+"""Queue of the newest keys of every network: the oldest keys leave it first."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from mclfast._base.tensors import unit_norm
 
 
 class KeyQueue(nn.Module):
-    """Embeddings of the last batches, which the losses of momentum contrast take for negatives.
+    """Embeddings of the last batches, the negatives of momentum contrast.
 
     Args:
-        num_networks: M.
-        size: K, keys kept of each network; a multiple of the batch.
-        dim: D, width of the embeddings.
-        seed: of the first keys, directions drawn at random.
+        num_networks: number of networks M.
+        size: number of keys K kept of each network, a multiple of the batch size.
+        dim: width D of the embeddings.
+        seed: seed that the first keys are drawn with, as random directions.
 
     Attributes:
-        keys: [M, K, D] float32 buffer, unit-norm.
-        position: 0-dim int64 buffer, where the next keys go.
+        keys: stored keys [M, K, D], a unit-norm float32 buffer.
+        position: place of the next keys, a 0-dim int64 buffer.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size is below 1.
 
     Source: momentum contrast, arXiv 1911.05722, section 3.2.
     """
@@ -45,22 +45,22 @@ class KeyQueue(nn.Module):
         """Replaces the oldest keys.
 
         Args:
-            keys: [M, B, D] unit-norm; K is a multiple of B.
+            keys: new keys [M, B, D], unit-norm, with a B that divides K.
 
         Raises:
-            TypeError, ValueError: keys of another kind or shape, or a B that does not divide K.
+            TypeError, ValueError: the keys have another type or shape, or B does not divide K.
         """
         networks, size, dim = self.keys.shape
         check_embeddings("keys", keys, [networks, "B", dim])
         check_queue_size(size, keys.shape[1])
-        # On the device: the position as a number would make the host wait for it.
+        # The position stays on the device: as a number, it would make the host wait.
         index = self.position + torch.arange(keys.shape[1], device=self.keys.device)
         self.keys.index_copy_(1, index, keys.detach().to(self.keys.dtype))
         self.position.add_(keys.shape[1]).remainder_(size)
 
 
 def check_queue_size(size: int, batch_size: int) -> None:
-    """Raises ValueError where batches do not fill a queue evenly."""
+    """Raises ValueError unless the queue holds a whole number of batches."""
     if size % batch_size:
         raise ValueError(
             f"queue_size: expected a multiple of the batch of {batch_size}, got {size}"

@@ -1,4 +1,4 @@
-"""One stored embedding of every sample, for every network."""
+"""Memory bank: one stored embedding of every training sample, for every network."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ DTYPES = {
 
 
 class MemoryBank(nn.Module):
-    """Momentum averages of the embeddings of a whole data set; the losses read ``bank.banks``.
+    """Moving averages of the embeddings of a whole data set; the losses read ``bank.banks``.
 
     A bank takes ``num_networks * num_samples * dim`` values: ImageNet (1,281,167 samples, 128
     values) needs 0.66 GB in float32 and half of that in bfloat16 for each network. It is written
     only by :meth:`update`, never by a loss. As a buffer it is part of ``state_dict``.
 
     Args:
-        num_networks: M.
-        num_samples: n, samples in the data set.
-        dim: D, width of the embeddings.
+        num_networks: number of networks M.
+        num_samples: number of samples n in the data set.
+        dim: width D of the embeddings.
         momentum: share of the old entry in an update, in [0, 1).
-        dtype: float32 or bfloat16 (half the memory and traffic); float16 and float64 too.
-        device: where the bank lies; "pinned" for host memory that GPUs read in place, for banks
+        dtype: float32, or bfloat16 for half the memory and traffic; float16 and float64 work too.
+        device: device of the bank, or "pinned" for host memory that GPUs read in place, for banks
             larger than a GPU (losses then run at the speed of the bus). A pinned bank stays in host
             memory when the module is moved. The GPU may still write to it after an update has
             returned: synchronise before the host reads or saves it.
-        seed: of the initial entries, uniform with expected norm 1.
+        seed: seed of the initial entries, which are uniform with expected norm 1.
 
     Attributes:
-        banks: [M, n, D] buffer.
+        banks: stored embeddings [M, n, D], a buffer.
 
     Raises:
-        ValueError: a size below 1, a momentum outside [0, 1), or another dtype.
-        RuntimeError: "pinned" without a GPU.
+        ValueError: a size is below 1, the momentum lies outside [0, 1), or the dtype is another.
+        RuntimeError: "pinned" was asked for and there is no GPU.
 
     Examples:
         >>> import torch
@@ -103,7 +103,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Uniform in [-s, s] with s = sqrt(3 / D), filled in parts: no second copy of the bank."""
+        """Draws the entries uniform in [-s, s], s = sqrt(3 / D), in place and in parts."""
         generator = torch.Generator(self.banks.device).manual_seed(seed)
         scale = (3.0 / self.banks.shape[-1]) ** 0.5
         for bank in self.banks:
@@ -111,8 +111,8 @@ class MemoryBank(nn.Module):
                 part.uniform_(-scale, scale, generator=generator)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # A bank that was put into host memory because it is large must not follow the model to
-        # the GPU, and a model cast to half must not change the stored precision.
+        # A bank in host memory, because it is large, must not follow the model to the GPU, and a
+        # model that is cast to half must not change the stored precision.
         banks = self._buffers.pop("banks")
         assert banks is not None
         try:
@@ -132,13 +132,13 @@ class MemoryBank(nn.Module):
         in ``index``, the last occurrence counts and the others are left out, whatever the backend.
 
         Args:
-            index: [B] int64, numbers of the samples.
-            embeddings: [M, B, D] unit-norm, on the device of ``index``.
+            index: numbers of the samples, [B] int64.
+            embeddings: new embeddings [M, B, D], unit-norm, on the device of ``index``.
             backend: "auto" or a name that ``mclfast env`` lists.
 
         Raises:
-            TypeError, ValueError: naming the argument that does not fit.
-            RuntimeError: an index out of range (on a CPU), or the backend is not available.
+            TypeError, ValueError: an argument does not fit; the text names it.
+            RuntimeError: an index is out of range (on a CPU), or the backend is not available.
         """
         networks, _, dim = self.banks.shape
         check_embeddings("embeddings", embeddings, [networks, "B", dim])
@@ -149,7 +149,7 @@ class MemoryBank(nn.Module):
                 f"got {embeddings.device}"
             )
         found = backends.resolve(backend, embeddings.device.type, banks=True)
-        # Unlike in the losses, also where "cuda" is asked for by name.
+        # The losses refuse float64 if "cuda" is asked for by name; an update does not.
         if found == "cuda" and torch.float64 in (embeddings.dtype, self.banks.dtype):
             found = "reference"
         if found == "reference":

@@ -1,7 +1,7 @@
-"""Philox4x32-10, a counter-based random generator, on tensors.
+"""Philox4x32-10, a counter-based random number generator, on tensors.
 
-Every draw is a function of a key and a counter, so draws do not depend on their order, on the
-number of processes or on the device. The C++ and CUDA samplers give the same numbers.
+Every draw is a function of a key and a counter and so depends neither on the order of draws nor on
+the number of processes or the device. The C++ and CUDA samplers give the same numbers.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
 """
@@ -29,8 +29,8 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Te
     """The four random words of a counter and a key.
 
     Args:
-        counter: four words in [0, 2**32): int64 tensors that broadcast, or integers.
-        key: two words.
+        counter: four words in [0, 2**32), each an int64 tensor or an integer; they broadcast.
+        key: two words in [0, 2**32).
 
     Returns:
         Four int64 tensors of values in [0, 2**32).
@@ -40,7 +40,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Te
         *(
             x.to(torch.int64)
             if isinstance(x, Tensor)
-            # Filled in on the device: a copy of a number would wait for it.
+            # Filled in on the device, because the host would wait for the copy of a number.
             else torch.full((), x, dtype=torch.int64, device=device)
             for x in counter
         )
@@ -68,11 +68,11 @@ def uniform_integers(
     Draw d is half d % 2 of the counter (d // 2, anchor, step, stream).
 
     Args:
-        count: draws for each anchor.
-        bound: [B] or one for all, in [1, 2**31).
-        anchor: [B] or one, in [0, 2**32).
-        seed: 64 bits.
-        step, stream: in [0, 2**32).
+        count: number of draws for each anchor.
+        bound: number of values to draw from, in [1, 2**31); one for all anchors, or a tensor [B].
+        anchor: number of the anchor, in [0, 2**32); one, or a tensor [B].
+        seed: key of the generator, 64 bits.
+        step, stream: last two words of the counter, in [0, 2**32).
 
     Returns:
         int64 [B, count], or [count] without tensors among the arguments.

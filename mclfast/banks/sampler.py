@@ -1,4 +1,4 @@
-"""Which stored embeddings an anchor is compared with."""
+"""Sampler of the bank entries that an anchor is contrasted with: positives and negatives."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _POSITIVES, _NEGATIVES, _SHARED = 0, 1, 2
 
 
 class ContrastIndices(NamedTuple):
-    """Sample numbers for the memory-bank losses.
+    """Numbers of the samples that the memory-bank losses contrast a batch with.
 
     Attributes:
-        pos_idx: [B, 1 + P] int64, own number first, then samples of the same class.
-        neg_idx: [B, K] int64 samples of other classes, or [K] where the batch shares them.
+        pos_idx: positives [B, 1 + P] int64, the anchor's own number, then samples of its class.
+        neg_idx: negatives [B, K] int64, samples of other classes; [K] if the batch shares them.
     """
 
     pos_idx: Tensor
@@ -36,20 +36,21 @@ class ContrastSampler(nn.Module):
     the anchor's number (Philox4x32-10): the same on every device and for any number of processes
     or workers. They are uniform up to one part in 2**33.
 
-    Three tables of one int32 for each sample are kept (15 MB for ImageNet), where lists of each
-    class's negatives would take n times the number of classes. They are no part of ``state_dict``.
+    The sampler keeps three tables of one int32 for each sample (15 MB for ImageNet), outside
+    ``state_dict``. Lists of each class's negatives would take n times the number of classes.
 
     Args:
-        labels: [n] integers, class of every sample.
-        num_negatives: K, published 8192 (16384 for MCL-OKD).
-        num_positives: P, published 1; 0 for the noise-contrastive loss.
-        shared_negatives: one set of K for the whole batch instead of one for each anchor, drawn
-            from the classes that are not in the batch: far fewer rows to gather.
-        seed: 64 bits.
+        labels: class of every sample, [n] integers.
+        num_negatives: number of negatives K for each anchor, published 8192 (16384 for MCL-OKD).
+        num_positives: number of positives P for each anchor, published 1; 0 for the
+            noise-contrastive loss.
+        shared_negatives: draw one set of K for the whole batch instead of one for each anchor, from
+            the classes that are not in the batch: far fewer rows to gather.
+        seed: seed of the draws, in [0, 2**63).
 
     Raises:
-        TypeError, ValueError: labels that are not integers [n] >= 0, all of one class or more than
-            2**31 - 1, a num_negatives below 1 or a num_positives below 0.
+        TypeError, ValueError: the labels are not integers [n] >= 0, are all of one class or more
+            than 2**31 - 1, or num_negatives is below 1 or num_positives below 0.
 
     Examples:
         >>> import torch
@@ -108,7 +109,7 @@ class ContrastSampler(nn.Module):
         tables = {"order": order, "position": position, "labels": labels, "starts": starts}
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.int32), persistent=False)
-        # Numbers that no sample has are no classes.
+        # A label that no sample has does not count as a class.
         self._num_classes = int((counts > 0).sum())
         self.num_negatives, self.num_positives = num_negatives, num_positives
         self.shared_negatives, self.seed = bool(shared_negatives), seed
@@ -117,22 +118,22 @@ class ContrastSampler(nn.Module):
         """The positives and negatives of a batch.
 
         Args:
-            index: [B] int64, numbers of the anchors in the data set.
-            step: number of the training step, in [0, 2**32); another step gives other draws, the
-                same step in the next epoch the same ones: count over the whole run.
+            index: numbers of the anchors in the data set, [B] int64.
+            step: number of the training step, in [0, 2**32), counted over the whole run: the same
+                number gives the same draws, in a later epoch too.
             backend: "auto" or a name that ``mclfast env`` lists.
 
         Raises:
-            TypeError, ValueError: naming the argument that does not fit, or a batch of all classes
-                with ``shared_negatives``.
-            RuntimeError: an index out of range (on a CPU; on a GPU it is not checked).
+            TypeError, ValueError: an argument does not fit, and the text names it; or the batch has
+                all classes with ``shared_negatives``.
+            RuntimeError: an index is out of range (on a CPU; on a GPU it is not checked).
         """
         check_integer("step", step, 0)
         if step >= 2**32:
             raise ValueError(f"step: expected a value < 2**32, got {step}")
         check_indices("index", index, ["B"], self.order.device)
         found = backends.resolve(backend, index.device.type, banks=True)
-        # The compiled sampler looks at its index itself, the plain form counts from the end.
+        # The compiled sampler checks its index itself; plain indexing would take -1 for the last.
         if self.shared_negatives or found == "reference":
             check_range("index", index, len(self.order))
         if self.shared_negatives:
@@ -178,7 +179,7 @@ class ContrastSampler(nn.Module):
         sizes = self.starts.diff().long()
         sizes[self.labels[index].long()] = 0
         ends = sizes.cumsum(0)
-        # Only asked where a batch is large enough to hold every class: it waits for the device.
+        # The question waits for the device, so it is asked only if a batch can hold every class.
         if self._num_classes <= len(index) and int(ends[-1]) == 0:
             raise ValueError(
                 "shared_negatives: expected a class that is not in the batch, got a batch with all "

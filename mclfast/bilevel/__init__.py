@@ -1,1 +1,1 @@
-"""Exact gradients of an outer loss through steps of training."""
+"""Bilevel optimisation: exact gradients of an outer loss through a few training steps."""

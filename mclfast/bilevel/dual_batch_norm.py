@@ -1,14 +1,14 @@
-"""Batch normalisation in training together with its tangent, and the backward pass of both.
+"""Training-mode batch normalisation of a value and its tangent, with the backward pass of both.
 
-y = w n + b on batch statistics, n = (x - mean) / std, and y' = w n' + w' n + b'. With the
-projection P(g) = (g - mean(g) - n mean(n g)) / std, which is its own transpose, n' = P(x') and, for
-gradients u of y and v of y',
+With batch statistics the value is y = w n + b, where n = (x - mean) / std, and the tangent is
+y' = w n' + w' n + b'. The projection P(g) = (g - mean(g) - n mean(n g)) / std is its own transpose.
+With it n' = P(x') and, for gradients u of y and v of y',
 
     dL/dx' = w P(v)
     dL/dx  = w P(u) + (w' - w q / std) P(v) - w (mean(n v) n' + mean(n' v) n) / std
     dL/dw  = sum(n u + n' v),   dL/db = sum(u),   q = mean(n x')
 
-w', b' are constants.
+Tangents w', b' of the parameters are constants.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FUSED_DTYPES = (torch.float32, torch.float64)
 
 
 class Running(NamedTuple):
-    """Running statistics, updated in place; None where there are none."""
+    """Running mean and variance, updated in place; None for a norm without running statistics."""
 
     mean: Tensor | None
     var: Tensor | None
@@ -45,11 +45,11 @@ def dual_batch_norm(
     """Value and tangent of ``batch_norm(training=True)``.
 
     Args:
-        x, x_t: [N, C, ...] and its tangent.
-        weight, bias: [C].
-        weight_t, bias_t: their tangents, constants; None for zero.
-        running: updated once.
-        eps: added to the variance.
+        x, x_t: input [N, C, ...] and its tangent.
+        weight, bias: scale and shift of each channel, [C]; None for 1 and 0.
+        weight_t, bias_t: tangents of weight and bias, which are constants; None for zero.
+        running: running statistics, updated once.
+        eps: number added to the variance.
 
     Returns:
         y and y', differentiable once by x, x_t, weight and bias.
@@ -59,7 +59,7 @@ def dual_batch_norm(
         x.device.type == "cpu"
         and x.dtype in _FUSED_DTYPES
         and all(t is None or t.dtype == x.dtype for t in numbers)
-        and _fused_here()
+        and fused_available()
     )
     function = FusedBatchNorm if fused else PlainBatchNorm
     y, y_t = function.apply(x, x_t, weight, weight_t, bias, bias_t, running, eps)
@@ -67,11 +67,12 @@ def dual_batch_norm(
 
 
 @functools.cache
-def _fused_here() -> bool:
+def fused_available() -> bool:
+    """Whether the CPU operators of :class:`FusedBatchNorm` can be used here."""
     if not backends.available("cpu"):
         return False
 
-    # The plan of a training step runs on tensors without data.
+    # The memory planner runs a training step on tensors without data.
     @torch.library.register_fake("mclfast_cpu::dual_batch_norm")
     def _(x: Tensor, *_: object) -> tuple[Tensor, ...]:
         return torch.empty_like(x), torch.empty_like(x), *x.new_empty(4, x.shape[1]).unbind()
@@ -84,7 +85,7 @@ def _fused_here() -> bool:
 
 
 class FusedBatchNorm(torch.autograd.Function):
-    """One operator for value and tangent, one for their gradients; on a CPU."""
+    """Value and tangent from one CPU operator, and their gradients from another."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -118,7 +119,7 @@ class FusedBatchNorm(torch.autograd.Function):
 
 
 class PlainBatchNorm(torch.autograd.Function):
-    """The same by operators of PyTorch, on any device."""
+    """Value and tangent from operators of PyTorch, on any device."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -176,7 +177,7 @@ def _along_channels(values: Tensor, x: Tensor) -> Tensor:
 def _project(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P(g) of the formulas above, and sum(n g), sum(g) for each channel."""
+    """The projection P(g) of this module's formulas, and sum(n g) and sum(g) for each channel."""
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
         grad, x, None, None, None, mean, rstd, True, eps, [True, True, True]
     )

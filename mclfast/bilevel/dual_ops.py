@@ -1,9 +1,9 @@
 """Forward-mode rules that are cheap to differentiate again: convolution, batch normalisation, ReLU.
 
-PyTorch's own rule of batch normalisation is a chain of some thirty elementwise operations, whose
-graph keeps most of its intermediates. Here value and tangent are computed together and their
-backward pass is written out. Its rule of ReLU in place copies the tangent, and its gradient loses
-the channels-last layout. Everything else keeps PyTorch's rules.
+PyTorch's own rule for batch normalisation is a chain of some thirty elementwise operations, whose
+graph keeps most of its intermediates. Here value and tangent are computed together, and their
+backward pass is written out. PyTorch's rule for ReLU in place copies the tangent, and its gradient
+loses the channels-last layout. All other operations keep PyTorch's rules.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _RELU_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
 class ConvolutionTape:
     """Outputs of the convolutions of one forward pass, in the order of the calls.
 
-    A pass with tangents at the same parameters reads them instead of computing them again. Batch
-    normalisation keeps them for its backward pass anyway, so they cost memory only after it.
+    A later pass with tangents at the same parameters reads them instead of computing them again.
+    Batch normalisation keeps them for its backward pass anyway, so they cost memory only after it.
     """
 
     def __init__(self) -> None:
@@ -35,14 +35,14 @@ class ConvolutionTape:
 
     def append(self, output: Tensor) -> None:
         kept = output.detach()
-        # Both count in-place changes together: one that follows makes the output useless.
+        # Both tensors share a version counter; a later in-place change makes the output useless.
         self._outputs.append((kept, kept._version))
 
     def __len__(self) -> int:
         return len(self._outputs)
 
     def take(self, position: int) -> Tensor | None:
-        """The output of a call, once; None where it was changed in place since."""
+        """Gives the output of a call away, once; None if it was changed in place since."""
         kept, self._outputs[position] = self._outputs[position], None
         if kept is None or kept[0]._version != kept[1]:
             return None
@@ -66,14 +66,15 @@ class RecordConvolutions(TorchFunctionMode):
 
 
 class DualOps(TorchFunctionMode):
-    """Takes over convolution, batch normalisation and ReLU in place of dual tensors.
+    """Mode that takes over convolution, batch normalisation and in-place ReLU of dual tensors.
 
     Args:
-        tape: of a forward pass of the same calls with the same values; None to compute them.
+        tape: outputs of an earlier forward pass with the same calls and values; None to compute
+            them again.
 
     Raises:
-        NotImplementedError: in an operator from outside PyTorch, which may drop the tangents of its
-            inputs without a word.
+        NotImplementedError: an operator from outside PyTorch is called, which may drop the tangents
+            of its inputs without a word.
     """
 
     def __init__(self, tape: ConvolutionTape | None = None) -> None:
@@ -103,24 +104,24 @@ class DualOps(TorchFunctionMode):
 
 
 def unpacked(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Value and tangent of a dual tensor, both of one dtype; no tangent of another tensor."""
+    """Value and tangent of a dual tensor, both of one dtype; None as the tangent of any other."""
     value, tangent = forward_ad.unpack_dual(x)
     # Some rules of PyTorch give a wider tangent under autocast.
     return value, None if tangent is None else tangent.to(value.dtype)
 
 
 def _made_dual(value: Tensor, tangent: Tensor) -> Tensor:
-    """A dual tensor that is no view of the value, which nothing else may hold.
+    """A dual tensor that is not a view of its value; nothing else may hold the value.
 
-    Autograd writes the gradient of a view that is changed in place, by the ReLU that often follows,
-    through a copy of the gradient of its base.
+    Where the ReLU that often follows changes a view in place, autograd would write the view's
+    gradient through a copy of the gradient of its base.
     """
     result: Tensor = _NoView.apply(forward_ad.make_dual(value, tangent))
     return result
 
 
 class _NoView(torch.autograd.Function):
-    """The same memory as a tensor of its own."""
+    """Identity whose output has the input's memory without being a view of it."""
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -156,7 +157,7 @@ def _convolution(
         return result
     device = input.device.type
     if torch.is_autocast_enabled(device):
-        # Inside a Function autocast would come too late for the backward pass.
+        # The casts come before the Function: inside it the backward pass would not see them.
         dtype = torch.get_autocast_dtype(device)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -188,7 +189,7 @@ def _convolve_backward(
 
 
 class _DualConvolution(torch.autograd.Function):
-    """y = x * w + b and its tangent y' = x' * w + x * w' + b'; w', b' are constants."""
+    """y = x * w + b and its tangent y' = x' * w + x * w' + b', where w' and b' are constants."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -255,7 +256,7 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 class _ReLUInPlace(torch.autograd.Function):
-    """max(x, 0) in place, its tangent in place too."""
+    """max(x, 0) in place, with a tangent that is changed in place too."""
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -275,7 +276,7 @@ class _ReLUInPlace(torch.autograd.Function):
 
 
 class _MaskInPlace(torch.autograd.Function):
-    """A tangent, set to zero in place wherever the value is."""
+    """Sets a tangent to zero, in place, wherever the value is zero."""
 
     @staticmethod
     def forward(ctx, tangent, value):  # type: ignore[no-untyped-def]

@@ -23,7 +23,7 @@ from mclfast.bilevel.step import Step
 
 
 class BilevelResult(NamedTuple):
-    """What :func:`bilevel_gradient` returns.
+    """Result of :func:`bilevel_gradient`.
 
     Attributes:
         grads: gradient of the final outer loss for each hyperparameter, in the order given.
@@ -64,26 +64,27 @@ def bilevel_gradient(
 
     Without ``network``, X is differentiated as the product of a gradient. With it, X = <dL/do, J u>
     for a loss L of outputs o: forward mode gives J u, one backward pass the gradient of the later
-    steps, and the first step needs no backward pass through the networks at all. That takes about
-    10 ordinary steps' time and twice the activations of one, see
-    :mod:`mclfast.bilevel.split_step`; where an operation has no forward mode, X is differentiated
-    as without ``network``. A list of networks has the activations of one of them at a time, and
-    runs each twice as often.
+    steps, and the first step needs no backward pass through the networks at all. The whole takes
+    about 10 ordinary steps' time and twice the activations of one, see
+    :mod:`mclfast.bilevel.split_step`. If an operation has no forward mode, X is differentiated
+    as without ``network``. A list of networks keeps the activations of one network at a time, and
+    runs each network twice as often.
 
     Args:
-        inner: maps parameters (the keys of ``params``), or the outputs of ``network``, to a 0-dim
-            loss that depends on ``hyperparams``; differentiable twice.
-        outer: likewise; the objective that ``hyperparams`` should lower.
-        params: the starting point; parameters that a loss does not use count as gradient zero.
+        inner: function from parameters (with the keys of ``params``), or from the outputs of
+            ``network``, to a 0-dim loss that depends on ``hyperparams``; differentiable twice.
+        outer: function like ``inner``, of the objective that ``hyperparams`` should lower.
+        params: parameters before the first step; one that a loss does not use has gradient zero.
         hyperparams: tensors with ``requires_grad`` that ``inner`` reads.
-        network: maps parameters to outputs, any nest of tuples, lists and dictionaries of tensors,
-            and does not read ``hyperparams``; or a list of such functions, then the losses take the
-            list of their outputs. It (or else the losses) must use the values it is passed, e.g. by
-            ``torch.func.functional_call``, and do the same operations whenever it is run.
-        inner_steps: >= 1.
-        outer_steps: >= 0.
-        lr: of the SGD steps differentiated through, > 0.
-        momentum, weight_decay: likewise, >= 0.
+        network: function from parameters to outputs, any nest of tuples, lists and dictionaries of
+            tensors, that does not read ``hyperparams``; or a list of such functions, and the losses
+            then take the list of their outputs. It (or the losses, without it) must use the values
+            that it is passed, e.g. by ``torch.func.functional_call``, and do the same operations
+            whenever it is run.
+        inner_steps: number of steps on ``inner``, >= 1.
+        outer_steps: number of steps on ``outer``, >= 0.
+        lr: learning rate of the SGD steps differentiated through, > 0.
+        momentum, weight_decay: settings of the SGD steps differentiated through, >= 0.
 
     Returns:
         BilevelResult(grads, inner_losses, outer_loss). Parameters, ``.grad`` fields and the state
@@ -92,7 +93,7 @@ def bilevel_gradient(
         of them (:mod:`mclfast.cohort.functions` does).
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: an argument does not fit; the text names it.
 
     Examples:
         >>> import torch
@@ -125,8 +126,8 @@ def bilevel_gradient(
         argument, loss = objectives[number] if number < len(objectives) else ("outer", outer)
         if networks is None:
             return Step(argument, loss, theta)
-        # What the last step keeps is used up before any step has a graph of its own again; what
-        # an earlier one kept would come on top of the graph of another step.
+        # Only the last step keeps outputs: they are used up before any step has a graph again.
+        # Outputs of an earlier step would take memory on top of the graph of another.
         tape = ConvolutionTape() if number == len(objectives) - 1 else None
         return SplitStep(argument, loss, networks, theta, tape)
 
@@ -150,7 +151,7 @@ def bilevel_gradient(
         hyper_grads = [torch.zeros_like(h) for h in hyperparams]
         while steps:
             u = momentum_adjoint.plus(adjoint, -lr)
-            # The parameters before the first step are given: nothing asks for their adjoint.
+            # The parameters before the first step are given, so that their adjoint is not needed.
             first = len(steps) == 1
             along, for_hyper = steps.pop().product(u.tensors, hyperparams, with_params=not first)
             hyper_grads = [a + b for a, b in zip(hyper_grads, for_hyper, strict=True)]
@@ -173,7 +174,7 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
 
 
 def _checked_hyperparams(hyperparams: Iterable[Tensor]) -> list[Tensor]:
-    # The rows of a lone tensor would pass for hyperparameters that no loss uses.
+    # A lone tensor is iterable too: its rows would pass for hyperparameters that no loss uses.
     if isinstance(hyperparams, Tensor) or not isinstance(hyperparams, Iterable):
         raise TypeError(f"hyperparams: expected a list of tensors, got {describe(hyperparams)}")
     found = list(hyperparams)

@@ -1,8 +1,8 @@
-"""A step on a loss of the outputs of networks: products by forward mode.
+"""A step on a loss of the outputs of networks, with products by forward mode.
 
-With outputs o, loss L, parameters theta, hyperparameters phi, and tangents J u of the outputs in a
-direction u, the product is <dL/dtheta, u> = <dL/do, J u>. With l = dL/do and m = (d2L/do2) J u held
-constant, its gradient is
+Let o be the outputs, L the loss, theta the parameters, phi the hyperparameters, and J u the
+tangents of the outputs in a direction u. The product is <dL/dtheta, u> = <dL/do, J u>. With
+l = dL/do and m = (d2L/do2) J u held constant, its gradient is
 
     for phi     <d2L/(do dphi), J u>, without another pass through the networks
     for theta   the gradient of <l, J u> + <m, o>, one backward pass through values and tangents
@@ -34,8 +34,8 @@ class NetworkFunctions(NamedTuple):
     """Networks as functions of the parameters.
 
     Attributes:
-        parts: each gives outputs, any nest of tuples, lists and dictionaries with tensors.
-        alone: whether there is one part whose outputs the loss takes, not a list of those of all.
+        parts: functions that give outputs, any nest of tuples, lists and dictionaries with tensors.
+        alone: whether the loss takes the outputs of a single part, not the list of all outputs.
     """
 
     parts: tuple[Part, ...]
@@ -45,15 +45,16 @@ class NetworkFunctions(NamedTuple):
 class SplitStep(Step):
     """A step on ``loss(outputs of networks)``.
 
-    The activations of one part live at once. Where there are several, each runs without a graph
+    The activations of one part are in memory at a time. Each of several parts runs without a graph
     first, for the loss, and once more for its backward pass.
 
     Args:
-        argument: what error messages call the loss.
-        objective: the loss of the outputs.
-        networks: give them.
-        params: values before the step.
-        tape: keeps outputs of convolutions in :meth:`gradient` for :meth:`product`; for one part.
+        argument: name of the loss in error messages.
+        objective: function from the outputs to the loss.
+        networks: functions that give the outputs.
+        params: parameters before the step.
+        tape: place to keep outputs of convolutions in :meth:`gradient` for :meth:`product`; used
+            for a single part only.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class SplitStep(Step):
         self.parts = networks.parts
         self.alone = networks.alone
         self.tape = tape if len(self.parts) == 1 else None
-        #: Before each part, and before the loss.
+        #: States of the generators before each part, and before the loss.
         self.states: list[RngState] = []
 
     def loss(self, params: Params) -> Tensor:
@@ -114,12 +115,12 @@ class SplitStep(Step):
     ) -> tuple[list[Tensor], list[Tensor]]:
         graph = with_params and len(self.parts) == 1
         places = range(len(self.parts))
-        runs = [self._dual_run(j, direction, graph) for j in places]
+        runs = [self.dual_run(j, direction, graph) for j in places]
         tangents = [run.tangents for run in runs]
         set_rng_state(self.states[-1])
         free, loss = self._loss_of([run.nest for run in runs])
         first = grad([loss], _joined(free), create_graph=True)
-        # No graph of the networks: their part comes below.
+        # The tangents are detached: the gradient through the networks is taken further down.
         along = inner_product(first, [None if t is None else t.detach() for t in _joined(tangents)])
         wanted = [*(_joined(free) if with_params else ()), *hyperparams]
         found = grad([along], wanted)
@@ -132,8 +133,8 @@ class SplitStep(Step):
         total: list[Tensor | None] = [None] * len(self.params)
         for j in places:
             cotangents = [*of_values[j], *of_tangents[j]]
-            # Without a name, the graph of a part is gone before that of the next is made.
-            grads = (runs[j] if graph else self._dual_run(j, direction, True)).grad(cotangents)
+            # The run gets no name, so that its graph is freed before the next one is made.
+            grads = (runs[j] if graph else self.dual_run(j, direction, True)).grad(cotangents)
             total = _added(total, grads)
         return self.filled(total), for_hyperparams
 
@@ -141,12 +142,19 @@ class SplitStep(Step):
         return nullcontext() if self.tape is None else RecordConvolutions(self.tape)
 
     def _loss_of(self, nests: Sequence[_Nest]) -> tuple[list[list[Tensor]], Tensor]:
-        """The loss, and the outputs that it was computed from, new to autograd."""
+        """The outputs as new leaves of autograd, and the loss computed from them."""
         free = [[t.detach().requires_grad_() for t in nest.tensors] for nest in nests]
         outputs = [nest.rebuilt(own) for nest, own in zip(nests, free, strict=True)]
         return free, self.checked(self._loss(outputs))
 
-    def _dual_run(self, part: int, direction: Sequence[Tensor], graph: bool) -> _DualRun:
+    def dual_run(self, part: int, direction: Sequence[Tensor], graph: bool) -> DualRun:
+        """Runs a part in forward mode, with tangents of the parameters in a direction.
+
+        Args:
+            part: number of the part.
+            direction: one tangent per parameter.
+            graph: whether autograd records the run.
+        """
         set_rng_state(self.states[part])
         leaves = self.leaves() if graph else self.params
         with torch.set_grad_enabled(graph), forward_ad.dual_level():
@@ -157,11 +165,11 @@ class SplitStep(Step):
             with DualOps(self.tape):
                 nest = _Nest(self.parts[part](duals))
             pairs = [unpacked(t) for t in nest.tensors]
-        return _DualRun(leaves, nest, [value for value, _ in pairs], [t for _, t in pairs])
+        return DualRun(leaves, nest, [value for value, _ in pairs], [t for _, t in pairs])
 
 
 class _Nest:
-    """Outputs of a part; ``tensors`` are those that can have a gradient."""
+    """Outputs of a part; ``tensors`` are its tensors that can have a gradient."""
 
     def __init__(self, outputs: Any) -> None:
         self._flat, self._spec = pytree.tree_flatten(outputs)
@@ -181,8 +189,8 @@ class _Nest:
         return pytree.tree_unflatten(flat, self._spec)
 
 
-class _DualRun(NamedTuple):
-    """A part run in forward mode; a tangent is None where no parameter has a part in the value."""
+class DualRun(NamedTuple):
+    """A part run in forward mode; a tangent is None if its value depends on no parameter."""
 
     leaves: Params
     nest: _Nest
@@ -190,7 +198,7 @@ class _DualRun(NamedTuple):
     tangents: list[Tensor | None]
 
     def grad(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradient for the parameters, from cotangents of values and tangents."""
+        """Gradient for the parameters, from the cotangents of values and tangents."""
         pairs = zip([*self.values, *self.tangents], cotangents, strict=True)
         known = [(o, c) for o, c in pairs if o is not None]
         return grad([o for o, _ in known], self.leaves.values(), [c for _, c in known])

@@ -15,12 +15,12 @@ Params = dict[str, Tensor]
 
 
 class Step:
-    """A step on an objective of which nothing is known: a product is a gradient of a gradient.
+    """A step on any objective, whose product is computed as the gradient of a gradient.
 
     Args:
-        argument: what error messages call the objective.
-        objective: maps parameters to a loss.
-        params: values before the step.
+        argument: name of the objective in error messages.
+        objective: function from parameters to a loss.
+        params: parameters before the step.
     """
 
     def __init__(self, argument: str, objective: Callable[[Any], Tensor], params: Params) -> None:
@@ -30,7 +30,7 @@ class Step:
         self._before: RngState = rng_state()
 
     def loss(self, params: Params) -> Tensor:
-        """The objective at parameters."""
+        """The objective as a function of the parameters."""
         return self.objective(params)
 
     def gradient(self) -> tuple[Tensor, list[Tensor]]:
@@ -46,11 +46,11 @@ class Step:
 
         Args:
             direction: one tensor per parameter.
-            hyperparams: what to differentiate by, beside the parameters.
-            with_params: whether the parameters' part is wanted; it is zero otherwise.
+            hyperparams: tensors to differentiate by, beside the parameters.
+            with_params: whether the gradient for the parameters is wanted; it is zero otherwise.
 
         Returns:
-            The parts of parameters and hyperparameters.
+            The gradients for the parameters and for the hyperparameters.
         """
         set_rng_state(self._before)
         leaves = self.leaves()
@@ -61,18 +61,18 @@ class Step:
         return self.filled(found[:split]), zeros_for_none(found[split:], hyperparams)
 
     def leaves(self) -> Params:
-        """The parameters, new to autograd."""
+        """The parameters as new leaves of autograd."""
         return {n: v.detach().requires_grad_() for n, v in self.params.items()}
 
     def checked(self, loss: Tensor) -> Tensor:
-        """The loss; ValueError unless it is one number."""
+        """The loss as it is; ValueError unless it is a 0-dim tensor."""
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             raise ValueError(f"{self.argument}: expected a 0-dim loss, got {describe(loss)}")
         return loss
 
     def used(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """The gradient, zeros where there is none; ValueError where there is none at all."""
-        # An objective that reads its module's own parameters would give zeros without a word.
+        """The gradient with zeros for None; ValueError if all of it is None."""
+        # An objective that ignores the values it is passed would give zeros without a word.
         if all(g is None for g in grads):
             raise ValueError(
                 f"{self.argument}: expected a loss that depends on the params it is passed, "
@@ -81,6 +81,7 @@ class Step:
         return self.filled(grads)
 
     def filled(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """One gradient for each parameter, with zeros for None and for an empty list."""
         return zeros_for_none(grads or [None] * len(self.params), self.params.values())
 
 
@@ -91,8 +92,10 @@ def grad(
     *,
     create_graph: bool = False,
 ) -> list[Tensor | None]:
-    """:func:`torch.autograd.grad`, which also takes outputs without a graph: no gradient comes
-    from them, nor from those whose cotangent is None."""
+    """:func:`torch.autograd.grad` that also takes outputs without a graph.
+
+    No gradient comes from an output without a graph, or from one whose cotangent is None.
+    """
     inputs = list(inputs)
     pairs = [
         (o, c)
@@ -113,10 +116,11 @@ def grad(
 
 
 def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
-    """Sum of the products of all pairs; None counts as zero."""
+    """Sum of the products of two lists of tensors; None counts as zero."""
     parts = [(x * y).sum() for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
 def zeros_for_none(values: Sequence[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
+    """The values, with zeros of the shape of ``like`` in place of None."""
     return [torch.zeros_like(x) if v is None else v for v, x in zip(values, like, strict=True)]

@@ -1,4 +1,4 @@
-"""The peers of a run: networks with their heads, what they share, what they put out."""
+"""The peers of a run: their networks and heads, the parts they share, and their outputs."""
 
 from mclfast.cohort.cohort import Cohort
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup

@@ -1,4 +1,4 @@
-"""A moving average of a whole module, its buffers included."""
+"""Moving average of a module over training steps, its buffers included."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen_copy(module: Module) -> Module:
-    """A copy in evaluation mode whose parameters want no gradient; shared parts stay shared."""
+    """A copy in evaluation mode without ``requires_grad``; parts shared in it stay shared."""
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
@@ -26,11 +26,14 @@ def update_average(
     as counters, are copied.
 
     Args:
-        average: made by :func:`frozen_copy` from a module like the other.
-        module: what is averaged.
-        decay: in [0, 1]; 0 copies.
-        buffers: False averages the parameters alone, for an average in training mode, which has
-            statistics of its own.
+        average: module that holds the average, made by :func:`frozen_copy`.
+        module: module whose values are averaged, with the same structure.
+        decay: share of the old values, in [0, 1]; 0 copies the module.
+        buffers: whether to average buffers too; False for an average that runs in training mode and
+            so has statistics of its own.
+
+    Raises:
+        ValueError: the decay lies outside [0, 1].
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: expected a value in [0, 1], got {decay}")

@@ -1,4 +1,4 @@
-"""A cohort: peer networks with their projection heads, and what they put out."""
+"""A cohort: peer networks with their projection heads, run together or one at a time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ class Cohort(nn.Module):
             ...)``), or ready :class:`PeerNetwork` objects.
         auxiliary_heads: give every backbone a feature-refinement head and classifier per
             intermediate stage (layer-wise methods need them; inference does not).
-        projection_dim: width of the embeddings, one head per stage; None for no heads.
-        projection: kind of those heads, "mlp" or "linear", see
+        projection_dim: width of the embeddings, one projection head per stage; None for no heads.
+        projection: kind of the projection heads, "mlp" or "linear", see
             :class:`mclfast.cohort.heads.ProjectionHead`.
-        topology: what the networks share, see :func:`mclfast.cohort.topology.topology`; they are
-            changed to use the modules of the first of them. None for independent peers.
+        topology: parts that the networks share, see :func:`mclfast.cohort.topology.topology`. The
+            networks are changed in place: each uses the modules of the first network of its group.
+            None for independent peers.
 
     Attributes:
-        offload: where the peers wait in host memory for their turn, None where they do not.
+        offload: place in host memory where peers wait for their turn; None if all stay on the
+            device.
 
     Raises:
         TypeError: ``networks`` is not a sequence.
@@ -68,7 +70,7 @@ class Cohort(nn.Module):
         ]
         if not peers:
             raise ValueError("networks: expected at least one network, got none")
-        # Two names of one network would be trained twice, and learn from itself.
+        # A network that occurs twice would be trained twice, and learn from itself.
         if len({id(peer.backbone) for peer in peers}) < len(peers):
             raise ValueError("networks: expected different networks, got one of them twice")
         classes = [peer.num_classes for peer in peers]
@@ -123,10 +125,13 @@ class Cohort(nn.Module):
         )
 
     def views(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """What each peer sees: the same images, or its own view of them.
+        """One view of the images for each peer: the images themselves, or the peer's own view.
+
+        Args:
+            images: one tensor [B, C, H, W] for all peers, or one for each of them.
 
         Raises:
-            ValueError: a number of views other than that of the peers.
+            ValueError: the number of views is not the number of peers.
         """
         views = [images] * len(self.peers) if isinstance(images, Tensor) else list(images)
         if len(views) != len(self.peers):
@@ -144,23 +149,23 @@ class Cohort(nn.Module):
         """Runs one peer alone, with its projection heads; modules that it shares run for it again.
 
         Args:
-            peer: its number.
-            view: its images [B, C, H, W].
+            peer: number of the peer in the cohort.
+            view: images that the peer sees, [B, C, H, W].
             done: maps of shared modules that need not run again, see
-                :func:`mclfast.cohort.topology.path_maps`. None to run them all.
-            before: called before each part of the peer that is run, with a key that is the same
-                whenever the part runs on that view again, for whichever peer.
+                :func:`mclfast.cohort.topology.path_maps`; None to run every module.
+            before: function called before each part of the peer that is run. It gets a key that is
+                the same whenever the part runs on that view again, for whichever peer.
 
         Returns:
-            Outputs of a cohort of that peer: tuples of one element. ``shared`` is the last map on
-            the peer's path that all networks have in common.
+            Outputs of a cohort of this one peer: tuples of one element. ``shared`` is the last map
+            on the peer's path that all networks have in common.
         """
         with nullcontext() if self.offload is None else self.offload.present(peer):
             out, shared = self._stage_outputs(peer, view, {} if done is None else done, before)
             return self._with_heads(peer, out, shared)
 
     def _with_heads(self, peer: int, out: StageOutputs, shared: Tensor | None) -> PeerOutputs:
-        """Outputs of a cohort of one peer from those of its network."""
+        """Outputs of a cohort of one peer, from the outputs of the peer's network."""
         embeddings: tuple[tuple[Tensor, ...], ...] = ()
         if len(self.projections):
             heads = self.projections[peer].children()
@@ -174,7 +179,7 @@ class Cohort(nn.Module):
         done: dict[SharedRun, Tensor],
         before: Callable[[Hashable], None] | None,
     ) -> tuple[StageOutputs, Tensor | None]:
-        """Those of one peer's network, and the map that all share."""
+        """Outputs of one peer's network, and the last map that all networks share, if any."""
         network = self.peers[peer]
         if self.topology is None or not self.topology.shares:
             if before is not None:

@@ -14,22 +14,32 @@ from mclfast.cohort.cohort import Cohort
 from mclfast.cohort.outputs import PeerOutputs, joined
 
 Outputs = Callable[[dict[str, Tensor]], PeerOutputs]
-#: By the key of a part: the peer that ran it first, and the random numbers that it started from.
+#: For the key of a part: the peer that ran it first, and the state of the generators before it.
 _Drawn = dict[Hashable, tuple[int, RngState]]
 
 
 def cohort_function(cohort: Cohort, images: Tensor | Sequence[Tensor]) -> Outputs:
-    """The outputs of all peers for images; buffers of the cohort stay as they are."""
+    """A function from parameters to the outputs of all peers for the images.
+
+    Args:
+        cohort: peers to run; their buffers are not changed.
+        images: one tensor [B, C, H, W] for all peers, or a view for each of them.
+    """
     return _function(cohort, "", [cohort], lambda value: value, images)
 
 
 def peer_functions(cohort: Cohort, images: Tensor | Sequence[Tensor]) -> list[Outputs]:
-    """The outputs of each peer alone (see :meth:`mclfast.Cohort.peer_forward`).
+    """One function for each peer, from parameters to the outputs of this peer alone.
 
-    Each takes the parameters of the whole cohort; :func:`mclfast.cohort.outputs.joined` makes the
-    outputs of the cohort from theirs. They are run in the order of the peers, and draw the same
-    random numbers as all peers in one call. Where the peers wait in host memory, so do the
-    parameters that are passed, and each function copies those of its peer to the device.
+    Each function takes the parameters of the whole cohort and runs
+    :meth:`mclfast.Cohort.peer_forward`; :func:`mclfast.cohort.outputs.joined` makes the outputs of
+    the cohort from the results. Run in the order of the peers, the functions draw the same random
+    numbers as all peers in one call. If the peers wait in host memory, so do the parameters that
+    are passed, and each function copies its peer's parameters to the device.
+
+    Args:
+        cohort: peers to run; their buffers are not changed.
+        images: one tensor [B, C, H, W] for all peers, or a view for each of them.
     """
     alone = _PeerAlone(cohort)
     fetch = (lambda value: value) if cohort.offload is None else cohort.offload.fetch
@@ -42,13 +52,15 @@ def peer_functions(cohort: Cohort, images: Tensor | Sequence[Tensor]) -> list[Ou
 def networks_for(
     cohort: Cohort, images: Tensor | Sequence[Tensor], *, one_at_a_time: bool
 ) -> tuple[Outputs | list[Outputs], Callable[[Any], PeerOutputs]]:
-    """What :func:`mclfast.bilevel_gradient` takes as ``network``, and the map from what that gives
-    to the outputs of the cohort.
+    """The cohort as the argument ``network`` of :func:`mclfast.bilevel_gradient`.
 
     Args:
-        cohort: the peers. Where they wait in host memory, it waits until they have arrived there.
-        images: for all of them, or a view for each.
-        one_at_a_time: a function for each peer, in place of one for all.
+        cohort: peers to run. If they wait in host memory, the call returns when all are there.
+        images: one tensor [B, C, H, W] for all peers, or a view for each of them.
+        one_at_a_time: whether to give a function for each peer, in place of one for all of them.
+
+    Returns:
+        The network, and a function from its outputs to the outputs of the cohort.
     """
     if not one_at_a_time:
         return cohort_function(cohort, images), lambda outputs: outputs
@@ -74,22 +86,28 @@ class _PeerAlone(nn.Module):
 
 
 class _PeerDraws:
-    """Random numbers of a peer that runs alone: in a module that it shares, those of the first peer
-    that came through it, as if the module ran once for all of them.
+    """Random numbers of a peer that runs alone, the same as if all peers ran in one call.
+
+    In a shared module the peer draws the numbers of the first peer that came through it, as if the
+    module ran once for all of them.
 
     Args:
-        peer: its number.
-        drawn: what the peers of lower numbers left there in the same order.
+        peer: number of the peer in the cohort.
+        drawn: states that the peers with lower numbers have left; this peer adds its own.
     """
 
     def __init__(self, peer: int, drawn: _Drawn) -> None:
         self._peer = peer
         self._drawn = drawn
-        #: Where its own numbers go on, while those of another peer are drawn again.
+        #: State to go on from with the peer's own numbers after another peer's are drawn again.
         self._own: RngState | None = None
 
     def before(self, key: Hashable) -> None:
-        """A part begins to run, see :meth:`mclfast.Cohort.peer_forward`; the last is its own."""
+        """Sets the generators for a part that begins to run; a peer's last part is never shared.
+
+        Args:
+            key: key of the part, see :meth:`mclfast.Cohort.peer_forward`.
+        """
         first, state = self._drawn.get(key, (self._peer, None))
         if first != self._peer and state is not None:
             self._own = rng_state() if self._own is None else self._own
@@ -108,21 +126,21 @@ def _function(
     fetch: Callable[[Tensor], Tensor],
     *args: Any,
 ) -> Outputs:
-    """The outputs of a module for ``args``.
+    """A function from the parameters of a cohort to the outputs of a module for ``args``.
 
     Args:
-        module: its parameters have the names of those of a cohort after a prefix.
-        prefix: that prefix.
-        parts: the submodules that are run.
-        fetch: brings a parameter to where they run.
-        args: what the module takes.
+        module: module to run, whose parameters are named like the cohort's behind a prefix.
+        prefix: start of the parameters' names in the module.
+        parts: submodules that are run.
+        fetch: function that brings a parameter to the device that the submodules run on.
+        args: inputs of the module.
     """
     run = {id(t) for part in parts for t in (*part.parameters(), *part.buffers())}
     named = (*module.named_parameters(), *module.named_buffers())
     names = {id(t): name for name, t in named if id(t) in run}
     buffers = {names[id(b)]: b for b in module.buffers() if id(b) in run}
-    # Each place of a tensor once: functional_call would not give back what it took from a module
-    # that networks share, which has several names.
+    # Each place of a tensor is listed once: a module that networks share has several names, and
+    # functional_call would not give back the tensors that it took under all of them.
     places = {
         f"{path}.{attribute}" if path else attribute: names[id(tensor)]
         for path, part in module.named_modules()
@@ -134,7 +152,7 @@ def _function(
     }
 
     def outputs(params: dict[str, Tensor]) -> PeerOutputs:
-        # Batch normalisation updates its statistics in place: on copies here.
+        # Batch normalisation updates its statistics in place, here those of copies.
         values = {name: buffer.clone() for name, buffer in buffers.items()}
         values |= {
             name: fetch(params[name.removeprefix(prefix)])

@@ -1,4 +1,8 @@
-"""Small heads on the features of a cohort: projection, logit aggregation, layer matching."""
+"""Small trainable modules on the pooled features of a cohort.
+
+``ProjectionHead`` makes embeddings of them, ``LogitAggregator`` one prediction of all stages of a
+network, and ``LayerMatcher`` weights for pairs of stages. The last two serve layer-wise MCL.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,11 @@ class ProjectionHead(nn.Module):
     Args:
         in_dim: width of the pooled feature.
         dim: width of the embedding.
-        eps: smallest norm divided by, see :func:`mclfast._base.tensors.unit_norm`.
-        kind: "mlp" or "linear".
+        eps: smallest norm that is divided by, see :func:`mclfast._base.tensors.unit_norm`.
+        kind: "mlp" for two linear layers, "linear" for one.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the kind is unknown.
 
     Examples:
         >>> import torch
@@ -77,6 +81,9 @@ class LogitAggregator(nn.Module):
         feature_dims: width D_a of each network's stage features.
         num_stages: number of stages, one number for all networks or one per network.
 
+    Raises:
+        ValueError: a width or a number of stages is below 1, or their counts differ.
+
     Examples:
         >>> import torch
         >>> from mclfast import LogitAggregator
@@ -111,8 +118,8 @@ class LogitAggregator(nn.Module):
         """Aggregated logits, one [B, C] per network.
 
         Args:
-            features: networks of stages of [B, D_a].
-            logits: networks of stages of [B, C].
+            features: pooled features, networks of stages of [B, D_a].
+            logits: logits, networks of stages of [B, C].
         """
         widths = zip(self.feature_dims, self.num_stages, strict=True)
         features = check_stages("features", features, [[dim] * n for dim, n in widths])
@@ -135,7 +142,11 @@ class LayerMatcher(nn.Module):
 
     Args:
         feature_dims: width of the pooled feature of every stage, networks of stages.
-        proj_dim: width of the space the features are compared in.
+        proj_dim: width of the space that the features are compared in.
+
+    Raises:
+        TypeError: ``feature_dims`` has a number where the widths of a network's stages belong.
+        ValueError: a width is below 1.
 
     Examples:
         >>> import torch
@@ -170,7 +181,7 @@ class LayerMatcher(nn.Module):
 
         Returns:
             [N, N, B] in float32 or wider, symmetric in its first two axes; N nodes, network-major.
-            Entries of two nodes of one network are computed too, and used by no loss.
+            Entries of two nodes of one network are computed too, but no loss uses them.
         """
         features = check_stages("features", features, self.feature_dims)
         projected = [

@@ -1,4 +1,4 @@
-"""What a cohort puts out, and what a method is told: the words that networks and methods share."""
+"""Types that networks and methods share: outputs of a cohort, a batch, the setup of a run."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ RunPeers = Callable[[Sequence[PeerNetwork], Sequence[Tensor]], list[StageOutputs
 
 
 class HostMemory(Protocol):
-    """What a cohort asks of the place where its peers wait in host memory for their turn.
+    """Host memory in which the peers of a cohort wait for their turn on the device.
 
     Attributes:
-        device: where a peer runs in its turn.
+        device: device that a peer runs on in its turn.
     """
 
     device: torch.device
 
     def present(self, peer: int) -> AbstractContextManager[None]:
-        """The turn of a peer, whose parameters are on the device within it."""
+        """The turn of a peer: in the block its parameters are on the device."""
 
     def replaced(self, peer: int) -> AbstractContextManager[None]:
-        """The turn of a peer that runs with other tensors in the place of its parameters."""
+        """The turn of a peer that runs with other tensors in place of its parameters."""
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor on the device."""
 
     def wait(self) -> None:
-        """Returns when the device has written what it writes to host memory."""
+        """Returns when the device has finished its writes to host memory."""
 
 
 class PeerOutputs(NamedTuple):
-    """What a cohort puts out for a batch, and all that a method sees of the peers.
+    """Outputs of a cohort for a batch: everything that a method sees of the peers.
 
     Attributes:
-        features: networks of stages of [B, D_a], pooled; the last stage is the backbone's own.
-        logits: networks of stages of [B, C].
-        embeddings: networks of stages of [B, projection_dim] unit-norm; empty without heads.
-        maps: of each network, the last feature map [B, D_a, h, w] before pooling.
-        shared: the last map [B, c, h, w] that all networks have in common, None without one.
+        features: pooled features, networks of stages of [B, D_a]; the last stage is the backbone's.
+        logits: logits, networks of stages of [B, C].
+        embeddings: unit-norm embeddings, networks of stages of [B, projection_dim]; empty without
+            projection heads.
+        maps: one feature map [B, D_a, h, w] per network, the last one before pooling.
+        shared: last map [B, c, h, w] that all networks have in common; None if they share no stage.
         teacher: outputs of the moving average of the whole cohort, without gradient, for methods
-            that ask for it; on the same images unless the method wants a view of its own for it.
+            that ask for it. They belong to the same images, or to a view of its own if the method
+            has one for the teacher.
     """
 
     features: tuple[tuple[Tensor, ...], ...]
@@ -71,12 +73,17 @@ class PeerOutputs(NamedTuple):
 
 
 def mean_logits(outputs: PeerOutputs) -> Tensor:
-    """The mean of the peers' own logits, [B, C], float32 or wider."""
+    """Mean over the peers of their final logits, [B, C], float32 or wider."""
     return torch.stack([wide(z) for z in outputs.final_logits]).mean(0)
 
 
 def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs:
-    """The outputs of a cohort from those of each peer alone; ``shared`` needs a common view."""
+    """The outputs of a cohort from the outputs of each peer alone.
+
+    Args:
+        peers: outputs of a cohort of one peer, for each peer.
+        views: images that each peer has seen; ``shared`` is kept only if all saw the same tensor.
+    """
     same = all(view is views[0] for view in views)
     return PeerOutputs(
         tuple(p.features[0] for p in peers),
@@ -88,11 +95,11 @@ def joined(peers: Sequence[PeerOutputs], views: Sequence[Tensor]) -> PeerOutputs
 
 
 def merged(values: Sequence[Any], merge: Callable[[list[Tensor]], Tensor]) -> Any:
-    """One value of several of the same structure, their tensors merged.
+    """Merges several values of the same structure into one, tensor by tensor.
 
     Args:
         values: outputs, nested tuples of tensors, tensors or None.
-        merge: from the tensors at one place of all values to the one of the result.
+        merge: function that gets the tensors at one place of all values and gives the result's.
     """
     first = values[0]
     if first is None:
@@ -104,20 +111,20 @@ def merged(values: Sequence[Any], merge: Callable[[list[Tensor]], Tensor]) -> An
 
 
 def detached(outputs: PeerOutputs) -> PeerOutputs:
-    """The same values, without gradient."""
+    """The same outputs without gradient."""
     constant: PeerOutputs = merged([outputs], lambda one: one[0].detach())
     return constant
 
 
-# No NamedTuple: those have a method called index.
+# A NamedTuple would not do: it has a method called index.
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a method knows of a batch beside the outputs of the peers.
+    """A batch as a method sees it beside the outputs of the peers.
 
     Attributes:
-        labels: [B] int64.
-        index: [B] int64, numbers of the samples in the training set.
-        step: number of the training step, over the whole run.
+        labels: class of each sample, [B] int64.
+        index: numbers of the samples in the training set, [B] int64.
+        step: number of the training step, counted over the whole run.
         epoch: number of the epoch, from 0.
     """
 
@@ -129,16 +136,16 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What a method is told of cohort and data before a run starts.
+    """Facts about cohort and data that a method gets before a run starts.
 
     Attributes:
-        labels: [n] int64 of the training set, on the device of the run.
-        num_classes: C.
-        projection_dim: width of the embeddings, None where the cohort has none.
-        example: outputs of the cohort for two blank images, without gradient: the widths of all
-            features, logits and maps.
-        seed: of the run.
-        batch_size: B, images per step.
+        labels: class of each training sample, [n] int64, on the device of the run.
+        num_classes: number of classes C.
+        projection_dim: width of the embeddings; None if the cohort has none.
+        example: outputs of the cohort for two blank images, without gradient, which show the widths
+            of all features, logits and maps.
+        seed: seed of the run.
+        batch_size: images per step, B.
     """
 
     labels: Tensor

@@ -1,4 +1,4 @@
-"""Which parts of the networks of a cohort are one: none, the stem and first stages, a tree.
+"""Parts that the networks of a cohort share: none, the stem and first stages, or a tree.
 
 A topology says for the stem (level 0) and for every stage (levels 1 to S) which networks use the
 same module there. Tail and classifier are always each network's own, so that every peer can be
@@ -25,13 +25,13 @@ class Topology:
     """Groups of networks that share a module, level by level.
 
     Attributes:
-        groups: for the stem and each stage, the number of the group of every network. Networks of
-            one group at a level are of one group at all levels before.
+        groups: group number of every network, for the stem and for each stage. Networks of one
+            group at a level are in one group at all earlier levels.
         rescale_gradients: divide the gradient by the number of branches wherever a path splits
             (the ILR layer of CL-ILR, NeurIPS 2018, arXiv 1805.11761, section 3.2).
 
     Raises:
-        ValueError: levels of different lengths, or networks that part and meet again.
+        ValueError: levels differ in length, or networks part and meet again.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -53,7 +53,7 @@ class Topology:
 
     @property
     def common_levels(self) -> int:
-        """Number of levels, from the stem on, that all networks share."""
+        """Number of levels that all networks share, counted from the stem."""
         common = [len(set(level)) == 1 for level in self.groups]
         return common.index(False) if False in common else len(common)
 
@@ -63,7 +63,7 @@ class Topology:
         return any(len(set(level)) < len(level) for level in self.groups)
 
     def branches(self, level: int, group: int) -> int:
-        """Parts that the output of a group at a level goes to."""
+        """Number of branches that the path of a group splits into behind a level."""
         members = [j for j, g in enumerate(self.groups[level]) if g == group]
         if level + 1 == len(self.groups):
             return len(members)
@@ -76,17 +76,17 @@ def topology(
     """A topology by name.
 
     Args:
-        name: "independent"; "shared_stem": stem and the first ``split_stage`` stages are one, all
-            later ones each network's own; "tree": the same, then one stage shared by pairs
-            (networks 0 and 1, 2 and 3, ...), then each network's own.
+        name: "independent" for nothing shared. "shared_stem" for one stem and one set of the first
+            ``split_stage`` stages, with all later stages each network's own. "tree" for a stage
+            more that pairs share (networks 0 and 1, 2 and 3, ...) after a shared stem.
         networks: number of networks M.
         stages: number of stages S.
-        split_stage: stages shared by all, at least 0 (the stem alone) and below S (below S - 1 for
-            a tree).
-        rescale_gradients: see :class:`Topology`.
+        split_stage: number of stages that all networks share, at least 0 (the stem alone) and below
+            S (below S - 1 for a tree).
+        rescale_gradients: whether gradients are divided where paths split, as in :class:`Topology`.
 
     Raises:
-        ValueError: an unknown name, or a split that leaves no stage behind it.
+        ValueError: the name is unknown, or the split leaves no stage behind it.
     """
     own = tuple(range(networks))
     if name == "independent":
@@ -107,11 +107,11 @@ def topology(
 
 
 def share(networks: Sequence[StagedNetwork], topology: Topology) -> None:
-    """Makes the networks use the modules of the first of their group, in place.
+    """Makes the networks use the modules of the first network of their group, in place.
 
     Raises:
-        ValueError: networks of different classes or settings, ones adapted from other modules, or
-            a topology for other numbers of networks and stages.
+        ValueError: the networks differ in class or settings, were adapted from other modules, or
+            differ from the topology in their number or in their number of stages.
     """
     if not topology.shares:
         return
@@ -149,7 +149,7 @@ def _children_of_level(network: StagedNetwork, level: int) -> list[str]:
 
 
 class _DivideGradient(torch.autograd.Function):
-    """The identity, whose gradient is divided by a number; differentiable twice."""
+    """Identity whose gradient is divided by a number; differentiable twice."""
 
     @staticmethod
     def forward(ctx, x, parts):  # type: ignore[no-untyped-def]
@@ -161,7 +161,7 @@ class _DivideGradient(torch.autograd.Function):
         return grad / ctx.parts, None
 
 
-#: A module that several networks share, run on one view: level, group, identity of the view.
+#: One run of a shared module on a view: its level, its group, and the identity of the view.
 SharedRun = tuple[int, int, int]
 
 
@@ -176,17 +176,17 @@ def path_maps(
     """The maps after every stage of one network, through the modules that it shares.
 
     Args:
-        networks: those that :func:`share` was given.
-        topology: the same.
-        peer: number of the network.
-        view: its images [B, C, H, W].
-        done: maps that networks before it have computed, taken from here; gets what networks after
-            it may need.
-        before: called before each module that is run, with the key that its map has.
+        networks: networks that :func:`share` was called with.
+        topology: topology that :func:`share` was called with.
+        peer: number of the network to run.
+        view: images that the network sees, [B, C, H, W].
+        done: maps of shared modules, read where an earlier network has computed them, and extended
+            by the maps that later networks may need.
+        before: function called before each module that is run, with the key of its map in ``done``.
 
     Returns:
-        Stages of [B, c, h, w], and the last map that all networks share [B, c, h, w], None where
-        they share none.
+        The maps [B, c, h, w] of the stages, and the last map [B, c, h, w] that all networks share,
+        None if they share none.
     """
     network = networks[peer]
     last_common = topology.common_levels - 1

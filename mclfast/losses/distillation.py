@@ -16,12 +16,13 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tenso
     """``T**2 * kl_div(log_softmax(student / T), softmax(teacher / T), reduction="batchmean")``.
 
     Args:
-        student: [B, C] logits.
-        teacher: [B, C] logits; gets no gradient.
-        temperature: T > 0; the factor T**2 keeps the gradient's scale when T changes.
+        student: logits [B, C] of the network that learns.
+        teacher: logits [B, C] to learn from; they get no gradient.
+        temperature: divisor T > 0 of the logits; the factor T**2 keeps the gradient's scale when T
+            changes.
 
     Returns:
-        0-dim, float32 or wider.
+        The loss, 0-dim, float32 or wider.
 
     The published code of ONE, FFL and OKDDip adds 1e-7 to every probability of the teacher; here
     both sides are log-softmax, which needs no such guard.
@@ -35,16 +36,16 @@ def kd_loss_through_teacher(student: Tensor, teacher: Tensor, temperature: float
     """The value of :func:`kd_loss`, with gradient to the teacher as well.
 
     Args:
-        student: [B, C] logits.
-        teacher: [B, C] logits.
-        temperature: T > 0.
+        student: logits [B, C] of the network that learns.
+        teacher: logits [B, C] to learn from.
+        temperature: divisor T > 0 of the logits.
 
     Returns:
-        0-dim, float32 or wider.
+        The loss, 0-dim, float32 or wider.
     """
     log_p = torch.log_softmax(wide(teacher) / temperature, dim=-1)
     log_q = torch.log_softmax(wide(student) / temperature, dim=-1)
-    # The entropy of the teacher is part of it: without it the gradient would be another.
+    # The teacher's entropy is part of the loss: it gets a gradient too.
     return temperature**2 * kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
@@ -55,12 +56,12 @@ def mutual_kd_loss(
 
     Args:
         students: logits [B, C] of M >= 2 networks.
-        teachers: logits [B, C] of as many; get no gradient. The students' own for deep mutual
-            learning, arXiv 1706.00384.
-        temperature: of :func:`kd_loss`.
+        teachers: logits [B, C] of M networks; they get no gradient. For deep mutual learning
+            (arXiv 1706.00384) they are the students' own.
+        temperature: divisor T > 0 of the logits, as in :func:`kd_loss`.
 
     Returns:
-        0-dim, float32 or wider.
+        The loss, 0-dim, float32 or wider.
     """
     terms = [
         kd_loss(student, teacher, temperature)

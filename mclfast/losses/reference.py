@@ -1,7 +1,7 @@
 """The in-batch losses as plain PyTorch: the definition every faster backend is compared with.
 
 Notation (MCL, arXiv 2104.12565, section 3; layer-wise form, arXiv 2207.11518, section 3):
-a node is one stage of one network, ``nodes[a]`` its unit-norm embeddings ``E_a`` [B, D], and
+a node is one stage of one network, ``nodes[a]`` are its unit-norm embeddings ``E_a`` [B, D], and
 
     S_ab = E_a E_b^T / temperature                  [B, B] similarity logits, anchors in rows
     P(r) = {c != r : labels[c] == labels[r]}        positives of anchor r
@@ -49,8 +49,8 @@ def contrastive_rows(logits: Tensor, is_self: Tensor, positives: Tensor) -> Tens
     """
     count = positives.sum(-1)
     has_positive = count > 0
-    # Rows without a positive keep their own column: they are dropped below, and a row that is
-    # masked whole (a batch of one) would put NaN into the gradient.
+    # Rows without a positive keep their own column. They are dropped below, but a row that is
+    # masked as a whole (in a batch of one) would put NaN into the gradient.
     others = logits.masked_fill(is_self & has_positive[:, None], float("-inf"))
     positive_mean = (logits * positives).sum(-1) / count.clamp_min(1)
     return torch.where(has_positive, others.logsumexp(-1) - positive_mean, 0.0)
@@ -76,10 +76,12 @@ def mcl_rows(
     """All rows of all nodes, one similarity matrix at a time.
 
     Args:
-        nodes: [N, B, D], unit-norm embeddings.
-        networks: the network that each of the N nodes belongs to.
-        labels: [B], class of each sample.
-        row_start, row_count: the anchors computed, all B of them by default (R = row_count).
+        nodes: unit-norm embeddings [N, B, D].
+        networks: number of the network that each of the N nodes belongs to.
+        labels: class of each sample, [B].
+        temperature: divisor of the similarities.
+        kl_temperature: divisor of the logits in the soft terms, T.
+        row_start, row_count: first anchor and number of anchors R; all B anchors by default.
     """
     num_nodes, batch = nodes.shape[:2]
     count = batch - row_start if row_count is None else row_count

@@ -2,7 +2,7 @@
 
 Notation (MCL, arXiv 2104.12565, section 3; layer-wise form, arXiv 2207.11518, section 3; NCE form,
 MCL-OKD, arXiv 2006.04093): node e is one stage of one network, ``nodes[e]`` its embeddings ``E_e``
-[B, D]; network m keeps one embedding of every sample of the data set in ``banks[m]`` [n, D]. Anchor
+[B, D]. Network m keeps one embedding of every sample of the data set in ``banks[m]`` [n, D]. Anchor
 r is compared with its key samples only: its own entry, P positives, K negatives. With
 ``keys[r] = [own index, positives, negatives]``:
 
@@ -13,8 +13,8 @@ its own past. Inter logits of (a, b) are ``z[network of a, b]`` with all columns
 in the bank of a peer is a positive. (The published layer-wise code reads the bank of the first
 network of a pair for the intra logits of both; here every network reads its own.)
 
-Each bank is gathered once, [B, 1 + P + K, D]: meant for checking, not for memory. Banks get no
-gradient.
+Each bank is gathered once, [B, 1 + P + K, D]: this form is meant for checking, not to save memory.
+Banks get no gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mclfast.losses.results import BankMCLRows
 def bank_logits(embeddings: Tensor, bank: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """z[r, k] = bank[keys[r, k]] . embeddings[r] / temperature; [B, D], [n, D], [B, J] -> [B, J].
 
-    A bank in host memory is gathered there.
+    The rows of a bank in host memory are gathered there.
     """
     rows = bank[keys.to(bank.device)].to(embeddings.device, statistics_dtype(embeddings))
     return torch.einsum("bkd,bd->bk", rows, wide(embeddings)) / temperature
@@ -60,11 +60,13 @@ def bank_mcl_rows(
     """All rows of all nodes.
 
     Args:
-        nodes: [N, B, D], unit-norm embeddings.
-        networks: the network, and so the bank, of each of the N nodes.
-        banks: [M, n, D].
-        pos_idx: [B, 1 + P], own index first.
-        neg_idx: [B, K].
+        nodes: unit-norm embeddings [N, B, D].
+        networks: number of the network, and so of the bank, of each of the N nodes.
+        banks: stored embeddings [M, n, D], one bank per network.
+        pos_idx: sample numbers of the positives [B, 1 + P], the anchor's own number first.
+        neg_idx: sample numbers of the negatives [B, K].
+        temperature: divisor of the similarities.
+        kl_temperature: divisor of the logits in the soft terms.
     """
     keys = torch.cat([pos_idx, neg_idx], dim=1)
     count, positives = len(networks), pos_idx.shape[1] - 1
@@ -103,8 +105,8 @@ def bank_nce_log_normalizer(
 ) -> Tensor:
     """log(n * mean over the batch and its keys of exp z[i, j]) [M, M]; no gradient.
 
-    The estimate of the partition function over the data set that noise-contrastive estimation
-    divides by; 0 on the diagonal, which is not used.
+    It estimates the partition function over the data set, which noise-contrastive estimation
+    divides by. The diagonal is 0 and not used.
     """
     count = len(banks)
     with torch.no_grad():
@@ -152,15 +154,17 @@ def bank_nce_loss(
 def bank_update_(banks: Tensor, index: Tensor, embeddings: Tensor, momentum: float) -> None:
     """``banks[m, i] <- unit_norm(momentum * banks[m, i] + (1 - momentum) * embeddings[m, r])``.
 
-    Of samples that occur more than once in the batch, the last one counts.
+    If a sample occurs more than once in the batch, its last occurrence counts.
 
     Args:
-        banks: [M, n, D], changed in place.
-        index: [B], i of each sample r.
-        embeddings: [M, B, D].
+        banks: stored embeddings [M, n, D], changed in place.
+        index: number i of each sample r, [B].
+        embeddings: new embeddings [M, B, D].
+        momentum: share of the old entry.
     """
     same = index[:, None] == index[None, :]
-    # All rows of a sample write what its last one has: a set of them would wait for the device.
+    # All rows of a sample write the values of its last one: to drop rows, the host would have to
+    # wait for the device.
     last = torch.where(same, torch.arange(len(index), device=index.device), -1).amax(1)
     where = index.to(banks.device)
     old, new = wide(banks[:, where]), wide(embeddings[:, last]).to(banks.device)

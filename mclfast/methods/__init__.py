@@ -1,4 +1,4 @@
-"""Training methods by name; one small file each says the method's loss."""
+"""Training methods by name; each has a file of its own with its loss and its options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the methods with memory banks share: their options, what is drawn, what is written."""
+"""Base class of the methods with memory banks: options, draws from the banks, their updates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mclfast.ops import backends
 
 
 class BankMethod(Method):
-    """A method that contrasts embeddings with a memory bank of each network's last ones."""
+    """A method that contrasts embeddings with memory banks, one of each network's embeddings."""
 
     projections = True
     uses_maps = False
@@ -58,11 +58,11 @@ class BankMethod(Method):
 
     @property
     def uses_banks(self) -> bool:
-        """Whether these options need banks at all."""
+        """Whether the method needs banks with its options."""
         return True
 
     def sampling(self) -> dict[str, Any]:
-        """Settings of the :class:`ContrastSampler` beside its number of negatives."""
+        """Arguments of :class:`ContrastSampler` other than the number of negatives and the seed."""
         return {}
 
     def prepare(self, setup: Setup) -> None:
@@ -97,12 +97,12 @@ class BankMethod(Method):
             self.bank.update(batch.index, last, backend=self.options.backend)
 
     def contrast(self, batch: Batch) -> tuple[Tensor, ContrastIndices]:
-        """The banks [M, n, D] and what a batch is contrasted with in them.
+        """The banks [M, n, D] and the numbers of their entries that a batch is contrasted with.
 
-        Drawn once for a batch, whose bilevel step needs it again and again.
+        The numbers are drawn once for a batch, because the bilevel step needs the same ones again.
 
         Raises:
-            RuntimeError: before :meth:`prepare`.
+            RuntimeError: :meth:`prepare` was not called before.
         """
         bank, sampler = prepared(self.bank), prepared(self.sampler)
         if self._drawn is None or self._drawn[0] is not batch:

@@ -1,4 +1,4 @@
-"""What the mutual contrastive methods share: the four terms, in the batch or against banks."""
+"""Base class of the mutual contrastive methods: the four terms, in the batch or against banks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ContrastiveMethod(BankMethod):
     many to meet in a batch.
 
     As in the published code, the same image in another network is a positive in the banks, and
-    neither positive nor negative in the batch. An anchor without a positive, for which that code
-    gives NaN, adds nothing to vcl and icl; means are over all anchors. Temperature and weights are
-    by default those published for the batch; those for banks stand in the recipes for ImageNet.
+    neither positive nor negative in the batch. An anchor without a positive adds nothing to vcl and
+    icl, where the published code gives NaN; means are over all anchors. The default temperature and
+    weights are those published for the batch; the recipes for ImageNet hold those for banks.
     """
 
     @dataclass

@@ -1,4 +1,4 @@
-"""Feature maps of different networks brought to one width and size."""
+"""Helpers that bring feature maps of different networks to one width and one size."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def transfer(channels: int, wanted: int) -> nn.Module:
 
 
 def to_smallest(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Maps [B, c, h, w], each averaged down to the smallest height and width among them."""
+    """Averages maps [B, c, h, w] down to the smallest height and the smallest width of them all."""
     size = (min(m.shape[2] for m in maps), min(m.shape[3] for m in maps))
     return [m if m.shape[2:] == size else adaptive_avg_pool2d(m, size) for m in maps]

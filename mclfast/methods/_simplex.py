@@ -1,14 +1,15 @@
-"""The convex combination of several networks' logits with the least cross entropy."""
+"""Search for the convex combination of several networks' logits with the least cross entropy."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Newton steps; a search on a GPU always takes all of them.
+# Largest number of Newton steps; a search on a GPU always takes all of them.
 _STEPS = 60
+# Factor on the weight of the barrier once the search has come close to its path.
 _SHRINK = 0.1
-# Lengths tried in a Newton step: 1, 1/2, 1/4, ...
+# Number of lengths tried in a Newton step: 1, 1/2, 1/4, ...
 _LENGTHS = 16
 
 
@@ -21,12 +22,12 @@ def best_mixture(logits: Tensor, labels: Tensor, *, tolerance: float = 1e-4) -> 
     minimum, is at most the tolerance. The host waits for none of its numbers.
 
     Args:
-        logits: [M, B, C].
-        labels: [B].
+        logits: logits [M, B, C] of the networks.
+        labels: class of each sample, [B].
         tolerance: largest excess over the least cross entropy, in nats.
 
     Returns:
-        [M], not negative, sum one, in float64 and without gradient.
+        Weights [M] >= 0 with sum one, in float64 and without gradient.
     """
     # With the true class at 0 the cross entropy is the log-sum-exp alone.
     margins = relative_to_label(logits.double(), labels)
@@ -40,17 +41,18 @@ def best_mixture(logits: Tensor, labels: Tensor, *, tolerance: float = 1e-4) -> 
         gap = weights @ gradient - gradient.min()
         # Logits that are not finite end the search as well.
         searching = gap > tolerance
-        if _known_to_be_over(searching):
+        if known_to_be_over(searching):
             break
         if step == 0:
             barrier = gap / count
         second = torch.einsum("bc,mbc,kbc->mk", p, margins, margins)
         hessian = (second - means @ means.T) / batch
-        # In units of the weights themselves, which keeps the system well conditioned at the edge.
+        # Directions are relative to the weights, which keeps the system well conditioned at the
+        # edge of the simplex.
         slope = weights * gradient - barrier
         curvature = weights[:, None] * hessian * weights
         curvature.diagonal().add_(barrier)
-        # Not solve(): it asks the device whether it succeeded.
+        # solve() would ask the device whether it succeeded.
         solved, _ = torch.linalg.solve_ex(curvature, torch.stack((slope, weights), 1))
         toward, along = solved.unbind(1)
         direction = (weights @ toward) / (weights @ along) * along - toward
@@ -62,13 +64,13 @@ def best_mixture(logits: Tensor, labels: Tensor, *, tolerance: float = 1e-4) -> 
 
 
 def relative_to_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """Every network's logits [M, B, C] less the one of the true class."""
+    """Every network's logits [M, B, C] less the logit of the true class."""
     index = labels[None, :, None].expand(len(logits), -1, 1)
     return logits - logits.gather(2, index)
 
 
-def _known_to_be_over(searching: Tensor) -> bool:
-    """Whether to leave a search early: only on a CPU, where knowing costs nothing."""
+def known_to_be_over(searching: Tensor) -> bool:
+    """Whether a search can end early; always False on a GPU, where to ask would mean to wait."""
     return searching.device.type == "cpu" and not bool(searching)
 
 
@@ -78,17 +80,17 @@ def _step(
     """The weights after the longest step tried that lowers the objective enough (Armijo)."""
 
     def objectives(w: Tensor) -> Tensor:
-        """[S] for weights [S, M]."""
+        """Objective [S] of weights [S, M]."""
         cross_entropy = torch.tensordot(w, margins, 1).logsumexp(-1).mean(-1)
         return cross_entropy - barrier * w.log().sum(-1)
 
-    # Weights are to stay above zero.
+    # The longest step keeps all weights above zero.
     longest = (0.99 / (-direction.min()).clamp_min(1e-300)).clamp_max(1.0)
     powers = torch.arange(_LENGTHS, device=weights.device, dtype=weights.dtype)
-    lengths = torch.cat((longest * 0.5**powers, powers.new_zeros(1)))  # the last one stays
+    lengths = torch.cat((longest * 0.5**powers, powers.new_zeros(1)))  # the last is no step at all
     tried = weights * (1 + lengths[:, None] * direction)
     found = objectives(tried)
     enough = found <= found[-1] + 0.25 * lengths * descent
-    # The first that is enough: of equal values, argmax takes the first.
+    # The longest step that lowers it enough: argmax takes the first of equal values.
     chosen = tried.index_select(0, enough.int().argmax().reshape(1)).squeeze(0)
     return chosen / chosen.sum()

@@ -15,15 +15,15 @@ from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.losses.distillation import mutual_kd_loss
 from mclfast.methods._maps import to_smallest, transfer
-from mclfast.methods._options import DistillOptions, check_peers
-from mclfast.methods.base import Method, prepared
+from mclfast.methods._options import DistillOptions
+from mclfast.methods.base import Method, check_peers, prepared
 from mclfast.methods.baseline import sum_cross_entropy
 
 
 class Discriminator(nn.Sequential):
-    """Says for every place of a map [B, c, h, w] whether it is real: [B, 1, h, w] in (0, 1).
+    """Judges at every place of a map [B, c, h, w] whether it is real: [B, 1, h, w] in (0, 1).
 
-    Without BatchNorm, which would hide from it the shift between real and imitated maps.
+    It has no BatchNorm, which would hide the shift between real and imitated maps.
     """
 
     def __init__(self, channels: int) -> None:
@@ -40,17 +40,18 @@ class AFD(Method):
     """Online distillation of feature maps, arXiv 2002.01775, for two networks or more.
 
     ``sum_a CE_a + distill_weight sum_a mean_{b != a} KD(z_a <- z_b) + adversarial_weight sum_a
-    mean (1 - D_a(G_a))**2`` with G_a the last map of network a, in a cycle: discriminator D_a takes
-    the maps of the network before a for real and those of a for imitated. After each step it lowers
-    ``mean (1 - D_a(G_{a-1}))**2 + mean D_a(G_a)**2`` on maps that are constants. A network with
-    maps of another width than the one before it imitates those through a 1x1 convolution, which is
-    trained with the network; the larger of two sizes is averaged down.
+    mean (1 - D_a(G_a))**2`` with G_a the last map of network a. The networks form a cycle: for
+    discriminator D_a the maps of the network before a are real and the maps of a are imitated.
+    After each step D_a lowers ``mean (1 - D_a(G_{a-1}))**2 + mean D_a(G_a)**2`` on constant maps. A
+    network whose maps have another width than those of the network before it imitates them through
+    a 1x1 convolution, which is trained with the network; the larger of two sizes is averaged down.
 
-    Cycle, least-squares form and logit loss are the paper's. Its constants could not be checked:
-    here the adversarial loss is a weighted part of the one loss of the networks, where the paper
-    gives it an optimiser of its own with a small learning rate; the discriminators' shape, learning
-    rate (constant over the run) and weight decay (decoupled: as a part of the gradient it would
-    outweigh it) are choices too. All are options but the shape.
+    Cycle, least-squares form and logit loss are the paper's; its constants could not be checked.
+    Some choices are made here: the adversarial loss is a weighted part of the one loss of the
+    networks, where the paper gives it an optimiser of its own with a small learning rate, and the
+    discriminators have a shape, a learning rate (constant over the run) and a weight decay
+    (decoupled, because as a part of the gradient it would outweigh it). All but the shape are
+    options.
     """
 
     @dataclass
@@ -79,7 +80,7 @@ class AFD(Method):
     def prepare(self, setup: Setup) -> None:
         check_peers(setup, "afd", 2)
         o, widths = self.options, [m.shape[1] for m in setup.example.maps]
-        # Entry a - 1 of the first is the last one: the cycle.
+        # For network 0, index -1 is the last network, which closes the cycle.
         real = [widths[a - 1] for a in range(len(widths))]
         self.discriminators = nn.ModuleList(Discriminator(c) for c in real)
         self.transfers = nn.ModuleList(

@@ -1,4 +1,4 @@
-"""What a training method is: a function of the peers' outputs, with modules of its own."""
+"""Base class of the training methods: a loss of the peers' outputs, with modules of its own."""
 
 from __future__ import annotations
 
@@ -17,22 +17,42 @@ Part = TypeVar("Part")
 
 
 def prepared(part: Part | None) -> Part:
-    """What :meth:`Method.prepare` made; RuntimeError before it was called."""
+    """A part that :meth:`Method.prepare` makes; RuntimeError if it is None because it was not."""
     if part is None:
-        raise RuntimeError("loss: expected prepare() to be called before, got a method without")
+        raise RuntimeError(
+            "loss: expected prepare() to be called before, got a method that is not prepared"
+        )
     return part
+
+
+def check_peers(setup: Setup, method: str, least: int, *, exactly: bool = False) -> None:
+    """Raises ValueError if a cohort has fewer networks than a method needs, or too many.
+
+    Args:
+        setup: cohort and data of the run.
+        method: name of the method in the error message.
+        least: smallest number of networks.
+        exactly: whether more networks than ``least`` are wrong too.
+    """
+    count = len(setup.example.logits)
+    if count < least or (exactly and count > least):
+        how = "exactly" if exactly else "at least"
+        raise ValueError(
+            f"cohort: expected {how} {least} networks for method {method}, got {count}"
+        )
 
 
 class Method(nn.Module):
     """Turns the outputs of a cohort into a loss; it never sees the networks.
 
-    A subclass sets the class attributes, takes its ``Options`` and implements :meth:`loss`. A
-    method with hyperparameters learned by the bilevel step implements the three ``meta`` methods
-    too; the trainer calls them every ``bilevel_every`` steps.
+    A subclass sets the class attributes, defines its ``Options`` and implements :meth:`loss`. A
+    method with hyperparameters that the bilevel step learns implements :meth:`meta_parameters`,
+    :meth:`inner_loss` and :meth:`outer_loss` too; the trainer calls them every ``bilevel_every``
+    steps.
 
     Args:
         feature_dims: width of the pooled feature of every stage, networks of stages.
-        options: the method's own settings, the defaults if None.
+        options: settings of the method; None for the defaults.
     """
 
     #: Whether the networks carry auxiliary heads at their intermediate stages.
@@ -42,29 +62,29 @@ class Method(nn.Module):
     views: ClassVar[Literal["one", "per_peer", "query_key"]] = "one"
     #: Whether gradients are divided where networks that share parts branch off.
     rescale_gradients: ClassVar[bool] = False
-    #: Whether outputs come with those of a moving average of the cohort (``PeerOutputs.teacher``).
+    #: Whether a moving average of the cohort runs too, as ``PeerOutputs.teacher``.
     teacher: ClassVar[bool] = False
     #: "eval": the teacher runs in evaluation mode, and all of it is averaged after the step.
-    #: "train": as the key networks of momentum contrast (arXiv 1911.05722), in training mode with
-    #: statistics of its own on a shuffled batch (the outputs are in the order of the batch), its
-    #: parameters averaged before it runs.
+    #: "train": the teacher runs like the key networks of momentum contrast (arXiv 1911.05722), in
+    #: training mode with statistics of its own, on a shuffled batch (its outputs are in the order
+    #: of the batch); its parameters are averaged before it runs.
     teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"
-    #: Whether the classifiers learn. Where they do not, evaluation sets them to the class means of
-    #: the features, see :mod:`mclfast.train.class_means`.
+    #: Whether the classifiers learn. If they do not, evaluation sets them to the class means of the
+    #: features, see :mod:`mclfast.train.class_means`.
     supervised: ClassVar[bool] = True
     #: Whether the cohort carries projection heads (``PeerOutputs.embeddings``).
     projections: ClassVar[bool] = False
-    #: Whether it reads the peers' maps (``PeerOutputs.maps`` and ``shared``), which would otherwise
-    #: take memory with every peer where peers run one after the other.
-    uses_maps: ClassVar[bool] = True
-    #: Kind of those heads, see :class:`mclfast.cohort.heads.ProjectionHead`.
+    #: Kind of the projection heads, see :class:`mclfast.cohort.heads.ProjectionHead`.
     projection: ClassVar[Literal["mlp", "linear"]] = "mlp"
+    #: Whether the method reads the peers' maps (``PeerOutputs.maps`` and ``shared``). Maps that no
+    #: method reads are not kept, which saves their memory if peers run one after the other.
+    uses_maps: ClassVar[bool] = True
 
     @dataclass
     class Options:
         """Settings of the method; each becomes a command-line option and a recipe field.
 
-        Those of a method derive from these, so that their types are checked.
+        The options of every method derive from this class, which checks their types.
         """
 
         def __post_init__(self) -> None:
@@ -80,33 +100,33 @@ class Method(nn.Module):
 
     @classmethod
     def projection_kind(cls, options: Any) -> Literal["mlp", "linear"]:
-        """Kind of the projection heads; :attr:`projection` unless the options say it."""
+        """Kind of the projection heads: :attr:`projection`, unless a method's options choose it."""
         return cls.projection
 
     def augmentation(self) -> ContrastiveAugmentation | None:
-        """What is done to training images in place of the data set's own augmentation, if any."""
+        """Augmentation of training images in place of the data set's own; None to keep that."""
         return None
 
     def view_count(self, networks: int) -> int:
-        """Views of an image that a cohort of so many networks is fed, see :attr:`views`."""
+        """Number of views of an image that a cohort of ``networks`` peers gets, by ``views``."""
         return {"one": 1, "per_peer": networks, "query_key": 2}[self.views]
 
     def batch_parts(self) -> int:
-        """Equal parts that the networks run a batch in: batch norm sees one at a time."""
+        """Number of equal parts of a batch; batch norm takes the statistics of one at a time."""
         return 1
 
     def prepare(self, setup: Setup) -> None:
-        """Builds what depends on cohort and data; called once, before a run starts.
+        """Builds the parts that depend on cohort and data; called once, before a run starts.
 
-        Modules made here are moved to the device and trained with those made before.
+        Modules made here are moved to the device and trained like those of the constructor.
         """
 
     @property
     def repeatable(self) -> bool:
         """Whether the loss is the same function of outputs and labels in every step.
 
-        It then reads neither step nor epoch of the batch, draws no samples and never waits for the
-        device, so that it can be recorded as a CUDA graph.
+        Such a loss reads neither step nor epoch of the batch, draws no samples and never waits for
+        the device, so that it can be recorded as a CUDA graph.
         """
         return False
 
@@ -119,7 +139,7 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define loss")
 
     def ensemble(self, outputs: PeerOutputs) -> Tensor:
-        """Logits [B, C] of all peers together; the mean of theirs unless overridden."""
+        """Logits [B, C] of all peers together: the mean of their logits unless overridden."""
         return mean_logits(outputs)
 
     def teacher_decay(self, step: int) -> float:
@@ -127,24 +147,24 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has a teacher but no teacher_decay")
 
     def holdout(self) -> float:
-        """Share of each class's training images kept for :meth:`before_epoch`, not trained on."""
+        """Share of each class's training images that is kept back for :meth:`before_epoch`."""
         return 0.0
 
     def before_epoch(self, logits: Tensor | None, labels: Tensor | None) -> None:
         """Called at the start of every epoch.
 
         Args:
-            logits: [M, H, C] of the peers in evaluation mode for the images held out, None
-                without any.
-            labels: [H] of those images.
+            logits: logits [M, H, C] of the peers in evaluation mode for the images kept back; None
+                if there are no such images.
+            labels: classes [H] of the images kept back; None if there are no such images.
         """
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The method's own parameters for the ordinary optimiser, with settings of their own.
 
-        Each group is what torch.optim takes: "params" and settings that differ from the run's (but
-        the learning rate, which follows the run's schedule).
-        Parameters that the bilevel step or an own optimiser trains stay out.
+        Each group has the form that torch.optim takes: "params", and settings other than the run's
+        but for the learning rate, which follows the run's schedule. Parameters that the bilevel
+        step or an optimiser of the method trains are left out.
         """
         apart = {id(p) for p in self.meta_parameters()}
         apart |= {
@@ -160,17 +180,17 @@ class Method(nn.Module):
         return {}
 
     def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:
-        """Called after the optimiser's step, with the outputs that the loss got, as constants."""
+        """Called after the optimiser's step with the outputs of the loss, without gradient."""
 
     def check_device(self, device: torch.device) -> None:
-        """Raises, before a run starts, where the method cannot work on a device."""
+        """Raises, before a run starts, if the method cannot work on a device."""
 
     def meta_parameters(self) -> list[nn.Parameter]:
         """Parameters that only the bilevel step trains; none unless overridden."""
         return []
 
     def inner_loss(self, outputs: PeerOutputs, batch: Batch) -> Tensor:
-        """The objective whose SGD steps the bilevel gradient runs through."""
+        """The objective of the SGD steps that the bilevel gradient is taken through."""
         raise NotImplementedError(f"{type(self).__name__} has meta parameters but no inner_loss")
 
     def outer_loss(self, outputs: PeerOutputs, batch: Batch) -> Tensor:

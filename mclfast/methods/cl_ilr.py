@@ -11,17 +11,17 @@ from mclfast._base.settings import setting
 from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.losses.distillation import kd_loss
-from mclfast.methods._options import DistillOptions, check_peers
-from mclfast.methods.base import Method
+from mclfast.methods._options import DistillOptions
+from mclfast.methods.base import Method, check_peers
 from mclfast.methods.baseline import sum_cross_entropy
 
 
 class CLILR(Method):
     """``sum_a [(1 - w) CE(logits_a) + w KD(logits_a <- mean of all others)]``, M >= 2, w = 0.5.
 
-    The mean is a constant. The cohort's option ``topology`` says what the networks share, a tree in
-    the paper; wherever a path splits, its gradient is divided by the number of branches there (the
-    published code divides by 2 whatever that number is).
+    The mean is a constant. The cohort's option ``topology`` sets the parts that the networks share,
+    a tree in the paper. Wherever a path splits, its gradient is divided by the number of branches
+    there (the published code divides by 2 whatever that number is).
 
     Source: NeurIPS 2018, arXiv 1805.11761, sections 3.1 and 3.2; temperature 2 and w as in the
     comparisons of MCL-OKD (arXiv 2006.04093).

@@ -9,8 +9,8 @@ from torch import Tensor
 from mclfast._base.settings import setting
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.losses.distillation import mutual_kd_loss
-from mclfast.methods._options import DistillOptions, check_peers
-from mclfast.methods.base import Method
+from mclfast.methods._options import DistillOptions
+from mclfast.methods.base import Method, check_peers
 from mclfast.methods.baseline import sum_cross_entropy
 
 

@@ -16,21 +16,22 @@ from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, mean_logits
 from mclfast.losses.distillation import kd_loss
 from mclfast.methods._maps import to_smallest, transfer
-from mclfast.methods._options import RampedDistillOptions, check_peers
-from mclfast.methods.base import Method, prepared
+from mclfast.methods._options import RampedDistillOptions
+from mclfast.methods.base import Method, check_peers, prepared
 from mclfast.methods.baseline import sum_cross_entropy
 
 
 class FusionModule(nn.Module):
     """Fused logits of the last feature maps of two networks.
 
-    Side by side, 3x3 depthwise convolution, 1x1 convolution to one map's width, each with BatchNorm
-    and ReLU, global average pool, Linear. Maps that differ are brought together first: to the
-    larger width by a 1x1 convolution, to the smaller size by averaging.
+    The maps are concatenated and pass a 3x3 depthwise convolution and a 1x1 convolution to one
+    map's width, each with BatchNorm and ReLU, then a global average pool and a linear layer. Maps
+    that differ are first brought to the larger width by a 1x1 convolution and to the smaller size
+    by averaging.
 
     Args:
-        channels: of both maps.
-        num_classes: C.
+        channels: number of channels of each map.
+        num_classes: number of classes C.
 
     Source: arXiv 1904.09058, section 3.2.
     """
@@ -65,8 +66,8 @@ class FFL(Method):
     with z_f the logits of a :class:`FusionModule`, w rising to 1 and every teacher a constant. The
     fused losses reach the networks through their maps. The ensemble is z_f, not the mean logits.
 
-    Equal networks and networks that share stages are published; for maps that differ the paper has
-    a regression layer without details, here the 1x1 convolution of the module.
+    The paper has results for equal networks and for networks that share stages. For maps that
+    differ it names a regression layer without details, which is the module's 1x1 convolution here.
     """
 
     @dataclass

@@ -15,9 +15,9 @@ from mclfast._base.settings import setting
 from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.losses.distillation import kd_loss
-from mclfast.methods._options import DistillOptions, check_peers
+from mclfast.methods._options import DistillOptions
 from mclfast.methods._simplex import best_mixture, relative_to_label
-from mclfast.methods.base import Method
+from mclfast.methods.base import Method, check_peers
 from mclfast.methods.baseline import sum_cross_entropy
 
 
@@ -34,9 +34,9 @@ class KDCL(Method):
       back, C_ij = E[(softmax_i - label) . (softmax_j - label)], renewed before every epoch: weights
       C^-1 1, scaled to sum one; some may be negative. C gets a ridge on its diagonal.
 
-    No code was published. Chosen here: ``general`` combines logits as the other teachers do, the
-    share kept back, and the ridge. Temperature and weight are those reported for the paper, which
-    could not be checked.
+    No code was published. Three choices are made here: ``general`` combines logits as the other
+    teachers do, the share of images kept back, and the ridge. Temperature and weight are those
+    reported for the paper, which could not be checked.
 
     Source: CVPR 2020, "Online Knowledge Distillation via Collaborative Learning", section 3.
     """
@@ -85,7 +85,7 @@ class KDCL(Method):
 
     @property
     def repeatable(self) -> bool:
-        # The solver behind the best mixture need not allow to be recorded.
+        # The solver behind the best mixture may not be recordable.
         return bool(self.options.teacher != "linear")
 
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ class KDCL(Method):
 
     @torch.no_grad()
     def _teacher(self, outputs: PeerOutputs, labels: Tensor) -> Tensor:
-        """[B, C] logits."""
+        """Logits [B, C] of the teacher."""
         logits = torch.stack([wide(z) for z in outputs.final_logits])  # [M, B, C]
         match self.options.teacher:
             case "naive":
@@ -116,13 +116,13 @@ class KDCL(Method):
 
 
 def general_weights(logits: Tensor, labels: Tensor, ridge: float) -> Tensor:
-    """The weights [M] of ``general``, float64, sum one.
+    """Weights [M] of the teacher ``general``, in float64 and with sum one.
 
     Args:
-        logits: [M, H, C] for images held out.
-        labels: [H].
-        ridge: times the mean of the correlation's diagonal, added to it; without one, networks
-            that err alike would make the correlation singular.
+        logits: logits [M, H, C] of the networks for the images kept back.
+        labels: classes [H] of these images.
+        ridge: factor on the mean of the correlation's diagonal, added to the diagonal; without it,
+            networks that err alike would make the correlation singular.
     """
     labels = labels.to(logits.device)
     errors = torch.softmax(logits.double(), dim=-1) - one_hot(labels, logits.shape[-1])

@@ -24,12 +24,12 @@ class LayerwiseMCL(ContrastiveMethod):
 
     ``sum CE(all heads) + sum_a CE(aggregate_a) + sum_a sum_b KD(final_a <- aggregate_b) + MCL``,
     with MCL the four layer-wise terms weighted by the matcher. The matcher is trained by the
-    bilevel step only: in the ordinary step its weights are constants, in the inner objective they
-    are live, through the features too.
+    bilevel step only: its weights are constants in the ordinary step, and in the inner objective
+    they have a gradient, through the features too.
 
     The terms are sums over ordered pairs of networks and all pairs of their stages, each in both
-    directions, as in the published code: a direction counts twice. Against banks every network is
-    contrasted with its own in vcl and soft_vcl, where that code takes one bank for both of a pair.
+    directions, as in the published code: a direction counts twice. Against banks, vcl and soft_vcl
+    contrast every network with its own bank, where that code takes one bank for both of a pair.
     """
 
     auxiliary_heads = True

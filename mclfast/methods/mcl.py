@@ -19,11 +19,11 @@ from mclfast.methods.baseline import sum_cross_entropy
 class MCL(ContrastiveMethod):
     """The loss of arXiv 2104.12565 for any number of networks, with one embedding each.
 
-    ``sum_a CE_a + MCL``, with MCL the four terms between the networks, and with ``logit_distill``
-    ``KD(logits_a <- mean of all logits)`` on top, the mean a constant: for all networks, or for the
-    last one only, as the published code does for more than two, whose mean is live with banks.
-    Published with two independent networks, and with four that share stem and first stages
-    (``topology="shared_stem"``).
+    ``sum_a CE_a + MCL``, with MCL the four terms between the networks. The option ``logit_distill``
+    adds ``KD(logits_a <- mean of all logits)``, with a constant mean, for all networks or for the
+    last one only. The published code adds it for the last one if there are more than two, and its
+    mean has a gradient with banks. The paper has results for two independent networks, and for four
+    that share stem and first stages (``topology="shared_stem"``).
     """
 
     @dataclass

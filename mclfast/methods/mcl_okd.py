@@ -14,7 +14,8 @@ from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, mean_logits
 from mclfast.losses.banks import bank_nce_loss
 from mclfast.losses.distillation import kd_loss
 from mclfast.methods._banked import BankMethod
-from mclfast.methods._options import DistillOptions, check_peers
+from mclfast.methods._options import DistillOptions
+from mclfast.methods.base import check_peers
 from mclfast.methods.baseline import sum_cross_entropy
 
 
@@ -23,10 +24,10 @@ class MCLOKD(BankMethod):
 
     ``ce_weight sum_a CE_a + distill_weight KD(z_M <- mean_a z_a) + nce_weight NCE``: only the last
     network is distilled, from the mean logits as a constant; NCE is
-    :func:`mclfast.bank_nce_loss` over all ordered pairs of networks, its normalising constants
+    :func:`mclfast.bank_nce_loss` over all ordered pairs of networks, with normalising constants
     estimated from each batch. The positive is the anchor's own entry; the published code can take
-    one of its class instead. Embeddings are linear projections. Published with four networks that
-    share stem and first stages (``topology="shared_stem"``).
+    an entry of its class instead. Embeddings are linear projections. The paper has results for four
+    networks that share stem and first stages (``topology="shared_stem"``).
     """
 
     projection = "linear"

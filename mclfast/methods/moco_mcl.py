@@ -21,7 +21,7 @@ from mclfast.losses.results import MCLTerms
 from mclfast.methods._options import check_term_weights, term_weights
 from mclfast.methods.base import Method
 
-# Anchors whose similarities to all keys are held at a time.
+# Number of queries whose similarities to all keys are held at a time.
 _ROWS = 64
 
 
@@ -33,12 +33,12 @@ class MomentumMCL(Method):
     ``G_ab = q_a . [k_b, Q_b] / temperature`` over 1 + K columns, column 0 the positive:
 
     ``sum_a CE(G_aa) + sum_{a != b} KD(G_aa <- G_bb) + sum_{a != b} CE(G_ab) +
-    sum_{a != b} KD(G_ab <- G_ba)``, named vcl, soft_vcl, icl, soft_icl, teachers constant. One
-    network alone is MoCo (arXiv 1911.05722).
+    sum_{a != b} KD(G_ab <- G_ba)``: the terms vcl, soft_vcl, icl and soft_icl, with constant
+    teachers. One network alone is MoCo (arXiv 1911.05722).
 
-    Batch norm of queries and keys takes its statistics from ``norm_parts`` parts of a batch, the
-    keys' shuffled, as on the GPUs of the published runs. With one part, shuffling has no effect, as
-    in those runs on one GPU. The published queue holds 65536 keys; the default is for small data.
+    Batch norm takes its statistics from ``norm_parts`` parts of a batch, which is shuffled for the
+    keys, as on the GPUs of the published runs. With one part, as in those runs on one GPU,
+    shuffling has no effect. The published queue holds 65536 keys; the default is for small data.
 
     Labels are not used in training. In evaluation the classifiers hold the class means of training
     features; ``mclfast transfer --published`` trains a classifier on a finished network.
@@ -142,19 +142,19 @@ def momentum_mcl_sums(
 ) -> Tensor:
     """The four terms of :class:`MomentumMCL`, summed over the batch.
 
-    Nothing of size [B, 1 + K] is kept for the backward, which computes the similarities of 64
-    queries at a time again; at that time there are some 5 M^2 matrices [64, 1 + K]. At M = 2,
-    B = 256, K = 65536 that is a third of the memory of keeping them all.
+    Nothing of size [B, 1 + K] is kept for the backward pass, which computes the similarities of 64
+    queries at a time again. It then holds some 5 M^2 matrices [64, 1 + K]; at M = 2, B = 256,
+    K = 65536 this is a third of the memory of keeping all similarities.
 
     Args:
-        queries: [M, B, D] unit-norm.
-        keys: [M, B, D] unit-norm; no gradient.
-        queue: [M, K, D] unit-norm; no gradient.
-        temperature: divides the similarities.
-        kl_temperature: softens the distributions compared.
+        queries: embeddings of the networks [M, B, D], unit-norm.
+        keys: embeddings of the key networks [M, B, D], unit-norm; they get no gradient.
+        queue: older keys [M, K, D], unit-norm; they get no gradient.
+        temperature: divisor of the similarities.
+        kl_temperature: divisor of the logits in the KL terms.
 
     Returns:
-        [4]: vcl, soft_vcl, icl, soft_icl, in float32 or wider.
+        The sums of vcl, soft_vcl, icl and soft_icl, [4], in float32 or wider.
     """
     # Matrix products in half precision would lose what a temperature this low brings out.
     with torch.autocast(queries.device.type, enabled=False):
@@ -162,7 +162,7 @@ def momentum_mcl_sums(
         keys, queue = keys.detach().to(queries.dtype), queue.detach().to(queries.dtype)
         parts = [
             checkpoint(
-                _sums_of_rows,
+                sums_of_rows,
                 q,
                 k,
                 queue,
@@ -176,9 +176,10 @@ def momentum_mcl_sums(
         return torch.stack(parts).sum(0)
 
 
-def _sums_of_rows(
+def sums_of_rows(
     queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, kl_temperature: float
 ) -> Tensor:
+    """:func:`momentum_mcl_sums` in one piece, with all similarities kept for the backward pass."""
     networks = range(len(queries))
 
     def logits(a: int, b: int) -> Tensor:

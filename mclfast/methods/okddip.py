@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.losses.distillation import kd_loss_through_teacher
-from mclfast.methods._options import RampedDistillOptions, check_peers
-from mclfast.methods.base import Method
+from mclfast.methods._options import RampedDistillOptions
+from mclfast.methods.base import Method, check_peers
 from mclfast.methods.baseline import sum_cross_entropy
 
 _REDUCTION = 8
 
 
 class PeerAttention(nn.Module):
-    """How much each peer takes from each, itself included, from their features.
+    """Attention between the peers' features: the share that each takes from all, itself included.
 
-    ``softmax_b((W_Q feature_a) . (W_K feature_b))`` per image, not scaled by the width, with
-    projections to an eighth of the features' width and without bias.
+    The shares are ``softmax_b((W_Q feature_a) . (W_K feature_b))`` per image, not scaled by the
+    width, with projections to an eighth of the features' width and without bias.
 
     Args:
         feature_dim: width D of every peer's feature.
@@ -37,8 +37,7 @@ class PeerAttention(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[B, m, D] -> [B, m, m], rows sum to one."""
         queries, keys = wide(self.query(features)), wide(self.key(features))
-        # No matrix product: autocast would take it in half precision, where unscaled scores
-        # overflow.
+        # Autocast would take a matrix product in half precision, where unscaled scores overflow.
         return torch.softmax((queries[:, :, None] * keys[:, None]).sum(-1), dim=-1)
 
 
@@ -48,11 +47,11 @@ class OKDDip(Method):
     ``sum CE(all logits) + r(epoch) [sum_a KD(logits_a <- targets_a) + KD(leader <- mean of the
     auxiliary peers' logits)]``, with ``targets_a = sum_b A_ab logits_b`` and A a
     :class:`PeerAttention` on their pooled features. Teachers are not constants here: the attention
-    learns through the targets only, and the peers learn from the leader's distillation too. r is
-    the sigmoid ramp-up of the published code.
+    learns through the targets only, and the peers learn from the leader's distillation too. The
+    weight r is the sigmoid ramp-up of the published code.
 
-    Branches on a shared stem or independent networks: the option ``topology`` says. The leader is
-    the network to deploy. The auxiliary peers' features must be equally wide.
+    The networks are branches on a shared stem or independent, by the option ``topology``. The
+    leader is the network to deploy. The auxiliary peers' features must be equally wide.
 
     Source: AAAI 2020, arXiv 1912.00350.
     """
@@ -107,5 +106,5 @@ class OKDDip(Method):
 
     @staticmethod
     def _auxiliary_logits(outputs: PeerOutputs) -> Tensor:
-        """[B, m, C], float32 or wider."""
+        """Logits [B, m, C] of the auxiliary peers, float32 or wider."""
         return torch.stack([wide(z) for z in outputs.final_logits[:-1]], dim=1)

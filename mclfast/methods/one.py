@@ -12,20 +12,20 @@ from torch.nn.functional import cross_entropy
 from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.losses.distillation import kd_loss
-from mclfast.methods._options import RampedDistillOptions, check_peers
-from mclfast.methods.base import Method
+from mclfast.methods._options import RampedDistillOptions
+from mclfast.methods.base import Method, check_peers
 from mclfast.methods.baseline import sum_cross_entropy
 from mclfast.models.staged import global_average_pool
 
 
 class BranchGate(nn.Module):
-    """``softmax(ReLU(BatchNorm(Linear(pooled map))))``: the share of every branch, per image.
+    """Share of every branch in the ensemble, ``softmax(ReLU(BatchNorm(Linear(pooled map))))``.
 
-    Branches whose normalised value is not positive tie, as in the published code.
+    Branches whose normalised value is not positive get equal shares, as in the published code.
 
     Args:
-        channels: of the map that all branches start from.
-        branches: their number M.
+        channels: number of channels of the map that all branches start from.
+        branches: number of branches M.
     """
 
     def __init__(self, channels: int, branches: int) -> None:
@@ -47,10 +47,10 @@ class BranchGate(nn.Module):
 class ONE(Method):
     """``sum_a CE(logits_a) + CE(ensemble) + r(epoch) sum_a KD(logits_a <- ensemble)``, M >= 2.
 
-    The ensemble is the sum of the branches' logits, each times its gate; a constant in the
-    distillation, so that gate and ensemble learn from its cross entropy. r is the sigmoid ramp-up
-    of the published code. Needs networks that share at least their stem (option ``topology``); the
-    paper's are three that share all stages but the last, the first of them deployed.
+    The ensemble is the sum of the branches' logits, each times its gate. It is a constant in the
+    distillation, so that the gate learns from the ensemble's cross entropy only. The weight r is
+    the sigmoid ramp-up of the published code. The networks must share at least their stem (option
+    ``topology``); the paper has three that share all stages but the last, and deploys the first.
 
     Source: NeurIPS 2018, arXiv 1806.04606, section 3.
     """

@@ -15,8 +15,8 @@ from mclfast._base.tensors import wide
 from mclfast.cohort.average import warmed_decay
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.losses.distillation import kd_loss, mutual_kd_loss
-from mclfast.methods._options import RampedDistillOptions, check_peers
-from mclfast.methods.base import Method, prepared
+from mclfast.methods._options import RampedDistillOptions
+from mclfast.methods.base import Method, check_peers, prepared
 from mclfast.methods.baseline import sum_cross_entropy
 
 
@@ -28,11 +28,11 @@ class PCL(Method):
     cross entropy reaches every peer; t_l those of peer l in the moving average of the cohort. Each
     peer, and its average, sees its own view of the images. w rises to ``distill_weight``.
 
-    There is no code by the authors. Of what the paper leaves open: the average holds the BatchNorm
-    statistics too and runs in evaluation mode; its decay is that of the mean teacher,
-    ``min(1 - 1 / (step + 1), average_decay)``; temperature, weight and ramp-up are those of a
-    public reproduction. Published with three peers that share all but their last stage
-    (``topology="shared_stem"``), each with initial weights of its own there, the first deployed.
+    There is no code by the authors. The paper leaves some points open, which are chosen here: the
+    average holds the BatchNorm statistics too and runs in evaluation mode; its decay is that of the
+    mean teacher, ``min(1 - 1 / (step + 1), average_decay)``; temperature, weight and ramp-up are
+    those of a public reproduction. The paper has three peers that share all but their last stage
+    (``topology="shared_stem"``), with initial weights of their own there, and deploys the first.
     """
 
     views = "per_peer"

@@ -104,12 +104,12 @@ def create(name: str, *, num_classes: int | None = None, in_channels: int = 3) -
     Args:
         name: one of :func:`available`, or "timm:" or "torchvision:" and a name of that package
             (extra ``vision``), whose network is cut where the size of its maps changes.
-        num_classes: number of logits C; None for that of the network's own data set, 100 for
-            CIFAR-100 or 1000 for ImageNet.
+        num_classes: number of logits C; None for the number of classes of the network's own data
+            set, 100 for CIFAR-100 or 1000 for ImageNet.
         in_channels: channels of the input image [B, in_channels, H, W].
 
     Raises:
-        ValueError: unknown ``name``, or no stages found in a network of another package.
+        ValueError: the name is unknown, or no stages are found in a network of another package.
         MissingOptionalError: timm or torchvision cannot be imported.
     """
     if is_external(name):

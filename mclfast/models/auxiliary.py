@@ -15,9 +15,9 @@ class StageOutputs(NamedTuple):
     """Outputs of a :class:`PeerNetwork`, from the head after stage 1 to the backbone itself.
 
     Attributes:
-        features: one [B, D] per stage.
-        logits: one [B, C] per stage.
-        final_map: [B, D, h, w], what the backbone pools.
+        features: pooled features, one [B, D] per stage.
+        logits: one tensor [B, C] per stage.
+        final_map: map [B, D, h, w] that the backbone pools.
     """
 
     features: tuple[Tensor, ...]
@@ -31,7 +31,7 @@ class AuxiliaryHead(nn.Module):
     Nothing is shared with the backbone, whose device and dtype the head takes over.
 
     Args:
-        backbone: network the head branches off; it is not changed.
+        backbone: network that the head branches off; it is not changed.
         stage_index: index from 0 of the stage whose map feeds the head.
 
     Raises:
@@ -67,15 +67,16 @@ class PeerNetwork(nn.Module):
     Deploy ``peer.backbone`` alone; the heads serve training only.
 
     Args:
-        backbone: used as it is, not copied.
-        auxiliary_heads: build one head per stage but the last; False for none.
+        backbone: network to train, used as it is, not copied.
+        auxiliary_heads: whether to build a head for every stage but the last.
 
     Attributes:
         backbone: the :class:`StagedNetwork`.
-        auxiliary: ``nn.ModuleList`` of heads in stage order, empty without heads.
+        auxiliary: ``nn.ModuleList`` of the heads in stage order, empty without heads.
 
     Raises:
-        ValueError: ``backbone`` is not a StagedNetwork, or see :class:`AuxiliaryHead`.
+        ValueError: ``backbone`` is not a StagedNetwork, or a stage or its tail cannot be
+            re-initialised.
     """
 
     def __init__(self, backbone: StagedNetwork, auxiliary_heads: bool = True) -> None:
@@ -110,7 +111,7 @@ class PeerNetwork(nn.Module):
 
     def head_outputs(self, taps: Taps) -> StageOutputs:
         """The outputs of all heads, from one forward pass of the backbone."""
-        # The map of the last stage has no head: there the backbone answers itself.
+        # The map of the last stage has no head: its output is the backbone's own.
         outputs = [head(tap) for head, tap in zip(self.auxiliary, taps.maps, strict=False)]
         outputs.append((taps.feature, taps.logits))
         features, logits = zip(*outputs, strict=True)

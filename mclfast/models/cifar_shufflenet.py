@@ -19,7 +19,7 @@ class CifarShuffleNetV2(ShuffleNetV2):
         feature_width: width D of the pooled feature.
 
     Raises:
-        ValueError: an odd width.
+        ValueError: a width is odd.
     """
 
     def __init__(

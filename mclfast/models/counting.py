@@ -15,14 +15,14 @@ def macs(module: nn.Module, image_size: int, in_channels: int = 3) -> int:
     """Multiply-adds of convolutions and matrix products for one image.
 
     Args:
-        module: takes an image [1, in_channels, image_size, image_size]; it is not changed.
+        module: network that takes [1, in_channels, image_size, image_size]; it is not changed.
         image_size: height and width of the image.
         in_channels: channels of the image.
 
     Returns:
         The multiply-adds, counted as one each (half the FLOPs).
     """
-    # Here, because it imports triton where that is installed.
+    # Not at the top of the file, because it loads triton where that is installed.
     from torch.utils.flop_counter import FlopCounterMode
 
     # Counting on a copy leaves the modes and buffers of the original alone.

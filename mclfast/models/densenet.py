@@ -36,8 +36,8 @@ class CifarDenseNet(StagedNetwork):
     form the tail.
 
     Args:
-        layers: dense layers in each block.
-        growth: channels k that each of them adds; the stem has 2 k.
+        layers: number of dense layers in each block.
+        growth: channels k that each layer adds; the stem has 2 k.
         num_classes: number of logits C.
         in_channels: channels of the input image [B, in_channels, H, W]. The stages divide H and
             W by 2, 4 and 4, rounded up.
@@ -72,7 +72,7 @@ class CifarDenseNet(StagedNetwork):
 
 
 def _stage(width: int, layers: int, growth: int, *, transition: bool) -> tuple[nn.Sequential, int]:
-    """A dense block, with the transition that follows it, and the width of its output."""
+    """A dense block with the transition that follows it, and the width of its output."""
     parts: list[nn.Module] = [DenseLayer(width + i * growth, growth) for i in range(layers)]
     width += layers * growth
     if transition:
@@ -85,7 +85,8 @@ def _stage(width: int, layers: int, growth: int, *, transition: bool) -> tuple[n
 def densenet_40_12(*, num_classes: int = 100, in_channels: int = 3) -> CifarDenseNet:
     """DenseNet-BC-40 with growth 12: six bottleneck layers per block.
 
-    Published sizes that differ: reproductions of PCL leave out the last batch norm, 264 parameters;
-    the tree of CL-ILR in the code of MCL-OKD holds two more second transitions, which never run.
+    Two published sizes differ from this one. Reproductions of PCL leave out the last batch norm,
+    264 parameters; the tree of CL-ILR in the code of MCL-OKD holds two more second transitions,
+    which never run.
     """
     return CifarDenseNet(6, 12, num_classes=num_classes, in_channels=in_channels)

@@ -13,12 +13,12 @@ from mclfast.models.staged import StagedNetwork, staged
 
 PREFIXES = ("timm:", "torchvision:")
 
-#: Side of the image that is followed through a network: what most of them are made for.
+#: Side of the image that is followed through a network; most networks are made for this size.
 _SIDE = 224
 
 
 class _Step(NamedTuple):
-    """One module on the way of the image, and the height of the map it puts out."""
+    """A module that the image runs through, and the height of the map that it puts out."""
 
     name: str
     module: nn.Module
@@ -34,13 +34,13 @@ def create_external(name: str, *, num_classes: int | None, in_channels: int) -> 
     """Build a network of timm or torchvision with newly drawn weights, in stages.
 
     Args:
-        name: "timm:" or "torchvision:" and the package's own name.
-        num_classes: number of logits C; None for that of the package.
+        name: "timm:" or "torchvision:" and the package's own name for the network.
+        num_classes: number of logits C; None for the package's default.
         in_channels: channels of the input image; torchvision's networks have 3.
 
     Raises:
         MissingOptionalError: the package cannot be imported.
-        ValueError: the package does not know the name, or the network has no stages to be found.
+        ValueError: the package does not know the name, or no stages are found in the network.
     """
     package, _, inner = name.partition(":")
     classes = {} if num_classes is None else {"num_classes": num_classes}
@@ -57,7 +57,7 @@ def create_external(name: str, *, num_classes: int | None, in_channels: int) -> 
         more = {"in_chans": in_channels}
     try:
         module = build(inner, **classes, **more)
-    # An unknown name and an argument that a network does not take have no common type of error.
+    # An unknown name and an argument that the network does not take raise errors of many types.
     except Exception as error:
         raise ValueError(
             f"name: expected a network of {package}, got {inner!r} ({_line(error)})"
@@ -66,18 +66,19 @@ def create_external(name: str, *, num_classes: int | None, in_channels: int) -> 
 
 
 def in_stages(module: nn.Module, name: str, *, in_channels: int = 3) -> StagedNetwork:
-    """Cut a network where the size of its maps changes, from a quarter of the image on.
+    """Cut a network where the size of its maps changes, from a quarter of the image size on.
 
-    What comes before, at the full or half size, is the stem. A network that still computes after
-    pooling, before its classifier, has that in its tail.
+    Layers at the full or half size form the stem. Layers with parameters between the pooling and
+    the classifier form the tail.
 
     Args:
-        module: maps [B, in_channels, H, W] to logits [B, C] by modules that follow each other.
-        name: for the error message.
+        module: network from [B, in_channels, H, W] to logits [B, C] whose modules follow each
+            other.
+        name: name of the network in the error message.
         in_channels: channels of the input image.
 
     Raises:
-        ValueError: fewer than two stages found, or stages that do not follow each other.
+        ValueError: fewer than two stages are found, or they do not follow each other.
     """
     try:
         followed = copy.deepcopy(module).to("meta").eval()
@@ -91,7 +92,7 @@ def in_stages(module: nn.Module, name: str, *, in_channels: int = 3) -> StagedNe
         if len(stages) < 2:
             raise ValueError(f"found {len(stages)}")
         pooled = [step for step in steps if step.side == 1]
-        # A pooling alone is left out: the final map is then the one before it.
+        # Without parameters after the pooling, the final map is the one before the pooling.
         if not any(p.numel() for step in pooled for p in step.module.parameters()):
             pooled = []
         names = [[step.name for step in stage] for stage in stages]
@@ -135,7 +136,7 @@ def _follow(module: nn.Module, image: Tensor) -> tuple[list[_Step], str]:
             output = outputs.get(child)
             if child not in inputs or output is None or output.dim() != 4:
                 continue
-            # A container of several stages is none itself.
+            # A container of several stages is not a stage itself.
             if isinstance(child, nn.Sequential) and inputs[child] > 2 * output.shape[2] + 1:
                 yield from walk(child)
             else:

@@ -75,7 +75,7 @@ def _depthwise(channels: int, dilation: int) -> nn.Conv2d:
 
 
 class GatedResidual(nn.Module):
-    """What the forget gate leaves of a map, plus the update; the shape stays."""
+    """A map after its forget gate, plus the update of its features; the shape stays."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class SmgModule(nn.Module):
 
 
 def transition(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Fewer channels in two equal steps, half the size, gates."""
+    """Layers between two blocks: fewer channels in two equal steps, half the map size, gates."""
     middle = in_channels - (in_channels - out_channels) // 2
     return nn.Sequential(
         preactivated(in_channels, nn.Conv2d(in_channels, middle, 1, bias=False)),
@@ -125,8 +125,8 @@ class HcgNet(StagedNetwork):
 
     Args:
         growths: channels that each module of a block adds, one number per block, multiples of 4;
-            the stem has twice the first.
-        modules: modules per block.
+            the stem has twice the first number.
+        modules: number of modules in each block.
         num_classes: number of logits C.
         in_channels: channels of the input image [B, in_channels, H, W]. The stages divide H and
             W by 2, 4 and 4, rounded up.
@@ -163,7 +163,7 @@ class HcgNet(StagedNetwork):
 
 
 def _stage(width: int, growth: int, modules: int, *, last: bool) -> tuple[nn.Sequential, int]:
-    """A hybrid block, with the transition that follows it, and the width of its output."""
+    """A hybrid block with the transition that follows it, and the width of its output."""
     parts: list[nn.Module] = [SmgModule(width + i * growth, growth) for i in range(modules)]
     width += modules * growth
     if not last:

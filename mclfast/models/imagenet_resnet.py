@@ -15,13 +15,13 @@ from mclfast.models.staged import StagedNetwork, fresh_blocks
 
 
 class BasicBlock(resnet.BasicBlock):
-    """Basic block whose shortcut has the name it has in torchvision."""
+    """Basic block whose shortcut is named as in torchvision."""
 
     shortcut_name = "downsample"
 
 
 class Bottleneck(resnet.Bottleneck):
-    """Bottleneck whose shortcut has the name it has in torchvision."""
+    """Bottleneck whose shortcut is named as in torchvision."""
 
     shortcut_name = "downsample"
 
@@ -33,8 +33,8 @@ class ImageNetResNet(StagedNetwork):
     (TPAMI 2023, arXiv 2207.11518) do on ImageNet.
 
     Args:
-        block: :class:`BasicBlock` or :class:`Bottleneck`.
-        blocks_per_stage: blocks in each of the four stages.
+        block: class of the blocks, :class:`BasicBlock` or :class:`Bottleneck`.
+        blocks_per_stage: number of blocks in each of the four stages.
         num_classes: number of logits C.
         in_channels: channels of the input image [B, in_channels, H, W]. The stages divide H and
             W by 4, 8, 16 and 32, rounded up.

@@ -1,4 +1,4 @@
-"""ShuffleNetV2 for ImageNet, as torchvision has it."""
+"""ShuffleNetV2 for ImageNet, with the layers that torchvision gives it."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ class ImageNetShuffleNetV2(ShuffleNetV2):
         feature_width: width D of the pooled feature.
 
     Raises:
-        ValueError: an odd width.
+        ValueError: a width is odd.
     """
 
     def __init__(

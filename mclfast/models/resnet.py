@@ -29,15 +29,15 @@ class ResidualBlock(nn.Module):
     A subclass adds its layers, calls :meth:`add_shortcut` last and defines :meth:`residual`.
 
     Attributes:
-        expansion: output channels over ``width``.
-        shortcut_name: name of the shortcut in the state dict, where published weights differ.
+        expansion: ratio of the output channels to ``width``.
+        shortcut_name: name of the shortcut in the state dict; published weights differ in it.
     """
 
     expansion = 1
     shortcut_name = "shortcut"
 
     def add_shortcut(self, in_channels: int, out_channels: int, stride: int) -> None:
-        """The identity where the shape stays, else a 1x1 convolution with batch norm."""
+        """Adds the shortcut: identity if the shape stays, else 1x1 convolution and batch norm."""
         shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             shortcut = nn.Sequential(
@@ -51,7 +51,7 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define residual")
 
     def forward(self, x: Tensor) -> Tensor:
-        """The shape is that of :meth:`residual`."""
+        """[B, in_channels, h, w] -> the shape that :meth:`residual` gives."""
         shortcut = getattr(self, self.shortcut_name)
         return F.relu(self.residual(x) + shortcut(x), inplace=True)
 
@@ -76,7 +76,7 @@ class Bottleneck(ResidualBlock):
     """1x1, 3x3, 1x1 convolutions; [B, in_channels, h, w] -> [B, 4 width, h / stride, ...].
 
     Attributes:
-        widen: channels of the 3x3 convolution over ``width``.
+        widen: ratio of the channels of the 3x3 convolution to ``width``.
     """
 
     expansion = 4
@@ -112,8 +112,9 @@ class CifarResNet(StagedNetwork):
     """ResNet for small images, cut after each of its three stages.
 
     Args:
-        block: :class:`BasicBlock` or :class:`Bottleneck`.
-        blocks_per_stage: n; the depth is 6n + 2 with basic blocks and 9n + 2 with bottlenecks.
+        block: class of the blocks, :class:`BasicBlock` or :class:`Bottleneck`.
+        blocks_per_stage: number n of blocks in each stage; the depth is 6n + 2 with basic blocks
+            and 9n + 2 with bottlenecks.
         num_classes: number of logits C.
         in_channels: channels of the input image [B, in_channels, H, W], H and W at least 8.
     """

@@ -1,4 +1,4 @@
-"""What the two forms of ShuffleNetV2 share: units, stages, and the network but for its stem.
+"""ShuffleNetV2: its units, its stages, and the network with a stem for small or large images.
 
 Source: Ma et al., ECCV 2018 (arXiv 1807.11164), section 4 and table 5. Submodules are named so
 that state dicts of torchvision fit, in both directions. The in-place ReLUs follow a batch norm,
@@ -39,10 +39,10 @@ class BasicUnit(nn.Module):
     """Transforms one half of the channels and keeps the other; the shape stays.
 
     Args:
-        channels: an even number c of the map [B, c, h, w].
+        channels: channels c of the map [B, c, h, w], an even number.
 
     Raises:
-        ValueError: an odd number of channels.
+        ValueError: the number of channels is odd.
     """
 
     def __init__(self, channels: int) -> None:
@@ -62,10 +62,10 @@ class DownUnit(nn.Module):
 
     Args:
         in_channels: channels of the input map.
-        out_channels: an even number of channels of the output map.
+        out_channels: channels of the output map, an even number.
 
     Raises:
-        ValueError: an odd number of output channels.
+        ValueError: the number of output channels is odd.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -102,10 +102,10 @@ class ShuffleNetV2(StagedNetwork):
         num_classes: number of logits C.
         in_channels: channels of the input image [B, in_channels, H, W].
         feature_width: width D of the pooled feature.
-        large_images: the stem and a max-pooling after it divide H and W by 2 each.
+        large_images: whether the stem and a max-pooling after it divide H and W by 2 each.
 
     Raises:
-        ValueError: an odd width.
+        ValueError: a width is odd.
     """
 
     def __init__(

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 
 class Taps(NamedTuple):
-    """What one forward pass of a :class:`StagedNetwork` gives.
+    """Values that one forward pass of a :class:`StagedNetwork` keeps.
 
     Attributes:
         maps: one map [B, c, h, w] per stage, in order, before the tail.
-        final_map: the last map after the tail [B, D, h, w], what is pooled.
+        final_map: last map after the tail, [B, D, h, w], the input of the pooling.
         feature: pooled feature [B, D], the input of the classifier.
-        logits: [B, C].
+        logits: output of the classifier, [B, C].
     """
 
     maps: list[Tensor]
@@ -44,15 +44,15 @@ def fresh_copy(
     the rule of an outer module has the last word; then ``init_weights`` is applied to each.
 
     Args:
-        module: what to copy; it is not changed.
-        init_weights: rule applied to every submodule of the copy, or None.
+        module: module to copy; it is not changed.
+        init_weights: rule applied to every submodule of the copy; None for no rule.
 
     Returns:
         The copy, on the same device and with the same dtype.
 
     Raises:
-        ValueError: a submodule owns parameters but has no ``reset_parameters``: its copy would
-            keep the trained values and not be fresh.
+        ValueError: a submodule owns parameters but has no ``reset_parameters``, so that its copy
+            would keep the trained values.
     """
     for name, submodule in module.named_modules():
         owned = [key for key, _ in submodule.named_parameters(recurse=False)]
@@ -76,12 +76,12 @@ def fresh_copy(
 def fresh_blocks(
     stage: nn.Module, count: int, init_weights: Callable[[nn.Module], None] | None = None
 ) -> nn.Module:
-    """:func:`fresh_copy` of the first ``count`` blocks of a stage, a shallower stage.
+    """A shallower stage: a :func:`fresh_copy` of the first ``count`` blocks of a stage.
 
     Args:
-        stage: its children are the blocks, in the order they run.
-        count: how many of them to copy.
-        init_weights: see :func:`fresh_copy`.
+        stage: stage whose children are its blocks, in the order they run.
+        count: number of blocks to copy.
+        init_weights: rule applied to every submodule of the copy; None for no rule.
     """
     return fresh_copy(nn.Sequential(*list(stage.children())[:count]), init_weights)
 
@@ -136,7 +136,7 @@ class StagedNetwork(nn.Module):
     def refinement(self, stage_index: int) -> list[nn.Module]:
         """Fresh later stages for an auxiliary head.
 
-        Override it where a head is not made of full copies, for example with shallower stages.
+        Override it for heads that are not made of full copies, for example for shallower stages.
 
         Args:
             stage_index: index from 0 of the stage whose map feeds the head.
@@ -146,7 +146,7 @@ class StagedNetwork(nn.Module):
             map that :attr:`tail` accepts. Default: copies of all stages after ``stage_index``.
 
         Raises:
-            ValueError: see :func:`fresh_copy`.
+            ValueError: a stage cannot be re-initialised, see :func:`fresh_copy`.
         """
         # One copy of the list, so modules shared between stages stay shared in the copy.
         later = nn.ModuleList(self.stages[stage_index + 1 :])
@@ -156,7 +156,7 @@ class StagedNetwork(nn.Module):
         """Forward pass that keeps the map after each stage.
 
         Args:
-            x: [B, in_channels, H, W].
+            x: input images [B, in_channels, H, W].
         """
         x = self.stem_forward(x)
         maps: list[Tensor] = []
@@ -166,7 +166,7 @@ class StagedNetwork(nn.Module):
         return self.finish(maps)
 
     def finish(self, maps: list[Tensor]) -> Taps:
-        """From the maps after all stages to the logits: tail, pooling, classifier."""
+        """Tail, pooling and classifier: from the maps after all stages to the logits."""
         final_map = self.tail(maps[-1])
         feature = global_average_pool(final_map)
         return Taps(maps, final_map, feature, self.classifier(feature))
@@ -209,7 +209,7 @@ def _recorded(modules: dict[str, nn.Module]) -> Iterator[list[_Call]]:
 
 
 def _version(value: Any) -> int:
-    """In-place edit counter; inference tensors keep none, and there autograd is off anyway."""
+    """Counter of a tensor's in-place changes; 0 for inference tensors, which have no counter."""
     if not isinstance(value, Tensor) or value.is_inference():
         return 0
     return value._version
@@ -233,7 +233,7 @@ def _find(module: nn.Module, name: str, argument: str) -> nn.Module:
 
 
 class _AdaptedNetwork(StagedNetwork):
-    """A torch module seen as a StagedNetwork; the module's own forward pass does the work."""
+    """A torch module as a StagedNetwork; the module's own forward pass does the work."""
 
     def __init__(
         self,
@@ -302,7 +302,7 @@ class _AdaptedNetwork(StagedNetwork):
         return Taps([call.output for call in mapped], calls[-2].output, feature, logits)
 
     def _check_chain(self, calls: list[_Call]) -> None:
-        """An auxiliary head runs the later stages one after the other, so they must chain."""
+        """Raises unless each call takes the output of the one before, as in an auxiliary head."""
         for before, after in zip(calls[:-1], calls[1:], strict=True):
             argument = "tail" if after.name in self._tail_names else "stages"
             if len(after.args) != 1 or after.kwargs:
@@ -349,9 +349,9 @@ def staged(
     nothing between stages, tail and pooling that is not named here.
 
     Args:
-        module: maps [B, in_channels, H, W] to logits [B, C].
+        module: network from [B, in_channels, H, W] to logits [B, C].
         stages: dotted names of the stages in the order they run; a stage of several modules that
-            follow each other is a list of their names.
+            follow each other is given as a list of their names.
         classifier: dotted name of the final ``nn.Linear``; its input is the feature [B, D].
         tail: dotted names of the modules between the last stage and the pooling, such as a
             final normalisation.
@@ -360,9 +360,9 @@ def staged(
         The staged network around ``module`` itself, not around a copy.
 
     Raises:
-        ValueError: here when a name is not found or the classifier is not linear; from
-            ``forward_taps`` when stages do not run once each in this order, do not feed each
-            other, change a map in place, or give maps of the wrong shape.
+        ValueError: a name is not found, or the classifier is not linear. Later, ``forward_taps``
+            raises it if the stages do not run once each in this order, do not feed each other,
+            change a map in place, or give maps of the wrong shape.
 
     Examples:
         >>> from torch import nn
@@ -394,5 +394,5 @@ def staged(
 
 
 def class_name(backbone: StagedNetwork) -> str:
-    """Class of a network; of the module inside one that :func:`staged` adapted."""
+    """Class name of a network, or of the module that :func:`staged` adapted to one."""
     return type(getattr(backbone, "module", backbone)).__name__

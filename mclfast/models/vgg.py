@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from mclfast.models.resnet import init_conv
 from mclfast.models.staged import StagedNetwork
 
-#: Width and number of the convolutions between two poolings.
+#: Convolutions between two poolings: their width and their number.
 Group = tuple[int, int]
 
 VGG16: tuple[Group, ...] = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
 class Vgg(StagedNetwork):
-    """VGG in three stages: all groups but the last two, and each of those.
+    """VGG in three stages: all groups but the last two, then each of these two.
 
-    So the maps after the stages lie 4, 8 and 16 times below the image, and online distillation
+    The maps after the stages are thus 4, 8 and 16 times smaller than the image. Online distillation
     that shares the first groups, pairs the next and splits the last cuts between stages.
 
     Args:
-        groups: (width, convolutions) of each group, at least three; all but the first start with
-            a 2x2 max-pooling that rounds sizes up.
+        groups: width and number of convolutions of each group, at least three groups; all but the
+            first start with a 2x2 max-pooling that rounds sizes up.
         num_classes: number of logits C.
         in_channels: channels of the input image [B, in_channels, H, W].
     """

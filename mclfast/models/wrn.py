@@ -38,8 +38,8 @@ class WideResNet(StagedNetwork):
     """WRN-depth-widen, cut after each of its three stages.
 
     Args:
-        depth: 6n + 4 for n blocks per stage.
-        widen: factor on the stage widths 16, 32 and 64.
+        depth: number of layers, 6n + 4 for n blocks per stage.
+        widen: factor by which the stages are wider than 16, 32 and 64 channels.
         num_classes: number of logits C.
         in_channels: channels of the input image [B, in_channels, H, W], H and W at least 8.
 

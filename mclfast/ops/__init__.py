@@ -1,1 +1,1 @@
-"""The operators registered with ``torch.library``, and which backend computes them."""
+"""Operators registered with ``torch.library``, and the choice of the backend that runs them."""

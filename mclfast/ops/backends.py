@@ -1,4 +1,4 @@
-"""Which implementations of the losses exist here, and why the others do not."""
+"""Backends of the losses: the ones available here, why others are not, and which one to use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
-# Before mclfast._C, which finds the libraries of torch only when they are loaded.
+# Imported before mclfast._C, which finds the libraries of torch only when they are loaded.
 import torch
 
 from mclfast._base.checks import unknown_name
@@ -20,11 +20,11 @@ _REBUILD = "reinstall with: MCLFAST_BUILD_EXT=1 pip install --no-build-isolation
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend that exists, but not on this machine; the text says why and what to do."""
+    """Raised for a backend that is not available on this machine; the text says what to do."""
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can be used and the reason, in words."""
+    """Whether a backend can be used here, and the reason in words."""
 
     available: bool
     reason: str
@@ -32,7 +32,7 @@ class BackendStatus(NamedTuple):
 
 @functools.cache
 def _load_extension() -> tuple[ModuleType | None, str]:
-    """The extension, and what it is or why it is missing."""
+    """The extension or None, with a description of it or the reason why it is missing."""
     try:
         module = importlib.import_module("mclfast._C")
     except (ImportError, OSError) as error:
@@ -48,17 +48,17 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 
 def extension() -> ModuleType | None:
-    """The C++ extension ``mclfast._C``, or None; ``extension_reason`` says why."""
+    """The C++ extension ``mclfast._C``; None if it is missing, see :func:`extension_reason`."""
     return _load_extension()[0]
 
 
 def extension_reason() -> str:
-    """What the extension is, or why there is none."""
+    """Description of the extension, or the reason why there is none."""
     return _load_extension()[1]
 
 
 def build_info() -> dict[str, Any] | None:
-    """What the extension was compiled with, or None without an extension."""
+    """Compiler, versions and options that the extension was built with; None without one."""
     module = extension()
     return None if module is None else dict(module.build_info())
 
@@ -96,34 +96,42 @@ def _probe_cuda() -> BackendStatus:
     return BackendStatus(True, f"CUDA kernels on {torch.cuda.get_device_name()}")
 
 
-_PROBES: dict[str, Callable[[], BackendStatus]] = {
+#: For every backend, the function that finds out whether it can be used here.
+PROBES: dict[str, Callable[[], BackendStatus]] = {
     "triton": _probe_triton,
     "cuda": _probe_cuda,
     "cpu": _probe_cpu,
     "reference": lambda: BackendStatus(True, "plain PyTorch, any device"),
 }
 
-# What "auto" takes for tensors on a device, where it is available. The Triton kernels are those of
-# the in-batch losses, the CUDA kernels those of the memory-bank losses.
+# The backend that "auto" takes for tensors on a device, if it is available. Triton kernels exist
+# for the in-batch losses, CUDA kernels for the memory-bank losses.
 _BEST = {"cpu": "cpu", "cuda": "triton"}
 _BEST_FOR_BANKS = {"cuda": "cuda"}
 _WITHOUT_FLOAT64 = ("triton", "cuda")
 
 
 @functools.cache
-def _status(name: str) -> BackendStatus:
-    return _PROBES[name]()
+def status_of(name: str) -> BackendStatus:
+    """The status of a backend, found once and then remembered."""
+    return PROBES[name]()
+
+
+def probe_again() -> None:
+    """Forgets the status of all backends, for example after an installation at run time."""
+    _load_extension.cache_clear()
+    status_of.cache_clear()
 
 
 def backend_report() -> dict[str, BackendStatus]:
     """The status of every backend."""
-    return {name: _status(name) for name in _PROBES}
+    return {name: status_of(name) for name in PROBES}
 
 
 def check_name(backend: str) -> None:
     """Raises ValueError for a name that is neither "auto" nor a backend."""
-    if backend != "auto" and backend not in _PROBES:
-        raise unknown_name("backend", backend, ["auto", *_PROBES])
+    if backend != "auto" and backend not in PROBES:
+        raise unknown_name("backend", backend, ["auto", *PROBES])
 
 
 _chosen: ContextVar[str] = ContextVar("backend", default="auto")
@@ -166,7 +174,7 @@ def chosen() -> str:
 
 def available(name: str) -> bool:
     """Whether a backend can be used here, and :func:`use_backend` has chosen no other one."""
-    return chosen() in ("auto", name) and _status(name).available
+    return chosen() in ("auto", name) and status_of(name).available
 
 
 def resolve(backend: str, device: str, *, banks: bool = False) -> str:
@@ -175,22 +183,23 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
     Args:
         backend: "auto" (the choice of :func:`use_backend`, else the best for the device) or a name.
         device: device type of the embeddings, "cpu" or "cuda".
-        banks: for a memory-bank loss.
+        banks: whether the loss is a memory-bank loss, not an in-batch one.
 
     Returns:
         The name of an available backend; "auto" falls back to "reference".
 
     Raises:
-        ValueError: there is no such backend, or it does not take tensors of this device, or has
-            no such losses.
-        BackendUnavailableError: it is not available here; the text says why and what to do.
+        ValueError: the name is unknown, or the backend does not take tensors of this device or has
+            no losses of this kind.
+        BackendUnavailableError: the backend is not available here; the text says why and what to
+            do.
     """
     if backend == "auto":
         backend = chosen()
     if backend == "auto":
         names = _BEST | _BEST_FOR_BANKS if banks else _BEST
         best = names.get(device, "reference")
-        return best if _status(best).available else "reference"
+        return best if status_of(best).available else "reference"
     check_name(backend)
     without = "triton" if banks else "cuda"
     if backend == without:
@@ -199,7 +208,7 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
             f"backend: expected one with {kind} losses (auto, cpu, {on_gpu} or reference), "
             f"got {backend!r}"
         )
-    status = _status(backend)
+    status = status_of(backend)
     if not status.available:
         raise BackendUnavailableError(
             f"backend {backend!r} is not available: {status.reason}. "
@@ -214,15 +223,16 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
     return backend
 
 
-# torch.compile takes the answer as a constant instead of tracing the probes. The public decorator
-# does just this, but loads the whole compiler.
+# With this mark torch.compile takes the answer as a constant instead of tracing the probes. The
+# public decorator does no more than this, but loads the whole compiler.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_for(backend: str, *tensors: torch.Tensor, banks: bool = False) -> str:
-    """:func:`resolve` for the device of the first tensor; "auto" takes no backend without float64
-    where one of the tensors has it.
+    """:func:`resolve` for the device of the first tensor.
+
+    For "auto", a float64 tensor rules out the backends that do not take float64.
     """
     found = resolve(backend, tensors[0].device.type, banks=banks)
     backend = backend if backend != "auto" else chosen()

@@ -1,9 +1,10 @@
-"""The memory-bank losses as torch.library operators; ``in_batch.py`` says what all share.
+"""The memory-bank losses as torch.library operators.
 
-An operator gathers each bank row it needs once or twice and keeps statistics of [M, N, B], never
+An operator gathers each bank row that it needs once or twice and keeps statistics [M, N, B], never
 the gathered rows. Index tensors may have any row stride, so that one set of negatives for the whole
 batch is passed as an expanded view. Banks get no gradient; they must not be updated between an
-operator and its backward, which autograd checks.
+operator and its backward, which autograd checks. The docstring of ``in_batch.py`` explains the
+backends, the bit mask of families and the derivatives, which are the same here.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ bank_mcl_rows.register_autograd(_rows_backward, setup_context=_rows_context)
 
 
 def _single(name: str) -> Any:
-    """The implementation ``name`` of the backend that the last argument names."""
+    """A call of the implementation ``name`` in the backend that the last argument names."""
 
     def call(*arguments: Any) -> Tensor:
         *values, backend = arguments
@@ -155,7 +156,7 @@ def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """The gradient of the loss is an output already; that output's own gradient is second order."""
+    """Scales the gradient that the operator put out; a gradient of that output is second order."""
     *inputs, grad_nodes = ctx.saved_tensors
 
     def second(v_nodes: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 An operator returns per-anchor rows, or a loss whose row weights are known in advance, and the row
 statistics from which its backward recomputes the similarities; no [B, B] matrix is kept. The string
-``backend`` names the implementation: "cpu" the C++ extension, "triton" the kernels of
-``mclfast.kernels`` (on a GPU, or interpreted on a CPU), "cuda" the CUDA kernels of the extension.
-``torch.compile`` sees one operator. Those of the memory-bank losses stand in ``banks.py``.
+``backend`` names the implementation: "cpu" for the C++ extension, "triton" for the kernels of
+``mclfast.kernels`` (on a GPU, or interpreted on a CPU), "cuda" for the extension's CUDA kernels.
+``torch.compile`` sees one operator. Operators of the memory-bank losses are in ``banks.py``.
 
 ``families`` is a bit mask of the rows asked for (``mclfast/kernels/families.py``); the other rows
 are zero and cost nothing. Teachers are constants in the first and in the second derivative, as in
@@ -32,18 +32,19 @@ _COTANGENTS = "Tensor g_vcl, Tensor g_soft_vcl, Tensor g_icl, Tensor g_soft_icl"
 
 
 def implementation(backend: str, name: str) -> Callable[..., Any]:
+    """The function ``name`` of the backend "cpu", "cuda" or "triton"."""
     if backend == "cpu":
-        backends.extension()  # its operators exist once it is loaded
+        backends.extension()  # registers its operators when it is loaded
         return getattr(torch.ops.mclfast_cpu, name)
     if backend == "cuda":
         backends.extension()
         return getattr(torch.ops.mclfast_cuda, name)
-    # Imported by name: mypy does not see that the folder kernels/ is mclfast.kernels.
+    # Imported by name, because mypy does not see that the folder kernels/ is mclfast.kernels.
     return getattr(importlib.import_module("mclfast.kernels.ops"), name)
 
 
 def passed_on(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The implementation ``name`` of the backend that the last argument names."""
+    """A call of the implementation ``name`` in the backend that the last argument names."""
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         *values, backend = arguments
@@ -53,11 +54,11 @@ def passed_on(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def with_statistics(name: str, tensors: int) -> Callable[..., Any]:
-    """The implementation ``name``, which takes the statistics after the networks.
+    """A call of an implementation that takes the statistics after the networks.
 
     Args:
-        name: of the implementation.
-        tensors: how many arguments stand before the statistics lse and kl_lse.
+        name: name of the implementation.
+        tensors: number of arguments before the statistics lse and kl_lse.
     """
 
     def call(*arguments: Any) -> Any:
@@ -72,14 +73,15 @@ def with_statistics(name: str, tensors: int) -> Callable[..., Any]:
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    """``(weights * rows).sum()`` in one call: small batches are bound by the number of calls."""
+    """``(weights * rows).sum()`` in one call, as small batches are bound by the number of calls."""
     return torch.dot(weights.reshape(-1), rows.reshape(-1))
 
 
 def fused_objective(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The loss before what the implementation ``name`` gives: rows, statistics and gradient.
+    """A call of the implementation ``name`` that adds the loss to its rows, statistics, gradient.
 
-    The call takes the four row weights first, and the families and the backend last.
+    The call takes the four row weights first, and the families and the backend last; it returns the
+    loss first.
     """
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
@@ -101,10 +103,10 @@ def gradient_of_fused(
     """Gradient for the nodes of an operator whose outputs are a loss and the loss's gradient.
 
     Args:
-        g_loss: cotangent of the loss.
-        grad: its gradient [N, B, D], as the operator gave it.
-        v_grad: cotangent of that gradient.
-        second: from that cotangent to the gradient of its product with ``grad``.
+        g_loss: cotangent of the loss; None for zero.
+        grad: gradient of the loss [N, B, D], as the operator gave it.
+        v_grad: cotangent of ``grad``; None for zero.
+        second: function from ``v_grad`` to the gradient of its product with ``grad``.
     """
     total = None if g_loss is None else (g_loss * grad).to(grad.dtype)
     if v_grad is None:
@@ -230,7 +232,7 @@ def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """The gradient of the loss is an output already; that output's own gradient is second order."""
+    """Scales the gradient that the operator put out; a gradient of that output is second order."""
     *inputs, grad_nodes = ctx.saved_tensors
     *settings, backend = ctx.settings
 
@@ -306,7 +308,8 @@ def _info_nce_second(ctx: Any, v_a: Tensor, v_b: Tensor) -> tuple[Any, ...]:
 info_nce_backward.register_autograd(_info_nce_second, setup_context=_info_nce_backward_context)
 
 
-#: Gradient of <v, info_nce_backward(cotangents, a, b)> for a, b and the cotangents.
+#: (v of a, v of b, cotangents, a, b, ...) -> gradient of <v, info_nce_backward(cotangents, a, b)>
+#: for a, b and the cotangents.
 info_nce_double_backward = torch.library.custom_op(
     "mclfast::info_nce_double_backward",
     passed_on("info_nce_double_backward"),

@@ -121,7 +121,7 @@ def test_a_step_waits_for_nothing(name: str, backend: str, monkeypatch: pytest.M
     # These look at numbers on a CPU only.
     for module in (banks, sampler, memory_bank):
         monkeypatch.setattr(module, "check_range", lambda *_: None)
-    monkeypatch.setattr(_simplex, "_known_to_be_over", lambda _: False)
+    monkeypatch.setattr(_simplex, "known_to_be_over", lambda _: False)
     for step in range(2):
         images, batch = first_batch(trainer, step)
         with watched():

@@ -43,14 +43,9 @@ def run_ok(*command: str, cwd: Path, **variables: str) -> str:
 @pytest.fixture
 def fresh_backends():
     """Forgets the cached answers before and after a test."""
-
-    def forget() -> None:
-        backends._load_extension.cache_clear()
-        backends._status.cache_clear()
-
-    forget()
+    backends.probe_again()
     yield
-    forget()
+    backends.probe_again()
 
 
 def test_import_does_not_load_heavy_packages(tmp_path):
@@ -202,7 +197,7 @@ def test_resolve():
 
 def test_resolve_says_why_a_backend_is_not_available(monkeypatch, fresh_backends):
     missing = backends.BackendStatus(False, "the reason")
-    monkeypatch.setitem(backends._PROBES, "cpu", lambda: missing)
+    monkeypatch.setitem(backends.PROBES, "cpu", lambda: missing)
     with pytest.raises(RuntimeError, match="'cpu' is not available: the reason.*'reference'"):
         backends.resolve("cpu", "cpu")
     assert backends.resolve("auto", "cpu") == "reference"
@@ -212,7 +207,7 @@ def test_resolve_takes_the_best_backend_of_the_device(monkeypatch, fresh_backend
     ready = backends.BackendStatus(True, "ready")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name in ("cpu", "triton"):
-        monkeypatch.setitem(backends._PROBES, name, lambda: ready)
+        monkeypatch.setitem(backends.PROBES, name, lambda: ready)
     assert backends.resolve("auto", "cpu") == "cpu"
     assert backends.resolve("auto", "cuda") == "triton"
     with pytest.raises(ValueError, match="expected one for cuda tensors, got 'cpu', which takes"):

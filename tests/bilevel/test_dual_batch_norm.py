@@ -35,7 +35,7 @@ FUNCTIONS = [
     pytest.param(
         FusedBatchNorm,
         id="fused",
-        marks=pytest.mark.skipif(not norms._fused_here(), reason="no C++ extension here"),
+        marks=pytest.mark.skipif(not norms.fused_available(), reason="no C++ extension here"),
     ),
 ]
 
@@ -99,7 +99,7 @@ def test_values_and_gradients(function: type, shape: tuple[int, ...], last: bool
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_float32_is_as_exact_as_the_plain_twin(shape: tuple[int, ...], last: bool, offset: float):
-    if not norms._fused_here():
+    if not norms.fused_available():
         pytest.skip("no C++ extension here")
     values = tensors(shape, torch.float32, last=last, offset=offset)
     want = expected(values)
@@ -188,7 +188,7 @@ def test_running_statistics(function: type):
 
 def test_layouts_may_differ():
     """A gradient or tangent of another layout than x is taken as it is meant."""
-    if not norms._fused_here():
+    if not norms.fused_available():
         pytest.skip("no C++ extension here")
     values = tensors((3, 5, 4, 2), torch.float64)
     mixed = [v.to(memory_format=torch.channels_last) if v.dim() == 4 else v for v in values]
@@ -207,15 +207,15 @@ def test_which_function_runs(monkeypatch: pytest.MonkeyPatch):
 
     halves = [v.bfloat16() for v in (x, x_t)]
     assert name(*halves, w, w_t, b, b_t) == "PlainBatchNormBackward"
-    if norms._fused_here():
+    if norms.fused_available():
         assert name(x, x_t, w, w_t, b, b_t) == "FusedBatchNormBackward"
-    monkeypatch.setattr(norms, "_fused_here", lambda: False)
+    monkeypatch.setattr(norms, "fused_available", lambda: False)
     assert name(x, x_t, w, w_t, b, b_t) == "PlainBatchNormBackward"
 
 
 def test_tensors_without_data():
     """The plan of a training step runs the operator on such."""
-    if not norms._fused_here():
+    if not norms.fused_available():
         pytest.skip("no C++ extension here")
     with FakeTensorMode() as mode:
         values = [mode.from_tensor(v) for v in tensors((4, 8, 3, 3), torch.float32, last=True)]
@@ -233,7 +233,7 @@ def test_tensors_without_data():
     ],
 )
 def test_bad_input(place: int, value: Tensor, message: str):
-    if not norms._fused_here():
+    if not norms.fused_available():
         pytest.skip("no C++ extension here")
     values = tensors((4, 3, 5), torch.float32)[:6]
     values[place] = value

@@ -226,7 +226,7 @@ def test_no_parameter_gradient_for_the_first_step(kind, monkeypatch):
 def test_the_last_step_does_not_compute_its_values_again(monkeypatch):
     problem = Problem()
     found: list[int] = []
-    original = SplitStep._dual_run
+    original = SplitStep.dual_run
 
     def run(self, *args):
         with Count() as count:
@@ -234,7 +234,7 @@ def test_the_last_step_does_not_compute_its_values_again(monkeypatch):
         found.append(count.forward)
         return result
 
-    monkeypatch.setattr(SplitStep, "_dual_run", run)
+    monkeypatch.setattr(SplitStep, "dual_run", run)
     problem.gradient(problem.whole)
     # Value and two parts of the tangent, but the image has no tangent. The value of the last one is
     # lost in the outer step: what follows it works in place.

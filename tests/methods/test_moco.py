@@ -24,7 +24,7 @@ from mclfast.data.source import Views
 from mclfast.data.stream import decode
 from mclfast.execution.batch_parts import forward_in_parts, shuffled_order
 from mclfast.methods import MomentumMCL
-from mclfast.methods.moco_mcl import _sums_of_rows, momentum_mcl_sums
+from mclfast.methods.moco_mcl import momentum_mcl_sums, sums_of_rows
 from mclfast.train import checkpoint
 from mclfast.train.builder import build
 from mclfast.train.folder import CHECKPOINT
@@ -127,7 +127,7 @@ def test_no_matrix_of_all_similarities_is_kept():
             function(queries, keys, queue, 0.1, 3.0)
         return max(kept)
 
-    assert largest_kept(_sums_of_rows) >= 64 * 512
+    assert largest_kept(sums_of_rows) >= 64 * 512
     assert largest_kept(momentum_mcl_sums) < 64 * 512
 
 

@@ -20,7 +20,7 @@ from helpers.command import call, error_of
 from helpers.equal_states import assert_same
 from helpers.small_cohort import batches, small_trainer
 from helpers.two_places import DEVICE, offloaded_in_two_places
-from mclfast._base.machine import _group_rooms, free_memory
+from mclfast._base.machine import free_memory, group_rooms
 from mclfast.bench import resident as measured
 from mclfast.bench.resident import RESIDENT, allocated, in_child, make_step, predicted, steps_of
 from mclfast.config import TrainConfig
@@ -483,10 +483,10 @@ def _group(folder: Path, **files: str) -> None:
 def test_room_in_control_groups_of_version_2(tmp_path):
     _group(tmp_path / "a", memory__max="1000\n", memory__current="300\n")
     _group(tmp_path / "a" / "b", memory__max="max\n", memory__current="200\n")
-    assert _group_rooms("0::/a/b\n", tmp_path) == [700]
+    assert group_rooms("0::/a/b\n", tmp_path) == [700]
 
 
 def test_room_in_control_groups_of_version_1(tmp_path):
     names = {"memory__limit_in_bytes": "500", "memory__usage_in_bytes": "600"}
     _group(tmp_path / "memory", **names)
-    assert _group_rooms("3:cpu,cpuacct:/x\n2:memory:/gone\n0::/\n", tmp_path) == [0]
+    assert group_rooms("3:cpu,cpuacct:/x\n2:memory:/gone\n0::/\n", tmp_path) == [0]

@@ -1,8 +1,9 @@
 """Labelled image sets, in memory or streamed from files, their augmentation and batch samplers.
 
-Nothing here needs torchvision, and nothing is downloaded. `load` reads a set by name; a set of
-your own is a `Dataset` built from four tensors (see its docstring). "imagefolder" and "webdataset"
-are read from files batch by batch (`mclfast.data.stream.streamed`), all others are held in memory.
+``load`` reads a set by name; a set of your own is a ``Dataset`` built from four tensors (see its
+docstring). "imagefolder" and "webdataset" are read from files batch by batch
+(``mclfast.data.stream.streamed``), all other sets are held in memory. Nothing here needs
+torchvision, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ _NAMES = (*_IN_MEMORY, *_STREAMED)
 
 
 def has_image_size(name: str) -> bool:
-    """Whether a set's images are brought to any `image_size`."""
+    """Whether the images of a set can be resized to any ``image_size``.
+
+    Args:
+        name: one of ``available()``.
+    """
     return name == "folder" or name in _STREAMED
 
 
 def available() -> list[str]:
-    """Names that `load` accepts."""
+    """Names that ``load`` accepts."""
     return list(_NAMES)
 
 
@@ -57,33 +62,32 @@ def load(
     """Reads a labelled image set by name.
 
     Args:
-        name: one of `available()`. "digits" trains on few labels and tests on all the rest,
-            "digits-full" is an 80 / 20 split of the same images. "glyphs100" is drawn, 100
-            classes in families of look-alikes (`mclfast.data.sets.glyphs`).
-        root: folder holding the CIFAR archive or extracted files, or the folders train and
+        name: one of ``available()``. "digits" trains on few labels and tests on all the rest,
+            "digits-full" is an 80 / 20 split of the same images. "glyphs100" is drawn: 100
+            classes in families of look-alikes (``mclfast.data.sets.glyphs``).
+        root: folder that holds the CIFAR archive or its extracted files, or the folders train and
             test of "folder", or train and val of "imagefolder" and "webdataset"; ~ stands for
-            the home folder. The digits sets come with scikit-learn and "glyphs100" is drawn:
-            they do not read it.
-        train_per_class: keeps that many training images of every class, the test images stay.
-            For "digits" it sets the split itself (default 10) and the rest becomes the test set;
-            of "glyphs100" (default 50) any number is drawn.
-        seed: which images `train_per_class` keeps. It is not the seed of a training run: leave
-            it alone to compare runs on the same images. "digits" has one split and ignores it,
-            "glyphs100" draws other training images for another one.
-        image_size: side of the square images of "folder" (default 32), "imagefolder" and
-            "webdataset" (default 224). The other sets have one size; naming another one is an
-            error.
-        workers: processes that read and decode the images of "imagefolder" and "webdataset";
-            None for one per core, 0 for none. The others are in memory and ignore it.
+            the home folder. "digits", "digits-full" and "glyphs100" need no folder and ignore it.
+        train_per_class: number of training images kept of every class; all test images are kept.
+            "digits" has 10 by default, and all other images become its test set. "glyphs100" has
+            50 by default and draws as many as are asked for. The other sets keep all by default.
+        seed: seed that decides which images ``train_per_class`` keeps. It is not the seed of a
+            training run: leave it alone to compare runs on the same images. "digits" has only one
+            split and ignores it, "glyphs100" draws other training images for another seed.
+        image_size: side in pixels of the square images of "folder" (default 32), "imagefolder"
+            and "webdataset" (default 224). The other sets have a fixed size.
+        workers: number of processes that read and decode the images of "imagefolder" and
+            "webdataset"; None for one per core, 0 to decode in this process. The other sets are
+            in memory and ignore it.
 
     Returns:
-        The `Dataset`, images uint8 [N, C, H, W] (those of "imagefolder" and "webdataset" in
-        files) and labels int64 [N], in CPU memory.
+        The ``Dataset``. Its images uint8 [N, C, H, W] stay in files for "imagefolder" and
+        "webdataset" and are in CPU memory for all other sets; labels are int64 [N].
 
     Raises:
-        ValueError: an unknown name, an unusable argument, or damaged data.
-        FileNotFoundError: the files are not under `root`.
-        ImportError: the reader of the set (scikit-learn, Pillow) is not installed.
+        ValueError: the name is unknown, an argument is unusable, or the data are damaged.
+        FileNotFoundError: the files are not under ``root``.
+        ImportError: the package that reads the set (scikit-learn, Pillow) is not installed.
     """
     if name not in _NAMES:
         raise unknown_name("name", name, _NAMES)

@@ -12,12 +12,12 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image.
+    """Random changes of a training image.
 
     Attributes:
-        pad: black pixels added on every side before a crop of the original size is drawn, that
-            is, the largest shift; 0 draws no crop.
-        flip: mirror left and right with probability 1/2.
+        pad: largest shift in pixels: that many black pixels are added on every side before a crop
+            of the original size is drawn; 0 draws no crop.
+        flip: whether to mirror left and right with probability 1/2.
 
     Raises:
         ValueError: pad is negative.
@@ -44,7 +44,7 @@ def prepare(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 
     Raises:
         TypeError: images are not uint8.
-        ValueError: images are not of rank 4, or mean or std has not C entries.
+        ValueError: images are not of rank 4, or mean or std does not have C entries.
     """
     check_images(images, mean, std)
     out = images.to(torch.float32)
@@ -65,7 +65,7 @@ def augment(
 ) -> Tensor:
     """Shifts and mirrors every image independently, then normalises.
 
-    Equal to the following for each image b, without the loop:
+    The result is that of the following for each image b, computed without the loop:
 
         padded = F.pad(images[b], (pad, pad, pad, pad))
         crop = padded[:, dy[b] : dy[b] + H, dx[b] : dx[b] + W]
@@ -73,7 +73,7 @@ def augment(
 
     Args:
         images: uint8 [B, C, H, W].
-        augmentation: largest shift, and whether to mirror.
+        augmentation: the largest shift, and whether to mirror.
         mean: C means of pixels scaled to [0, 1].
         std: C standard deviations on the same scale.
         generator: the only source of randomness, on the device of the images. The same state
@@ -84,8 +84,8 @@ def augment(
 
     Raises:
         TypeError: images are not uint8.
-        ValueError: images are not of rank 4, mean or std has not C entries, or the generator is
-            on another kind of device.
+        ValueError: images are not of rank 4, mean or std does not have C entries, or the
+            generator is on another kind of device.
     """
     check_images(images, mean, std)
     device = images.device
@@ -120,7 +120,7 @@ def augment(
 
 
 def check_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raises where images are not uint8 [B, C, H, W], or mean or std has not C entries."""
+    """Raises unless images are uint8 [B, C, H, W], and mean and std have C entries."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images: expected torch.uint8, got {images.dtype}")
     if images.ndim != 4:

@@ -1,6 +1,6 @@
 """Batched augmentation of momentum contrast: crops of any size, colour jitter, grey, blur.
 
-All on the device of the images, one batch at a time, without waiting for the device.
+Everything runs on the device of the images, one batch at a time, and never waits for the device.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ _BLUR_RADIUS = 6
 
 @dataclass(frozen=True)
 class ContrastiveAugmentation:
-    """What is done to a training image, each image by itself.
+    """Random changes of a training image, drawn for each image by itself.
 
     Attributes:
-        min_area: a crop covers a share of the image's area in [min_area, 1].
-        brightness, contrast, saturation: factors are drawn from [1 - value, 1 + value].
-        hue: turns are drawn from [-value, value] of the colour circle.
-        jitter: probability that the four are applied.
+        min_area: smallest share of the image's area that a crop covers.
+        brightness: largest change of the brightness; the factor is drawn from [1 - value,
+            1 + value].
+        contrast: largest change of the contrast, drawn in the same way.
+        saturation: largest change of the saturation, drawn in the same way.
+        hue: largest turn of the hue, as a share of the colour circle, in either direction.
+        jitter: probability that brightness, contrast, saturation and hue are changed.
         grey: probability that an image becomes grey.
-        grey_first: before the jitter, as in MoCo v1, not after it.
+        grey_first: whether images become grey before the jitter, as in MoCo v1, or after it.
         blur: probability of a Gaussian blur with a standard deviation in [0.1, 2] pixels.
-        crop: whether to crop at all.
+        crop: whether to crop.
         flip: whether to mirror left and right with probability 1/2.
     """
 
@@ -51,7 +54,7 @@ class ContrastiveAugmentation:
     flip: bool = True
 
 
-#: Of arXiv 1911.05722 (v1) and arXiv 2003.04297 (v2).
+#: Settings of MoCo v1 (arXiv 1911.05722) and MoCo v2 (arXiv 2003.04297).
 CONTRASTIVE = {
     "moco-v1": ContrastiveAugmentation(),
     "moco-v2": ContrastiveAugmentation(hue=0.1, jitter=0.8, grey_first=False, blur=0.5),
@@ -68,23 +71,24 @@ def augment_contrastive(
 ) -> Tensor:
     """Crops and resizes, changes colours, blurs and mirrors each image, then normalises.
 
-    Images of other than three channels have no colours: of the jitter they get brightness and
-    contrast. The order of the four jitters is drawn once for the batch (torchvision draws it for
-    each image). Values are not rounded between the operations.
+    If images do not have three channels, they have no colours, and the jitter changes only their
+    brightness and contrast. The order of the four changes is drawn once for the batch (torchvision
+    draws it for each image). Values are not rounded between the operations.
 
     Args:
         images: uint8 [B, C, S, S].
-        augmentation: what to do.
+        augmentation: the changes and their ranges.
         mean: C means of pixels scaled to [0, 1].
         std: C standard deviations on the same scale.
-        seed: of this batch; the only source of randomness, on a device of one kind.
+        seed: seed of this batch, and the only source of randomness. The same seed gives the same
+            images on all devices of one kind.
 
     Returns:
         float32 [B, C, S, S] on the device of the images.
 
     Raises:
         TypeError: images are not uint8.
-        ValueError: images are not of rank 4, or mean or std has not C entries.
+        ValueError: images are not of rank 4, or mean or std does not have C entries.
     """
     check_images(images, mean, std)
     a, draw = augmentation, _Draw(seed, len(images), images.device)
@@ -101,7 +105,7 @@ def augment_contrastive(
         x = torch.where(draw.chosen(a.blur), _blur(x, draw.uniform(*_BLUR_SIGMA)), x)
     if a.flip:
         x = torch.where(draw.chosen(0.5), x.flip(-1), x)
-    # Scalars: a tensor of the constants would make the host wait for the copy.
+    # Python scalars: a tensor of the constants would make the host wait for its copy.
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
         x[:, channel].sub_(m).div_(s)
     return x
@@ -124,20 +128,20 @@ class _Draw:
         return self.uniform(0, 1) < probability
 
     def order(self, count: int) -> list[int]:
-        """An order for the whole batch, known to the host."""
+        """An order for the whole batch, drawn on the host."""
         return torch.randperm(count, generator=self._host).tolist()
 
 
 def random_resized_crop(x: Tensor, min_area: float, generator: Generator) -> Tensor:
-    """A random box of each image, resized bilinearly to the image's size.
+    """Cuts a random box out of each image and resizes it bilinearly to the image's size.
 
     The box has whole pixels; its area and its ratio are drawn as in
-    :func:`mclfast.data.stream.decode.random_box`. Equal to ``F.interpolate`` of each box by itself.
+    :func:`mclfast.data.stream.decode.random_box`. The result equals ``F.interpolate`` of each box.
 
     Args:
         x: float [B, C, S, S].
-        min_area: smallest share of the area.
-        generator: on the device of x.
+        min_area: smallest share of the image's area that a box covers.
+        generator: source of randomness, on the device of x.
     """
     batch, _, size, _ = x.shape
 
@@ -151,12 +155,12 @@ def random_resized_crop(x: Tensor, min_area: float, generator: Generator) -> Ten
     fits = (sides <= size).all(0)  # [B, 10]
     first = fits.to(torch.uint8).argmax(1, keepdim=True)
     chosen = sides.gather(2, first.expand(2, -1, -1))  # [2, B, 1]: height, width
-    # No ratio allowed is too wide for a square image as a whole.
+    # If no draw fits, the whole square image is taken, whose ratio of 1 is always allowed.
     chosen = torch.where(fits.any(1, keepdim=True), chosen, float(size))
     start = (uniform(2, batch, 1) * (size - chosen + 1)).floor()
     start = torch.minimum(start, size - chosen)
     steps = (torch.arange(size, device=x.device) + 0.5) / size  # [S]
-    # Clamped: pixels beside the box do not show at its edge.
+    # Clamped, so that pixels outside the box do not show at its edge.
     at = start + (chosen * steps - 0.5).clamp_min(0).minimum(chosen - 1)  # [2, B, S]
     at = (2 * at + 1) / size - 1
     grid = torch.stack(

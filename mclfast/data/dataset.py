@@ -1,4 +1,4 @@
-"""The set that every loader returns, and the images of one that is in memory."""
+"""``Dataset``, which every loader returns, and ``ImageSet``, labelled images in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mclfast.data.augment import Augmentation
 from mclfast.data.source import ImageSource, Views
 
 
-# eq=False: comparing tensors element by element has no truth value; identity is what is left.
+# eq=False: two sets are equal only if they are the same object, as a comparison of tensors has no
+# truth value.
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images in memory with their labels.
@@ -23,8 +24,8 @@ class ImageSet:
         labels: int64 [N], on the device of the images.
 
     Raises:
-        TypeError: a wrong dtype, or not a tensor.
-        ValueError: a wrong rank, different lengths or devices, or no image at all.
+        TypeError: an argument is no tensor, or has the wrong dtype.
+        ValueError: an argument has the wrong rank, lengths or devices differ, or there is no image.
     """
 
     images: Tensor
@@ -60,16 +61,16 @@ class ImageSet:
 
     @property
     def makes_views(self) -> bool:
-        """Its pixels are always whole images."""
+        """False: pixels are always whole images."""
         return False
 
     @property
     def fingerprint(self) -> None:
-        """Nothing is known of where the images came from."""
+        """None: an order of images in memory cannot be told from another."""
         return None
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """The same set on `device`."""
+        """The same set on ``device``."""
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def subset(self, index: Tensor) -> ImageSet:
@@ -89,7 +90,7 @@ class ImageSet:
         ``views`` stays unused, as an image in memory has only one view.
         """
         if isinstance(rows, Tensor):
-            # At once: a copy to a GPU in every step would make the host wait for it.
+            # Moved at once: a copy to a GPU in every step would make the host wait for it.
             rows = rows.to(self.images.device)
         for row in rows:
             yield self.images[row.to(self.images.device)].to(device)
@@ -97,9 +98,9 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test set with what is needed to feed them to a network.
+    """A training and a test set, with the statistics and names needed to train on them.
 
-    A set of your own:
+    A set of your own is built like this:
 
         mean, std = channel_stats(train_images)
         dataset = Dataset(
@@ -114,20 +115,20 @@ class Dataset:
         )
 
     Attributes:
-        name: free text, for logs.
-        train: images uint8 [N, C, S, S], labels int64 [N]; an `ImageSet`, or another
-            `ImageSource` such as the `StreamedSet` of images that do not fit in memory.
-        test: images uint8 [N', C, S, S], labels int64 [N'], likewise.
-        num_classes: labels lie in [0, num_classes).
-        class_names: one name per class.
+        name: free text, shown in logs.
+        train: training images uint8 [N, C, S, S] with labels int64 [N]: an ``ImageSet``, or another
+            ``ImageSource`` such as the ``StreamedSet`` of images that do not fit in memory.
+        test: test images uint8 [N', C, S, S] with labels int64 [N'], in the same form.
+        num_classes: number of classes; labels lie in [0, num_classes).
+        class_names: one name for each class.
         mean: mean of each channel, of pixels scaled to [0, 1]; C values.
         std: standard deviation of each channel, on the same scale; C positive values.
-        augmentation: what to do to training images on the device; a `StreamedSet` has drawn its
-            crops before.
+        augmentation: random shifts and flips of training images on the device. The images of a
+            ``StreamedSet`` are cropped and flipped when they are decoded and need none.
 
     Raises:
-        ValueError: a label outside [0, num_classes), images of different or non-square shapes,
-            a tuple of the wrong length, or a mean or std that is not finite.
+        ValueError: a label is outside [0, num_classes), images differ in shape or are not square,
+            a tuple has the wrong length, or a mean or std is not finite.
     """
 
     name: str
@@ -173,7 +174,7 @@ class Dataset:
         return self.train.image_shape[1]
 
     def to(self, device: torch.device | str) -> Dataset:
-        """The same set with both splits on `device`."""
+        """The same set with both splits on ``device``."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
@@ -184,8 +185,8 @@ def channel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
         images: uint8 [N, C, H, W], not empty.
 
     Returns:
-        The means and the standard deviations, C values each. A constant channel gets a standard
-        deviation of 1, so that dividing by it is harmless.
+        The means and the standard deviations, C values each. The standard deviation of a constant
+        channel is given as 1, so that dividing by it is harmless.
 
     Raises:
         TypeError: images are not uint8.
@@ -197,7 +198,7 @@ def channel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in images.unbind(1):
-        # Exact, and needs no float copy of the whole set.
+        # A histogram gives the exact moments without a float copy of the whole set.
         counts = torch.bincount(channel.reshape(-1), minlength=256).cpu()
         share = counts.to(torch.float64) / channel.numel()
         mean = (share * levels).sum()
@@ -217,7 +218,7 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, rank: int, shape
 
 
 def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
-    """Raises ValueError where a label is not in [0, num_classes)."""
+    """Raises ValueError if a label is not in [0, num_classes)."""
     wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(wrong):
         position = int(wrong[0])
@@ -228,14 +229,14 @@ def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
 
 
 def with_channels(data: Dataset, channels: int) -> Dataset:
-    """The set with images of this many channels: grey ones are repeated, others stay.
+    """The data set with as many channels as a backbone takes: grey images are repeated.
 
     Args:
-        data: the set.
-        channels: those of the backbone's input.
+        data: data set, returned unchanged if its images have ``channels`` channels.
+        channels: number of channels of the backbone's input.
 
     Raises:
-        ValueError: images of several channels, but not of this many, or grey ones in files.
+        ValueError: the images have another number of channels and are not grey images in memory.
     """
     if data.in_channels == channels:
         return data

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, made of the images of any ``ImageSource``.
+"""Batches for training and evaluation from the images of any ``ImageSource``.
 
     feed = TrainingFeed(data, device=device, seed=0)
     for images, labels, index in feed.batches(sampler.epoch(0), first_step=0):
@@ -24,15 +24,15 @@ from mclfast.data.source import ImageSource, Views
 
 
 class TrainingFeed:
-    """Augmented training batches.
+    """Makes augmented training batches, and counts the time spent waiting for images.
 
     Args:
-        data: its labels are on `device`.
-        device: where the batches shall be.
+        data: data set whose labels are on ``device``.
+        device: device that the batches are moved to.
         seed: seed of the augmentation.
         augmented: whether to draw random crops and flips.
-        views: how many augmented forms of each image a batch holds, each drawn by itself.
-        contrastive: what is done to the images in place of the data set's own augmentation.
+        views: number of augmented forms of each image in a batch, each drawn by itself.
+        contrastive: augmentation used in place of the data set's own; None for its own.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class TrainingFeed:
     def batches(
         self, rows: Tensor, *, first_step: int
     ) -> Iterator[tuple[Tensor | list[Tensor], Tensor, Tensor]]:
-        """The batches of the rows, one a step.
+        """Yields one batch for each row of image numbers.
 
         Args:
             rows: image numbers int64 [steps, B], on any device.
-            first_step: number of the first row's step, counted over the whole run.
+            first_step: step of the first row, counted over the whole run.
 
         Yields:
-            Normalised images float32 [B, C, H, W] (a list of them, one for each view, where there
-            are several), their labels int64 [B] and their numbers in
-            the training set int64 [B], on the device.
+            On the device: normalised images float32 [B, C, H, W] (with several views a list of
+            them, one for each view), their labels int64 [B], and their numbers in the training set
+            int64 [B].
 
         Raises:
-            ValueError: an image that cannot be read; the text names its file.
+            ValueError: an image cannot be read; the text names its file.
         """
         train = self._data.train
         self._started, self._waited, self._delivered = time.perf_counter(), 0.0, 0
@@ -78,7 +78,7 @@ class TrainingFeed:
             asked = Views(self._seeds[0], first_step, tuple(self._seeds[1:]))
             if self._contrastive is not None:
                 asked = asked._replace(min_area=self._contrastive.min_area)
-        # One pass over the set, with the views of a step one after the other.
+        # One pass reads the images of all views, those of a step one after the other.
         repeated = rows.repeat_interleave(len(self._seeds), dim=0)
         arriving = train.pixels(repeated, self._device, views=asked)
         on_device = rows.to(self._device)
@@ -97,7 +97,7 @@ class TrainingFeed:
     def _augment(self, pixels: Tensor, seed: int, step: int) -> Tensor:
         data, number = self._data, _step_seed(seed, step)
         if self._contrastive is not None:
-            # What the source or the data set says of crops and flips stays true.
+            # A source that makes views has cropped already; a set without flips gets none here.
             own = data.train.makes_views
             return augment_contrastive(
                 pixels,
@@ -144,7 +144,15 @@ def evaluation_batches(
     batch_size: int,
     device: torch.device | str,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images float32 [b, C, H, W] and labels int64 [b] in order, on `device`."""
+    """Yields normalised images float32 [b, C, H, W] and labels int64 [b], in order.
+
+    Args:
+        source: images to evaluate on.
+        mean: C means of pixels scaled to [0, 1].
+        std: C standard deviations on the same scale.
+        batch_size: number of images in a batch; the last batch may have fewer.
+        device: device that images and labels are moved to.
+    """
     rows = torch.arange(len(source), device=source.labels.device).split(batch_size)
     arriving = source.pixels(rows, device)
     for pixels, labels in zip(arriving, source.labels.split(batch_size), strict=True):

@@ -1,6 +1,6 @@
 """Batches of sample numbers, the whole epoch at once, as a pure function of (seed, epoch).
 
-A run is resumed with the number of the epoch and the position in it; there is no state to save.
+A run resumes from the number of the epoch and the position in it; samplers have no state to save.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Generator, Tensor
 
 
 class ShuffleSampler:
-    """Every sample at most once in an epoch, in random order; an incomplete batch is dropped.
+    """Draws every sample at most once in an epoch; an incomplete last batch is dropped.
 
     Args:
         num_samples: number of samples N.
-        batch_size: samples in a batch B, at most N.
+        batch_size: number of samples in a batch B, at most N.
         seed: seed of all epochs.
 
     Raises:
-        ValueError: a non-positive size, or batch_size > num_samples.
+        ValueError: a size is not positive, or batch_size exceeds num_samples.
     """
 
     def __init__(self, num_samples: int, *, batch_size: int, seed: int = 0) -> None:
@@ -53,25 +53,25 @@ class ShuffleSampler:
 
 
 class BalancedSampler:
-    """Every batch has B / m distinct classes and m distinct images of each.
+    """Draws batches of B / m distinct classes with m distinct images of each class.
 
-    Within an epoch no class is used more than once more often than another one, and neither is
-    an image within its class. All classes are used alike, so in a set with classes of different
-    sizes the images of small classes come more often. (The published sampler draws the images of
-    every batch anew, so that some come again before others have come at all; here decks of them
-    are dealt without replacement across the batches of an epoch.)
+    Within an epoch, the numbers of times that two classes are used differ by at most one, and so do
+    those of two images of a class. Images of small classes therefore come more often than images of
+    large ones. (The published sampler draws the images of every batch anew, so that some come again
+    before others have come at all; here they are dealt without replacement across the batches of an
+    epoch, like cards from shuffled decks.)
 
     Args:
         labels: int64 [N], on any device.
-        batch_size: samples in a batch B, a multiple of m.
-        images_per_class: images of each class in a batch m.
-        num_classes: number of classes C, default the largest label plus one.
+        batch_size: number of samples in a batch B, a multiple of m.
+        images_per_class: number of images m of each class in a batch.
+        num_classes: number of classes C; by default the largest label plus one.
         seed: seed of all epochs.
 
     Raises:
         TypeError: labels are not int64.
-        ValueError: a non-positive size, labels that are not [N] or out of range, a batch_size
-            that is not a multiple of m or larger than m * C, or a class with fewer than m images.
+        ValueError: a size is not positive, labels are not [N] or out of range, batch_size is not a
+            multiple of m or exceeds m * C, or a class has fewer than m images.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class BalancedSampler:
             epoch: number of the epoch, from 0.
 
         Returns:
-            int64 [len(self), B] on the CPU; the m images of a class stand next to each other.
+            int64 [len(self), B] on the CPU; the m images of a class are neighbours in their row.
         """
         generator = _epoch_generator("balanced", self.seed, epoch)
         m = self.images_per_class
@@ -141,7 +141,7 @@ class BalancedSampler:
             self.num_classes, self.batch_size // m, len(self), generator
         )  # [len, B / m]
         samples = torch.empty(classes.numel(), m, dtype=torch.int64)
-        # Turns of the same class stand together in `turns`, in the order of the epoch.
+        # Turns of the same class stand together in ``turns``, in the order of the epoch.
         turns = torch.argsort(classes.flatten(), stable=True)
         uses = torch.bincount(classes.flatten(), minlength=self.num_classes).tolist()
         for members, turn in zip(self._members, turns.split(uses), strict=True):
@@ -150,9 +150,15 @@ class BalancedSampler:
 
 
 def _draw_groups(items: int, size: int, groups: int, generator: Generator) -> Tensor:
-    """Deals shuffled decks of range(items) into groups of `size` distinct items.
+    """Deals shuffled decks of range(items) into groups of ``size`` distinct items.
 
     Decks are used up one after the other, so the use counts of two items differ by at most 1.
+
+    Args:
+        items: number of items in a deck.
+        size: number of items in a group, at most ``items``.
+        groups: number of groups.
+        generator: source of randomness, on the CPU.
 
     Returns:
         int64 [groups, size].
@@ -167,8 +173,9 @@ def _draw_groups(items: int, size: int, groups: int, generator: Generator) -> Te
 def _separate(dealt: Tensor, size: int) -> None:
     """Reorders decks [decks, items] in place so that no group holds an item twice.
 
-    A group that runs over the end of a deck takes its last items from the next deck. Items that
-    it has already are moved behind them there; there are enough others, as items >= size.
+    A group that begins at the end of one deck takes its last items from the start of the next
+    deck. Items that the group already holds are moved back in that deck; enough others remain,
+    because items >= size.
     """
     decks, items = dealt.shape
     for deck in range(1, decks):
@@ -177,7 +184,7 @@ def _separate(dealt: Tensor, size: int) -> None:
             continue
         current = dealt[deck]
         is_free = ~torch.isin(current, dealt[deck - 1, items - held :])
-        # Stable: the first `size - held` free items come first, all others keep their order.
+        # The first ``size - held`` free items come first, all others keep their order.
         is_first = is_free & (is_free.cumsum(0) <= size - held)
         dealt[deck] = torch.cat((current[is_first], current[~is_first]))
 
@@ -185,8 +192,8 @@ def _separate(dealt: Tensor, size: int) -> None:
 def _epoch_generator(sampler: str, seed: int, epoch: int) -> Generator:
     """A generator for one epoch.
 
-    Hashed, because seed + epoch would give run 1 the epochs of run 0, and because the CPU
-    generator looks at the low 32 bits of its seed only.
+    Its seed is a hash: with seed + epoch, run 1 would repeat the epochs of run 0, and the CPU
+    generator uses only the low 32 bits of its seed.
     """
     if epoch < 0:
         raise ValueError(f"epoch: expected at least 0, got {epoch}")

@@ -1,7 +1,7 @@
-"""What a set of images must offer so that training and evaluation need not know where it lies.
+"""The interface between image sets and training: ``ImageSource`` reads labelled images by number.
 
-`ImageSet` holds its images in memory, `StreamedSet` reads them from files; a source of your own
-needs the members of `ImageSource` to be the train or test part of a `Dataset`.
+``ImageSet`` holds its images in memory, ``StreamedSet`` reads them from files. Any class with the
+members of ``ImageSource`` can be the train or test part of a ``Dataset``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Source = TypeVar("Source", bound="ImageSource")
 
 
 class Views(NamedTuple):
-    """Asks for random views of the images: row i of a pass is step `first_step + i`.
+    """A request for random views: row i of a pass is made for step ``first_step + i``.
 
-    With more seeds a pass holds as many rows for each step, one for each seed, next to each other.
+    With ``more_seeds``, every step takes one row for each seed, and these rows follow one another.
 
     Attributes:
-        seed: seed of the run.
-        first_step: number of the first row's step, counted over the whole run.
-        more_seeds: seeds of further views.
-        min_area: smallest share of an image's area in a crop.
+        seed: seed of the run, used for the first view of a step.
+        first_step: step of the first row, counted over the whole run.
+        more_seeds: seeds of the further views of a step.
+        min_area: smallest share of an image's area that a crop covers.
     """
 
     seed: int
@@ -47,21 +47,21 @@ class ImageSource(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width (C, H, W) of what `pixels` yields."""
+        """Channels, height and width (C, H, W) of the images that ``pixels`` yields."""
 
     @property
     def makes_views(self) -> bool:
-        """Whether `views` makes `pixels` yield random crops, mirrored half of the time."""
+        """Whether ``pixels`` crops and mirrors at random if it is given ``views``."""
 
     @property
     def fingerprint(self) -> str | None:
-        """Tells one numbering of the images from another; None where nothing is known of it."""
+        """Text that differs if the images are numbered otherwise; None if it cannot be told."""
 
     def __len__(self) -> int:
         """Number of images N."""
 
     def to(self: Source, device: torch.device | str) -> Source:
-        """The same set with its labels, and images that are in memory, on `device`."""
+        """The same set with its labels, and images that are in memory, on ``device``."""
 
     def subset(self: Source, index: Tensor) -> Source:
         """The images with these numbers, int64 [n], in that order."""
@@ -76,10 +76,11 @@ class ImageSource(Protocol):
         """Yields the images of each row of numbers.
 
         Args:
-            rows: the numbers of each batch, int64 [B].
-            device: where the batches shall be.
-            views: random crops and flips, where it is the source that makes them: a pure
-                function of (seed, step, image number). None for the view of evaluation.
+            rows: image numbers int64 [B] of each batch.
+            device: device that the batches are moved to.
+            views: asks for random crops and flips, which must be a pure function of (seed, step,
+                image number); ignored by a source that makes no views. None for the one view of
+                evaluation.
 
         Yields:
             uint8 [B, C, H, W].

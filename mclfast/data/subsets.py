@@ -1,4 +1,4 @@
-"""Some of the images of a set, the same ones whenever they are asked for."""
+"""Reproducible subsets of a data set: fewer images of each class, and held-out images."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from mclfast.data.source import ImageSource, Source
 
 
 def class_ranks(labels: Tensor, num_classes: int, seed: int) -> Tensor:
-    """Position of every sample among those of its class, in a shuffled order fixed by `seed`.
+    """Position of every sample among those of its class, in a shuffled order fixed by ``seed``.
 
-    Taking the samples with rank < k gives a stratified subset, and a smaller k gives a part of
-    the subset of a larger one.
+    The samples with rank < k form a stratified subset, which contains that of every smaller k.
 
     Args:
         labels: int64 [N], in [0, num_classes).
         num_classes: number of classes.
-        seed: 0 to 2**32 - 1.
+        seed: seed of the order, 0 to 2**32 - 1.
 
     Returns:
         int64 [N], on the CPU.
 
     Raises:
-        ValueError: seed out of range.
+        ValueError: the seed is out of range.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected a value in [0, 2**32), got {seed}")
@@ -43,20 +42,20 @@ def class_ranks(labels: Tensor, num_classes: int, seed: int) -> Tensor:
 
 
 def limit_per_class(image_set: Source, per_class: int, num_classes: int, seed: int = 0) -> Source:
-    """Keeps `per_class` images of every class, in their original order.
+    """Keeps ``per_class`` images of every class, in their original order.
 
     Args:
-        image_set: images [N, C, H, W], labels [N].
-        per_class: images to keep of each class, at least 1.
+        image_set: images [N, C, H, W] with labels [N].
+        per_class: number of images to keep of each class, at least 1.
         num_classes: number of classes.
-        seed: which images are kept; the same seed always keeps the same ones.
+        seed: seed that decides which images are kept; the same seed always keeps the same ones.
 
     Returns:
         A set of num_classes * per_class images.
 
     Raises:
-        ValueError: per_class is not positive, a label is out of range, or a class has too few
-            images.
+        ValueError: per_class is not positive, a label is out of range, or a class has fewer than
+            per_class images.
     """
     if per_class < 1:
         raise ValueError(f"per_class: expected at least 1, got {per_class}")
@@ -73,14 +72,21 @@ def limit_per_class(image_set: Source, per_class: int, num_classes: int, seed: i
 
 
 def select(image_set: Source, keep: Tensor) -> Source:
-    """The images with keep == True, in their order; keep is bool [N]."""
+    """The images with keep == True, in their order; ``keep`` is bool [N]."""
     return image_set.subset(keep.nonzero().squeeze(1))
 
 
 def hold_out(data: Dataset, share: float) -> tuple[Dataset, ImageSource | None]:
-    """The data with a share of each class's training images taken out, and those images.
+    """Takes a share of each class's training images out of the training set.
 
-    The split is one for all seeds, as that of the test images.
+    The split does not depend on the seed of a run, as the split of the test images does not.
+
+    Args:
+        data: data set to split.
+        share: share of each class to take out, in [0, 1); 0 takes out nothing.
+
+    Returns:
+        The data set without the held-out images, and these images; None if there are none.
     """
     if share == 0:
         return data, None

@@ -1,1 +1,1 @@
-"""The data sets that are held in memory."""
+"""Data sets that are held in memory: CIFAR, digits, glyphs and folders of images."""

@@ -27,17 +27,17 @@ _HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 @dataclass(frozen=True)
 class CifarSource:
-    """Where the parts of one CIFAR set are, and how they must look.
+    """The files of one CIFAR set with their checksums, and the statistics of its images.
 
     Attributes:
         name: name of the set.
         archive: file name of the archive.
-        archive_md5: its MD5 sum.
-        folder: the folder inside the archive.
+        archive_md5: MD5 sum of the archive.
+        folder: folder inside the archive.
         train_files: files with training images, in order.
         test_files: files with test images.
         meta_file: file with the class names.
-        md5: MD5 sum of every file.
+        md5: MD5 sum of every file, by its name.
         labels_key: key of the labels in the image files.
         names_key: key of the class names in the meta file.
         mean: mean of each channel, of pixels scaled to [0, 1].
@@ -110,15 +110,16 @@ def load_cifar(root: str | os.PathLike[str], source: CifarSource = CIFAR100) -> 
     """Reads CIFAR-10 or CIFAR-100 (fine labels).
 
     Args:
-        root: folder holding the extracted folder or, unless that is complete, the archive.
-        source: `CIFAR10`, `CIFAR100`, or one with the same layout and its own sums.
+        root: folder that holds the extracted folder, or else the archive. The archive is read if
+            the extracted folder is not complete.
+        source: ``CIFAR10``, ``CIFAR100``, or another set with the same layout.
 
     Returns:
-        Images uint8 [N, 3, 32, 32].
+        The data set, with images uint8 [N, 3, 32, 32].
 
     Raises:
-        FileNotFoundError: neither the extracted folder nor the archive is there.
-        ValueError: a file differs from its sum, or does not hold what it should.
+        FileNotFoundError: there is neither a complete extracted folder nor an archive.
+        ValueError: a file differs from its MD5 sum, or its content is not that of a CIFAR file.
     """
     origin, contents = _read_files(Path(root), source)
     parsed = {}
@@ -127,7 +128,7 @@ def load_cifar(root: str | os.PathLike[str], source: CifarSource = CIFAR100) -> 
         _check_md5(f"{origin}/{file}", digest, source.md5[file])
         try:
             parsed[file] = restricted_pickle.loads(data)
-        # A pickle is a program: what a damaged one raises has no common type.
+        # A pickle is a program, and the errors of damaged ones have no common type.
         except Exception as error:
             raise ValueError(
                 f"{origin}/{file}: expected a readable part of {source.name}, got {error!r}"
@@ -149,7 +150,7 @@ def load_cifar(root: str | os.PathLike[str], source: CifarSource = CIFAR100) -> 
 
 
 def _read_files(root: Path, source: CifarSource) -> tuple[Path, dict[str, bytes]]:
-    """What was read, and the content of each file of the source."""
+    """The folder or archive that was read, and the content of each file of the source."""
     folder, archive = root / source.folder, root / source.archive
     missing = [file for file in source.files if not (folder / file).is_file()]
     if not missing:

@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn: nothing to download."""
+"""The handwritten digits that come with scikit-learn, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mclfast.data.subsets import class_ranks, select
 
 IMAGE_SIZE = 16
 _NUM_CLASSES = 10
-# One split for everybody, whatever the seed of the run.
+# The split is the same for all runs, whatever their seed.
 _SPLIT_SEED = 20210427
 
 
@@ -20,14 +20,14 @@ def load_few(train_per_class: int = 10) -> Dataset:
     """ "digits": few labels for training, all other images for testing.
 
     Args:
-        train_per_class: training images of each class. The split is one fixed order of the
-            images, so that fewer training images are a part of more.
+        train_per_class: number of training images of each class. The images have one fixed order,
+            so that a smaller training set is a part of a larger one.
 
     Returns:
-        Images uint8 [N, 1, 16, 16], 1797 in both splits together.
+        The data set, with images uint8 [N, 1, 16, 16], 1797 in both splits together.
 
     Raises:
-        ValueError: train_per_class leaves no training or no test image of some class.
+        ValueError: train_per_class leaves no training image or no test image of some class.
         ImportError: scikit-learn is not installed.
     """
     everything = _read()
@@ -41,10 +41,10 @@ def load_few(train_per_class: int = 10) -> Dataset:
 
 
 def load_full() -> Dataset:
-    """ "digits-full": 80 % of every class for training, 20 % for testing, a fixed split.
+    """ "digits-full": 80 % of every class for training, 20 % for testing, in a fixed split.
 
     Returns:
-        Images uint8 [N, 1, 16, 16], 1797 in both splits together.
+        The data set, with images uint8 [N, 1, 16, 16], 1797 in both splits together.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -56,7 +56,7 @@ def load_full() -> Dataset:
 
 
 def _split(name: str, everything: ImageSet, in_train: Tensor) -> Dataset:
-    # The statistics of all images, so that they do not depend on the split.
+    # Statistics of all images, so that they do not depend on the split.
     mean, std = channel_stats(everything.images)
     return Dataset(
         name=name,
@@ -66,7 +66,7 @@ def _split(name: str, everything: ImageSet, in_train: Tensor) -> Dataset:
         class_names=tuple(str(digit) for digit in range(_NUM_CLASSES)),
         mean=tuple(round(value, 4) for value in mean),
         std=tuple(round(value, 4) for value in std),
-        # A mirrored digit is another sign.
+        # No flips: a mirrored digit is no digit.
         augmentation=Augmentation(pad=2),
     )
 
@@ -78,16 +78,20 @@ def _read() -> ImageSet:
 
 
 def _upsample(levels: Tensor) -> Tensor:
-    """Bilinear, twice the side: levels int64 [N, 8, 8] in 0..16 -> uint8 [N, 1, 16, 16].
+    """Doubles the side of images bilinearly, in integers: every machine gets the same bytes.
 
-    In integers, so that every machine gets the same bytes.
+    Args:
+        levels: int64 [N, 8, 8], in 0..16.
+
+    Returns:
+        uint8 [N, 1, 16, 16].
     """
     doubled = _double(_double(levels, 1), 2)  # weights sum to 4 * 4, so 0..256
     return ((doubled * 255 + 128) // 256).to(torch.uint8).unsqueeze(1)
 
 
 def _double(x: Tensor, dim: int) -> Tensor:
-    """Linear interpolation at the quarter points along dim, times 4; edges are repeated."""
+    """Doubles ``dim`` by linear interpolation at its quarter points, repeating edges; times 4."""
     size = x.shape[dim]
     before = x.index_select(dim, (torch.arange(size) - 1).clamp(min=0))
     after = x.index_select(dim, (torch.arange(size) + 1).clamp(max=size - 1))

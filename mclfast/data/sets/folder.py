@@ -1,4 +1,4 @@
-"""Images sorted into one folder per class."""
+"""Images sorted into one folder per class, read into memory."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"})
 def load_folder(root: str | os.PathLike[str], image_size: int | None = None) -> Dataset:
     """Reads root/train/<class>/*.png and root/test/<class>/*.png (or root/val) into memory.
 
-    Meant for sets that fit in memory: an image takes 3 * image_size**2 bytes, so 100,000 images
-    of 64 pixels take 1.2 GB. Files png, jpg, jpeg, bmp, webp and ppm are read as RGB, the
-    shorter side is resized to `image_size` and the centre is kept. Classes are numbered in the
-    order of their names; other files, and names starting with a dot, are left out.
+    An image takes 3 * image_size**2 bytes of memory: 100,000 images of 64 pixels take 1.2 GB.
+    Images are read as RGB, their shorter side is resized to ``image_size``, and the centre is kept.
+    Classes are numbered in the order of their names. Only files png, jpg, jpeg, bmp, webp and ppm
+    are read, and only those whose names do not start with a dot.
 
     Args:
-        root: folder holding train, and test or val.
-        image_size: side of the images, default 32.
+        root: folder that holds train, and test or val.
+        image_size: side of the images in pixels; by default 32.
 
     Returns:
-        Images uint8 [N, 3, image_size, image_size]; mean and std are those of the training images.
+        The data set, with images uint8 [N, 3, image_size, image_size]; mean and std are those of
+        the training images.
 
     Raises:
-        FileNotFoundError: no folder train, or neither test nor val.
-        ValueError: an image that cannot be read, a class folder without images, a test class
-            that is not in train, or an image_size that is not positive.
+        FileNotFoundError: there is no folder train, or neither test nor val.
+        ValueError: an image cannot be read, a class folder has no images, a test class is not in
+            train, or image_size is not positive.
         ImportError: Pillow is not installed.
     """
     size = 32 if image_size is None else image_size
@@ -57,7 +58,13 @@ def load_folder(root: str | os.PathLike[str], image_size: int | None = None) -> 
 
 
 def split_folders(root: Path, tests_named: tuple[str, ...]) -> tuple[Path, Path]:
-    """The folder of the training images, and the first of those named for the test images."""
+    """Folders of the training and of the test images.
+
+    Args:
+        root: folder that holds both.
+        tests_named: names that the folder of the test images may have; the first that exists is
+            taken.
+    """
     train = root / "train"
     tests = [root / name for name in tests_named if (root / name).is_dir()]
     if not train.is_dir() or not tests:
@@ -69,7 +76,7 @@ def split_folders(root: Path, tests_named: tuple[str, ...]) -> tuple[Path, Path]
 
 
 def training_classes(train_root: Path, test_root: Path) -> list[str]:
-    """Names of the classes in order, of which the test images have no others."""
+    """Names of the classes in order; raises ValueError if the test images have others."""
     class_names = class_folders(train_root)
     unknown = sorted(set(class_folders(test_root)) - set(class_names))
     if unknown:
@@ -98,7 +105,7 @@ def _read_split(split: Path, numbers: dict[str, int], size: int) -> ImageSet:
         if not found:
             raise ValueError(f"{split / name}: expected at least one image, got none")
         files.extend((file, numbers[name]) for file in found)
-    # Filled in place: stacking a list would need the memory twice.
+    # Filled in place, as stacking a list would need the memory twice.
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for i, (file, _) in enumerate(files):
         images[i] = _read_image(file, size)
@@ -106,12 +113,12 @@ def _read_split(split: Path, numbers: dict[str, int], size: int) -> ImageSet:
 
 
 def _read_image(file: Path, size: int) -> Tensor:
-    """uint8 [3, size, size]."""
+    """The centre of an image as RGB, uint8 [3, size, size]."""
     pillow = optional_import("PIL.Image", extra="train")
     try:
         with pillow.open(file) as opened:
             image = opened.convert("RGB")
-    # The decoders raise many types on damaged files, some of them their own.
+    # Decoders raise many types of errors on damaged files, some of them their own.
     except Exception as error:
         raise ValueError(f"{file}: expected a readable image, got {error!r}") from error
     shorter = min(image.size)
@@ -119,6 +126,6 @@ def _read_image(file: Path, size: int) -> Tensor:
     left, top = (width - size) // 2, (height - size) // 2
     image = image.resize((width, height), pillow.Resampling.BILINEAR)
     image = image.crop((left, top, left + size, top + size))
-    # A bytearray because torch warns about read-only memory.
+    # A bytearray, as torch warns about read-only memory.
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(size, size, 3).permute(2, 0, 1)

@@ -1,15 +1,16 @@
 """glyphs100: drawn signs of 100 classes in 20 families of look-alikes, for small machines.
 
-A class is a few strokes, lines and bows, whose control points define it. The five classes of a
-family differ in one or two strokes: four of them are the first one with a stroke that bends
-otherwise or ends elsewhere. Every image is drawn anew, so that there are as many training images
+A class is defined by the control points of a few strokes, which are lines or bows. The five classes
+of a family differ in one or two strokes: four of them are the first one with a stroke that bends
+otherwise or ends elsewhere. Every image is drawn anew. There are therefore as many training images
 as one asks for, and nothing is read or downloaded.
 
-What varies from image to image, evenly within these ranges (pixels of the 32 x 32 image):
+Images of a class differ in the following, uniformly within these ranges (in pixels of the 32 x 32
+image):
 
 - position +-2 px across and down; size 0.75 to 1.1 of a glyph 20 px wide; rotation +-20 degrees;
   shear +-0.25; ratio of width to height 0.85 to 1.15
-- hand: every control point of every stroke +-0.8 px on its own
+- hand: every control point of every stroke is moved by +-0.8 px on its own
 - stroke width 1.2 to 2.8 px
 - background: a grey of 0.05 to 0.45 with channels +-0.15, a linear gradient of up to +-0.15 from
   edge to edge, and a smooth texture of up to +-0.08 in each channel
@@ -20,10 +21,11 @@ What varies from image to image, evenly within these ranges (pixels of the 32 x 
 
 For scale, a lone ResNet-20 (``mclfast train --method baseline --cohort resnet20 --data glyphs100
 --train-per-class 25 --epochs 12 --warmup-epochs 2 --batch-size 64 --images-per-class 2 --lr 0.8
---amp bf16``, seed 0; two minutes of one core): 66.9 % of the test images; 41.0 % with 8 epochs, and
-85.6 % with 8 epochs of the default 50 images a class. A lone ResNet-8 with 8 epochs of 25: 64.3 %.
-Without a warm-up, or at a smaller learning rate, the loss stays near that of chance (4.6) for
-longer. How fast training starts differs from run to run, so compare over several seeds.
+--amp bf16``, seed 0; two minutes of one core) classifies 66.9 % of the test images correctly. With
+8 epochs it reaches 41.0 %, and with 8 epochs of the default 50 images a class 85.6 %. A lone
+ResNet-8 reaches 64.3 % with 8 epochs of 25 images a class. Without a warm-up, or at a smaller
+learning rate, the loss stays near that of chance (4.6) for longer. How fast training starts differs
+from run to run, so compare over several seeds.
 """
 
 from __future__ import annotations
@@ -47,32 +49,34 @@ _PIECES = 6  # straight pieces of a bow
 _MOST_STROKES = 4
 _PIXELS_PER_UNIT = 10  # the glyph's box is [-1, 1] x [-1, 1]
 _CLASS_SEED = 100
-# Pixels that must change clearly between two members of a family.
+# Number of pixels that must differ clearly between two members of a family.
 _LEAST_DIFFERENCE = 10
-# Numbers that one image draws; a few more than are used, so that one more changes no other.
+# Random numbers drawn for one image: a few more than are used, so that a further use leaves the
+# others as they are.
 _NUMBERS = 160
-# What tells the streams of random numbers apart.
+# First number of the seed of a stream, so that training and test images differ.
 _TRAIN, _TEST = 1, 2
-# Of 50 images of every class, rounded; fixed, so that they do not depend on the number of images.
+# Rounded statistics of 50 images of every class; fixed, so that they do not depend on the number
+# of images.
 _MEAN, _STD = (0.3, 0.3, 0.3), (0.205, 0.205, 0.205)
 
 
 def load_glyphs(
     train_per_class: int = TRAIN_PER_CLASS, *, test_per_class: int = TEST_PER_CLASS, seed: int = 0
 ) -> Dataset:
-    """ "glyphs100": 100 classes of drawn signs, see the module for what varies in them.
+    """ "glyphs100": 100 classes of drawn signs; the module's description says how they vary.
 
     Args:
-        train_per_class: training images of each class, any number from 1 on. Fewer are a part
-            of more.
-        test_per_class: test images of each class, likewise.
-        seed: which training images are drawn. Classes and test images are the same for all.
+        train_per_class: number of training images of each class, at least 1. A smaller training
+            set is a part of a larger one.
+        test_per_class: number of test images of each class, at least 1.
+        seed: seed of the training images. Classes and test images are the same for all seeds.
 
     Returns:
-        Images uint8 [N, 3, 32, 32], ordered by class.
+        The data set, with images uint8 [N, 3, 32, 32], ordered by class.
 
     Raises:
-        ValueError: a number of images below 1, or a seed outside [0, 2**32).
+        ValueError: a number of images is below 1, or the seed is outside [0, 2**32).
     """
     counts = {"train_per_class": train_per_class, "test_per_class": test_per_class}
     for argument, value in counts.items():
@@ -88,24 +92,24 @@ def load_glyphs(
         class_names=tuple(f"{f:02}{chr(ord('a') + m)}" for f, m in _class_numbers()),
         mean=_MEAN,
         std=_STD,
-        # A mirrored sign is no sign of the set.
+        # No flips: a mirrored sign belongs to no class.
         augmentation=Augmentation(pad=2),
     )
 
 
 def glyph_classes() -> list[Floats]:
-    """The strokes of every class: [strokes, 3, 2] in a box of +-1; start, control point, end."""
+    """Strokes [strokes, 3, 2] of every class: start, control point and end in a box of +-1."""
     rng = RandomState(_CLASS_SEED)
     return [glyph for _ in range(FAMILIES) for glyph in _family(rng)]
 
 
 def draw(strokes: Floats, count: int, stream: tuple[int, ...]) -> np.ndarray:
-    """Draws `count` images of one class.
+    """Draws ``count`` images of one class.
 
     Args:
-        strokes: [strokes, 3, 2], one of `glyph_classes`.
-        count: number of images; fewer are the first of more.
-        stream: integers that select the random numbers.
+        strokes: strokes [strokes, 3, 2] of the class, as given by ``glyph_classes``.
+        count: number of images; a smaller number gives the first images of a larger one.
+        stream: integers that seed the random numbers.
 
     Returns:
         uint8 [count, 3, 32, 32].
@@ -137,7 +141,8 @@ def draw(strokes: Floats, count: int, stream: tuple[int, ...]) -> np.ndarray:
 
     _occlude(pixels, shape)
     amount = shape.between(0.01, 0.04)
-    # Nearly normal, and exact: the sum of four bytes, scaled to a standard deviation of one.
+    # The sum of four bytes is nearly normal, and the same on every machine; it is scaled to a
+    # standard deviation of one.
     total = np.frombuffer(raw, np.uint8).reshape(count, 3, size, size, 4).astype(np.int32)
     total = total[..., 0] + total[..., 1] + total[..., 2] + total[..., 3]
     noise = (total - 510).astype(np.float32) * np.float32(1 / 147.8)
@@ -146,7 +151,7 @@ def draw(strokes: Floats, count: int, stream: tuple[int, ...]) -> np.ndarray:
 
 
 class _Numbers:
-    """Deals the random numbers of the images out, column by column."""
+    """Hands out the random numbers of all images, column by column."""
 
     def __init__(self, uniform: np.ndarray) -> None:
         self._uniform = uniform
@@ -163,8 +168,13 @@ class _Numbers:
 
 
 def _place(strokes: Floats, shape: _Numbers) -> Floats:
-    """Polylines [N, strokes, points, 2] of the class under a random map and an unsteady hand."""
-    # Numbers for the most strokes, so that all classes use the same columns.
+    """The strokes of N images as polylines [N, strokes, points, 2], moved at random.
+
+    Args:
+        strokes: strokes [strokes, 3, 2] of the class.
+        shape: random numbers of the images.
+    """
+    # As many numbers as the class with the most strokes needs, so that all use the same columns.
     hand = shape.between(-0.08, 0.08, _MOST_STROKES, 3, 2)[:, : len(strokes)]
     points = bezier_points(strokes + hand, _PIECES)
     x, y = points[..., 0], points[..., 1]
@@ -174,7 +184,7 @@ def _place(strokes: Floats, shape: _Numbers) -> Floats:
 
     aspect, shear = per_image(0.85, 1.15), per_image(-0.25, 0.25)
     x = aspect * x + shear * y
-    # Rotation by twice the angle whose tangent is t: no sine, which differs between machines.
+    # Rotates by twice the angle whose tangent is t, without a sine, which differs between machines.
     t = per_image(-0.1763, 0.1763)
     scale = per_image(0.75, 1.1) * np.float32(_PIXELS_PER_UNIT) / (np.float32(1) + t * t)
     cos, sin = (np.float32(1) - t * t) * scale, (t + t) * scale
@@ -200,7 +210,13 @@ def _occlude(pixels: Floats, shape: _Numbers) -> None:
 
 @dataclass(frozen=True)
 class _Stroke:
-    """Ends in the box of +-1, and how far the bow's control point is off the line's middle."""
+    """A line or bow in the box of +-1.
+
+    Attributes:
+        start: first end (x, y).
+        end: second end (x, y).
+        bend: distance of the control point from the middle of the line, as a share of its length.
+    """
 
     start: tuple[float, float]
     end: tuple[float, float]
@@ -213,14 +229,14 @@ class _Stroke:
 
 
 def plain_picture(strokes: Floats) -> Floats:
-    """A glyph without any nuisance, strokes of 2 px: share of ink [32, 32] in [0, 1]."""
+    """The glyph itself, in strokes of 2 px, as the share of ink [32, 32] of each pixel."""
     middle = np.float32((IMAGE_SIZE - 1) / 2)
     lines = bezier_points(strokes, _PIECES) * np.float32(_PIXELS_PER_UNIT) + middle
     return coverage(stroke_distance(lines[None], IMAGE_SIZE), np.full(1, 2, np.float32))[0]
 
 
 def _family(rng: RandomState) -> list[Floats]:
-    """The members' strokes: a glyph, and the same with one change each."""
+    """Strokes of the members of a family: a glyph, and copies of it with one change each."""
     base = _prototype(rng)
     order = rng.permutation(len(base)).tolist()
     members = [_as_array(base)]
@@ -230,7 +246,7 @@ def _family(rng: RandomState) -> list[Floats]:
         which = order[change % len(base)]
         altered = (_moved if rng.randint(2) else _bent)(base[which], rng)
         member = _as_array([*base[:which], altered, *base[which + 1 :]])
-        # A stroke may move along another one, where nobody sees it.
+        # A stroke may move along another one, where the change cannot be seen.
         if all(_differing_pixels(member, other) >= _LEAST_DIFFERENCE for other in members):
             members.append(member)
     return members
@@ -266,7 +282,7 @@ def _prototype(rng: RandomState) -> list[_Stroke]:
 
 
 def _filling_the_box(strokes: list[_Stroke]) -> list[_Stroke]:
-    """Centred, the longer side of the ends' rectangle from -0.85 to 0.85."""
+    """Centres and scales strokes so that their ends reach from -0.85 to 0.85 on the longer side."""
     ends = [point for stroke in strokes for point in (stroke.start, stroke.end)]
     low, high = ([f(axis) for axis in zip(*ends, strict=True)] for f in (min, max))
     factor = 1.7 / max(high[0] - low[0], high[1] - low[1])
@@ -279,16 +295,16 @@ def _filling_the_box(strokes: list[_Stroke]) -> list[_Stroke]:
 
 
 def _bent(stroke: _Stroke, rng: RandomState) -> _Stroke:
-    """A line becomes a bow, a bow flatter or turned over."""
+    """The stroke with another bend: a line becomes a bow, a bow becomes flatter or turns over."""
     dx, dy = (b - a for a, b in zip(stroke.start, stroke.end, strict=True))
-    # As far for a short stroke as for a long one, so that no two classes look the same.
+    # A short stroke bends as far as a long one, so that no two classes look the same.
     amount = _uniform(rng, 0.45, 0.6) / max(abs(dx), abs(dy))
     sign = 1 - 2 * rng.randint(2) if stroke.bend == 0 else (-1 if stroke.bend > 0 else 1)
     return _Stroke(stroke.start, stroke.end, stroke.bend + sign * amount)
 
 
 def _moved(stroke: _Stroke, rng: RandomState) -> _Stroke:
-    """The stroke ends elsewhere in the box, 0.4 units away."""
+    """The stroke with its end moved by 0.4 units within the box."""
     while True:
         dx, dy = ((0.4, 0.0), (-0.4, 0.0), (0.0, 0.4), (0.0, -0.4))[rng.randint(4)]
         end = (stroke.end[0] + dx, stroke.end[1] + dy)

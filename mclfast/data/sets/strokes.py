@@ -1,7 +1,7 @@
 """Draws antialiased strokes and smooth noise on small images, many images at once.
 
-Nothing but +, -, *, /, sqrt and comparisons of NumPy arrays: IEEE 754 defines their results to the
-last bit, and NumPy does not fuse them, so that every machine draws the same bytes.
+Every machine draws the same bytes: the code uses only +, -, *, /, sqrt and comparisons of NumPy
+arrays, whose results IEEE 754 defines to the last bit, and NumPy does not fuse these operations.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def bezier_points(control: Floats, pieces: int) -> Floats:
     """Quadratic Bezier curves as polylines.
 
     Args:
-        control: [..., 3, 2]: start, control point and end.
-        pieces: straight pieces of each polyline.
+        control: start, control point and end of each curve, [..., 3, 2].
+        pieces: number of straight pieces of each polyline.
 
     Returns:
         [..., pieces + 1, 2].
@@ -32,9 +32,9 @@ def stroke_distance(lines: Floats, size: int) -> Floats:
     """Distance in pixels of every pixel centre to the nearest polyline of its image.
 
     Args:
-        lines: [N, strokes, points, 2], x to the right and y down; pixel (0, 0) has its centre
-            at the origin.
-        size: side of the square images.
+        lines: polylines [N, strokes, points, 2], x to the right and y down, with the centre of
+            pixel (0, 0) at the origin.
+        size: side of the square images in pixels.
 
     Returns:
         [N, size, size].
@@ -48,7 +48,7 @@ def stroke_distance(lines: Floats, size: int) -> Floats:
         dx, dy = ends[:, piece, 0, None] - px, ends[:, piece, 1, None] - py
         x, y = along - px, along - py  # [N, size]
         squared = dx * dx + dy * dy
-        # A piece of no length is a point.
+        # A piece of length 0 is a point: any finite scale will do.
         scale = np.float32(1) / np.where(squared > 0, squared, np.float32(1))
         # Position of the foot of the perpendicular, [N, size, size].
         foot = (x * (dx * scale))[:, None, :] + (y * (dy * scale))[:, :, None]
@@ -63,12 +63,12 @@ def stroke_distance(lines: Floats, size: int) -> Floats:
 
 
 def coverage(distance: Floats, width: Floats) -> Floats:
-    """Share of each pixel [N, size, size] that strokes of `width` [N] pixels cover, in [0, 1]."""
+    """Share of each pixel [N, size, size] that strokes of ``width`` [N] pixels cover, in [0, 1]."""
     return np.clip(np.float32(0.5) * width[:, None, None] + np.float32(0.5) - distance, 0, 1)
 
 
 def smooth_field(grid: Floats, size: int) -> Floats:
-    """Bilinear interpolation of coarse values [N, g, g] over the image, [N, size, size]."""
+    """Interpolates coarse values [N, g, g] bilinearly over the image, [N, size, size]."""
     cells = grid.shape[1] - 1
     position = np.arange(size, dtype=np.float32) * np.float32(cells) / np.float32(size - 1)
     before = np.minimum(position.astype(np.int64), cells - 1)

@@ -1,1 +1,1 @@
-"""Data sets that are decoded from files batch by batch."""
+"""Data sets that stay in files and are decoded batch by batch by worker processes."""

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to the square uint8 view that a network is fed."""
+"""Decodes an image file to the square uint8 view that a network is fed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
-# 256 of 224: what evaluation resizes the shorter side to before it takes the centre.
+# Evaluation resizes the shorter side to this multiple of the view before it takes the centre.
 EVALUATION_MARGIN = 256 / 224
 
 _ATTEMPTS = 10
@@ -27,10 +27,10 @@ Box = tuple[int, int, int, int]
 
 
 def view_generator(seed: int, step: int, index: int) -> random.Random:
-    """The randomness of image `index` at `step` of a run.
+    """Random numbers for image ``index`` at ``step`` of a run.
 
-    Hashed, so that neighbouring steps and images share nothing; Python promises that the stream
-    of a seed never changes.
+    The seed is a hash, so that neighbouring steps and images share nothing. Python promises that
+    the stream of a seed never changes.
     """
     digest = hashlib.blake2b(f"view {seed} {step} {index}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "little"))
@@ -41,9 +41,10 @@ def random_box(
 ) -> Box:
     """A random crop of an image, as (left, top, right, bottom) in whole pixels.
 
-    Its area is a uniform share in [`min_area`, 1] of the image's, the logarithm of width / height
-    uniform in that of `RATIO` (Szegedy et al. 2015, https://arxiv.org/abs/1409.4842). Where ten
-    draws do not fit into the image, the largest centred crop of an allowed ratio.
+    The crop's share of the image's area is uniform in [``min_area``, 1], and the logarithm of its
+    width / height is uniform within the logarithms of ``RATIO`` (Szegedy et al. 2015,
+    https://arxiv.org/abs/1409.4842). If ten draws do not fit into the image, the crop is the
+    largest centred one of an allowed ratio.
     """
     for _ in range(_ATTEMPTS):
         area = width * height * _uniform(generator, min_area, SCALE[1])
@@ -68,13 +69,13 @@ def training_view(
         data: content of an image file.
         size: side of the result in pixels.
         generator: the only source of randomness.
-        min_area: see `random_box`.
+        min_area: smallest share of the image's area that the crop covers.
 
     Returns:
         uint8 [3, size, size].
 
     Raises:
-        Exception: whatever Pillow raises for a file that it cannot read.
+        Exception: any type that Pillow raises for a file that it cannot read.
     """
     with _opened(data) as image:
         is_mirrored = generator.random() < 0.5
@@ -87,7 +88,7 @@ def training_view(
 
 
 def evaluation_view(data: bytes, size: int) -> Tensor:
-    """The centre of the image, after its shorter side became `size` * 256 / 224.
+    """The centre of the image, after its shorter side has been resized to ``size`` * 256 / 224.
 
     Args:
         data: content of an image file.
@@ -97,7 +98,7 @@ def evaluation_view(data: bytes, size: int) -> Tensor:
         uint8 [3, size, size].
 
     Raises:
-        Exception: whatever Pillow raises for a file that it cannot read.
+        Exception: any type that Pillow raises for a file that it cannot read.
     """
     with _opened(data) as image:
         full = image.size
@@ -105,7 +106,7 @@ def evaluation_view(data: bytes, size: int) -> Tensor:
         width, height = (target * side // min(full) for side in full)
         shrink = _draft(image, full[0] // width, full[1] // height)
         rgb = _rgb(image)
-    # Not the whole draft: its sides are rounded up.
+    # A part of the draft, whose sides are rounded up.
     box = (0, 0, full[0] / shrink, full[1] / shrink)
     resized = rgb.resize((width, height), _bilinear(), box=box)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -130,7 +131,7 @@ def _opened(data: bytes) -> Image.Image:
     try:
         opened: Image.Image = pillow.open(io.BytesIO(data))
     except pillow.UnidentifiedImageError:
-        # Its own text names the buffer.
+        # Replaced, as its text names the buffer.
         raise ValueError(f"{len(data)} bytes of no known image format") from None
     return opened
 
@@ -140,10 +141,14 @@ def _bilinear() -> Any:
 
 
 def _draft(image: Image.Image, *shrinks: int) -> int:
-    """Lets a JPEG be decoded at 1/2, 1/4 or 1/8, but no smaller than all the shrinks allow.
+    """Lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, which is faster.
+
+    Args:
+        image: an image that is not decoded yet.
+        shrinks: factors, none of which may be exceeded.
 
     Returns:
-        By what the image is smaller now: 1, 2, 4 or 8.
+        The factor by which the image will be smaller: 1, 2, 4 or 8.
     """
     shrink = max((s for s in (8, 4, 2) if s <= min(shrinks)), default=1)
     if shrink == 1:
@@ -153,16 +158,16 @@ def _draft(image: Image.Image, *shrinks: int) -> int:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Decoded, as RGB."""
+    """The decoded image, as RGB."""
     if image.mode != "RGB":
         return image.convert("RGB")
-    # Not convert, which would copy.
+    # load, as convert would copy.
     image.load()
     return image
 
 
 def _tensor(image: Image.Image, is_mirrored: bool) -> Tensor:
-    """uint8 [3, H, W]."""
+    """The image as uint8 [3, H, W]."""
     # A bytearray because torch warns about read-only memory.
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     view = flat.view(image.height, image.width, 3).permute(2, 0, 1)

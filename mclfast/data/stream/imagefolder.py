@@ -1,4 +1,4 @@
-"""Large sets of image files sorted into one folder per class, as ImageNet comes."""
+"""Large sets of image files in one folder per class, like ImageNet, read when they are needed."""
 
 from __future__ import annotations
 
@@ -24,25 +24,26 @@ def load_imagefolder(
 ) -> Dataset:
     """Lists root/train/<class>/*.jpg and root/val/<class>/*.jpg (or root/test); reads no image.
 
-    For sets that do not fit in memory: files are decoded by worker processes when they are
-    needed. A training image is a random crop of 8 to 100 % of the area, resized and mirrored half
-    of the time; for evaluation the shorter side is resized to `image_size` * 256 / 224 and the
-    centre is kept. Classes are numbered in the order of their names, and so are the files of a
-    class; names starting with a dot, and suffixes other than png, jpg, jpeg, bmp, webp and ppm,
-    are left out.
+    Worker processes decode the files when they are needed, so the set need not fit in memory. A
+    training image is a random crop of 8 to 100 % of the area, resized and mirrored half of the
+    time; for evaluation the shorter side is resized to ``image_size`` * 256 / 224 and the centre is
+    kept. Classes are numbered in the order of their names, and so are the files of a class. Only
+    files png, jpg, jpeg, bmp, webp and ppm are listed, and only those whose names do not start with
+    a dot.
 
     Args:
-        root: folder holding train, and val or test.
-        image_size: side of the images, default 224.
-        workers: processes that read and decode; None for one per core, 0 for none.
+        root: folder that holds train, and val or test.
+        image_size: side of the images in pixels; by default 224.
+        workers: number of processes that read and decode; None for one per core, 0 to decode in
+            this process.
 
     Returns:
-        A `Dataset` of two `StreamedSet`; mean and std are those of ImageNet.
+        A ``Dataset`` of two ``StreamedSet``; mean and std are those of ImageNet.
 
     Raises:
-        FileNotFoundError: no folder train, or neither val nor test.
-        ValueError: a class folder without images, a test class that is not in train, or a number
-            out of range.
+        FileNotFoundError: there is no folder train, or neither val nor test.
+        ValueError: a class folder has no images, a test class is not in train, or a number is out
+            of range.
         ImportError: Pillow is not installed.
     """
     train_root, test_root = split_folders(Path(root), ("val", "test"))
@@ -65,13 +66,13 @@ def load_imagefolder(
 
 
 class Files:
-    """Names of many files, in tensors: little memory, and one copy for all worker processes.
+    """Files read by number; all names lie in tensors, which worker processes share.
 
     Args:
-        root: the folder that the names are relative to.
-        names: all names in one piece, uint8.
-        starts: where name i begins, int64 [N].
-        ends: where it ends, int64 [N].
+        root: folder that the names are relative to.
+        names: all names as bytes in one piece, uint8.
+        starts: position of the first byte of each name, int64 [N].
+        ends: position after the last byte of each name, int64 [N].
     """
 
     def __init__(self, root: Path, names: Tensor, starts: Tensor, ends: Tensor) -> None:
@@ -117,7 +118,7 @@ def list_files(split: Path, class_names: Sequence[str]) -> tuple[Files, Tensor]:
 
     Args:
         split: folder with one folder per class.
-        class_names: class of number 0 to C - 1; those without a folder have no file.
+        class_names: names of the classes 0 to C - 1; a class without a folder has no file.
 
     Returns:
         The files, and their class numbers int64 [N].
@@ -130,7 +131,7 @@ def list_files(split: Path, class_names: Sequence[str]) -> tuple[Files, Tensor]:
     lengths: list[Tensor] = []
     labels: list[Tensor] = []
     for name in class_folders(split):
-        # scandir and plain strings: a Path for each of a million files takes minutes.
+        # scandir gives plain strings; a Path for each of a million files takes minutes.
         with os.scandir(split / name) as entries:
             found = sorted(entry.name for entry in entries if _is_image(entry.name))
         if not found:

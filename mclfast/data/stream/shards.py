@@ -1,13 +1,13 @@
 """Large image sets in tar shards with the layout of WebDataset, read at random.
 
-A sample is the files of a shard that share a key, the name up to its first dot: `key.jpg` (or
-jpeg, png) and `key.cls` with its class number; other files are left out. Samples are numbered in
-the order of the shards' names, then in that of the shard. Where each one lies is found out once
-and kept in an index, so that a sample takes one read.
+A sample consists of the files of a shard that share a key, the name up to its first dot:
+``key.jpg`` (or jpeg, png) and ``key.cls`` with its class number; other files are left out. Samples
+are numbered shard by shard in the order of the shards' names, and within a shard in its own order.
+An index, made once and kept, says where each sample lies, so that a sample takes one read.
 
-The package webdataset is not needed: what it reads itself is a stream, and wids, the random access
-that it shipped for a while, looks through every shard again in every worker process and does not
-know the long names of the tar formats pax and GNU.
+The package webdataset is not used, as it reads shards as streams. Its former random access, wids,
+looked through every shard again in every worker process and did not know the long names of the tar
+formats pax and GNU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mclfast.data.stream.streamed import StreamedSet
 INDEX = ".mclfast-index.npz"
 _IMAGES = frozenset({"jpg", "jpeg", "png"})
 _VERSION = 1
-# Below the usual limit of 1024 open files, whatever else is open.
+# Far below the usual limit of 1024 open files, as other files are open too.
 _OPEN_SHARDS = 128
 
 
@@ -44,23 +44,24 @@ def load_shards(
 ) -> Dataset:
     """Indexes root/train/*.tar and root/val/*.tar (or root/test); reads no image.
 
-    The views are those of `load_imagefolder`. The index is written into the folder of the shards,
-    or where that is read-only into ~/.cache/mclfast (or $XDG_CACHE_HOME/mclfast), and made anew
-    when a shard's size or time of change differs.
+    Images are cropped and resized as by ``load_imagefolder``. The index is written into the folder
+    of the shards or, if that is read-only, into ~/.cache/mclfast (or $XDG_CACHE_HOME/mclfast). It
+    is made anew if the size or the time of change of a shard differs.
 
     Args:
-        root: folder holding train, and val or test.
-        image_size: side of the images, default 224.
-        workers: processes that read and decode; None for one per core, 0 for none.
+        root: folder that holds train, and val or test.
+        image_size: side of the images in pixels; by default 224.
+        workers: number of processes that read and decode; None for one per core, 0 to decode in
+            this process.
 
     Returns:
-        A `Dataset` of two `StreamedSet`; mean and std are those of ImageNet, the classes are
-        named by their numbers.
+        A ``Dataset`` of two ``StreamedSet``; mean and std are those of ImageNet, and the classes
+        are named by their numbers.
 
     Raises:
-        FileNotFoundError: no shards in train, or neither in val nor in test.
-        ValueError: a damaged shard, a sample without image or class, or a test class that is not
-            in train.
+        FileNotFoundError: there are no shards in train, or neither in val nor in test.
+        ValueError: a shard is damaged, a sample lacks its image or its class, or a test class is
+            not in train.
         ImportError: Pillow is not installed.
     """
     size = IMAGE_SIZE if image_size is None else image_size
@@ -85,13 +86,13 @@ def load_shards(
 
 
 class Shards:
-    """Images in tar files, by number.
+    """Images in tar files, read by number.
 
     Args:
-        paths: the shards.
-        shard: which of them image i is in, int32 [N].
-        offset: where it begins there in bytes, int64 [N].
-        size: its bytes, int64 [N].
+        paths: paths of the shards.
+        shard: index in ``paths`` of the shard that holds each image, int32 [N].
+        offset: position of the first byte of each image in its shard, int64 [N].
+        size: number of bytes of each image, int64 [N].
     """
 
     def __init__(self, paths: Sequence[Path], shard: Tensor, offset: Tensor, size: Tensor) -> None:
@@ -106,7 +107,7 @@ class Shards:
         return len(self._shard)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Every process opens files of its own.
+        # Not the open files: every process opens its own.
         return self.__dict__ | {"_open": OrderedDict()}
 
     @property
@@ -176,8 +177,8 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _scan(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The columns of the index: shard int32 [N], offset, size and label int64 [N]."""
-    # Shown on a terminal only: a million files take a minute or two.
+    """Columns of the index: shard int32 [N]; offset, size and label int64 [N]."""
+    # The bar is shown on a terminal only; a million files take a minute or two.
     bar = optional_import("tqdm", extra="train").tqdm(
         paths, "indexing shards", leave=False, disable=None
     )
@@ -201,7 +202,7 @@ _COLUMNS = ("offset", "size", "label")
 
 
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Offset, size and label of the images of a shard."""
+    """Yields offset, size and label of each image of a shard."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     with tarfile.open(path, "r:") as tar:
@@ -238,7 +239,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
 
 
 def _stamps(paths: Sequence[Path]) -> np.ndarray:
-    """Name, size and time of change of each shard, by which an index is known to be of them."""
+    """Name, size and time of change of each shard; an index with other stamps is out of date."""
     stats = [(path.name, path.stat()) for path in paths]
     return np.array([f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats])
 
@@ -250,7 +251,7 @@ def _index_places(folder: Path) -> list[Path]:
 
 
 def _load(place: Path, stamps: np.ndarray) -> dict[str, np.ndarray] | None:
-    """The index, or None where it is absent, damaged, or one of other shards."""
+    """Reads the index; None if it is absent, damaged or out of date."""
     try:
         with np.load(place, allow_pickle=False) as stored:
             if int(stored["version"]) != _VERSION or not np.array_equal(stored["stamps"], stamps):

@@ -1,12 +1,12 @@
 """Image sets too large for memory: files read, decoded and cropped by worker processes.
 
-Workers are started by a server process and not forked from this one, which has threads and maybe a
-GPU context. A script of your own that trains on a streamed set therefore needs the usual
+Worker processes are started by a server process. They are not forked from this process, which has
+threads and perhaps a GPU context. A script that trains on a streamed set therefore needs the usual
 
     if __name__ == "__main__":
         main()
 
-or `workers=0`, which decodes in the training process.
+or ``workers=0``, which decodes in the training process.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from mclfast.data.stream import decode
 
 
 class Reader(Protocol):
-    """Contents of image files by number; goes to the worker processes by pickle."""
+    """Reads image files by number; it is pickled and sent to the worker processes."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells one numbering of the files from another."""
+        """Text that differs if the files are numbered otherwise."""
 
     def __len__(self) -> int:
         """Number of files N."""
 
     def read(self, index: int) -> bytes:
-        """The content of a file; OSError where it cannot be read."""
+        """The content of a file; raises OSError if it cannot be read."""
 
     def describe(self, index: int) -> str:
-        """Where the file lies, for an error message."""
+        """The place of a file, as an error message names it."""
 
     def subset(self, index: Tensor) -> Reader:
         """The files with these numbers, int64 [n], in that order."""
@@ -52,17 +52,18 @@ class Reader(Protocol):
 class StreamedSet:
     """Labelled images in files: a training image is a random crop, mirrored half of the time.
 
-    One pass at a time: a second call of `pixels` ends the first.
+    There is only one pass at a time: a second call of ``pixels`` ends the first.
 
     Args:
-        reader: gives the content of file 0 to N - 1.
+        reader: reads the content of the files 0 to N - 1.
         labels: int64 [N].
-        size: side S of the images that are made of the files.
-        workers: processes that read and decode; None for one per core, 0 for none.
+        size: side S in pixels of the images that are made of the files.
+        workers: number of processes that read and decode; None for one per core, 0 to decode in
+            this process.
 
     Raises:
-        TypeError: labels of another dtype.
-        ValueError: no file, labels of another length, or a size or number of workers that is
+        TypeError: labels have another dtype.
+        ValueError: there is no file, the number of labels differs from N, or size or workers is
             too small.
         ImportError: Pillow is not installed.
     """
@@ -89,12 +90,12 @@ class StreamedSet:
 
     @property
     def makes_views(self) -> bool:
-        """Crops and flips are drawn where the files are decoded."""
+        """True: crops and flips are drawn when the files are decoded."""
         return True
 
     @property
     def fingerprint(self) -> str:
-        """Tells one numbering of the files from another."""
+        """Text that differs if the files are numbered otherwise."""
         return self.reader.fingerprint
 
     def __len__(self) -> int:
@@ -102,8 +103,8 @@ class StreamedSet:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> StreamedSet:
-        """The same set with its labels on `device`."""
-        # Copied, not built anew: both share the worker processes.
+        """The same set with its labels on ``device``."""
+        # A copy, so that both share the worker processes.
         moved = copy.copy(self)
         moved.labels = self.labels.to(device)
         return moved
@@ -124,12 +125,12 @@ class StreamedSet:
         *,
         views: Views | None = None,
     ) -> Iterator[Tensor]:
-        """Yields uint8 [B, 3, S, S] for each row of numbers, see `ImageSource.pixels`.
+        """Yields uint8 [B, 3, S, S] for each row of numbers, see ``ImageSource.pixels``.
 
-        The same for any number of workers.
+        The pixels do not depend on the number of workers.
 
         Raises:
-            ValueError: a file that cannot be read or decoded; the text names it.
+            ValueError: a file cannot be read or decoded; the text names it.
         """
         device = torch.device(device)
         jobs = [
@@ -154,7 +155,13 @@ def core_count() -> int:
 
 
 class _Job(NamedTuple):
-    """One batch to make: image numbers int64 [B], (seed, step) of random views, smallest area."""
+    """One batch to make.
+
+    Attributes:
+        numbers: image numbers int64 [B].
+        views: seed and step of random views; None for the views of evaluation.
+        min_area: smallest share of an image's area that a crop covers.
+    """
 
     numbers: np.ndarray
     views: tuple[int, int] | None
@@ -169,7 +176,7 @@ class _Decoded(NamedTuple):
 
 
 class _Decoder(Dataset[_Decoded]):
-    """Turns jobs into batches, in a worker or in this process."""
+    """Makes the batches, in a worker or in this process."""
 
     def __init__(self, reader: Reader, size: int) -> None:
         self._reader = reader
@@ -180,8 +187,8 @@ class _Decoder(Dataset[_Decoded]):
         for row, index in enumerate(job.numbers.tolist()):
             try:
                 pixels[row] = self._view(self._reader.read(index), index, job)
-            # The decoders raise many types on damaged files, some of them their own. Handed over
-            # as text: an exception that crosses processes brings its traceback in its message.
+            # Decoders raise many types of errors on damaged files. An error is handed over as text,
+            # as an exception from another process has its whole traceback in its message.
             except Exception as problem:
                 where = self._reader.describe(index)
                 return _Decoded(pixels, f"{where}: expected a readable image, got {problem!r}")
@@ -195,7 +202,7 @@ class _Decoder(Dataset[_Decoded]):
 
 
 class _Jobs:
-    """What the loader iterates over; set anew for every pass, as its workers stay."""
+    """The jobs that the loader iterates over; replaced for every pass, while its workers stay."""
 
     def __init__(self) -> None:
         self.items: Sequence[_Job] = ()
@@ -205,7 +212,7 @@ class _Jobs:
 
 
 class _Loader:
-    """A `DataLoader` whose workers, started by the first pass, serve all of them."""
+    """A ``DataLoader`` whose workers are started by the first pass and serve all passes."""
 
     def __init__(self, decoder: _Decoder, workers: int) -> None:
         self._decoder = decoder
@@ -215,7 +222,7 @@ class _Loader:
         self._passes = 0
 
     def run(self, jobs: Sequence[_Job], *, pin: bool) -> Iterator[_Decoded]:
-        """The batches in the order of the jobs, in pinned memory with `pin`."""
+        """Yields the batches in the order of the jobs, in pinned memory if ``pin`` is set."""
         self._passes += 1
         current = self._passes
         self._jobs.items = jobs
@@ -243,7 +250,7 @@ class _Loader:
             batch_size=None,
             sampler=self._jobs,
             pin_memory=pin,
-            # The loader draws a seed for its workers: not from the generator of the run.
+            # The loader draws a seed for its workers, which must not come from the run's generator.
             generator=torch.Generator(),
             **processes,
         )
@@ -253,7 +260,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    # Imported once, by the server, and not by every worker.
+    # The server imports this module once for all workers.
     context.set_forkserver_preload([__name__])
     return context
 
@@ -266,9 +273,10 @@ def _end_with_main_process() -> None:
 
 
 def _init_worker(_: int) -> None:
-    # Ctrl-C reaches the whole group of processes; the main one ends its workers.
+    # Ctrl-C reaches all processes of the group; the main process ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A main process that is killed cannot, and it is not the parent that the loader looks at.
+    # A main process that is killed cannot end them, and the loader watches only the parent, which
+    # is the server.
     threading.Thread(target=_end_with_main_process, daemon=True).start()
-    # Pillow warns of damaged metadata, as in some files of ImageNet, each time it reads them.
+    # Pillow warns of damaged metadata each time it reads such a file; ImageNet has some.
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")

@@ -1,7 +1,7 @@
-"""The settings of a training run: one flat list of fields, typed and checked.
+"""The settings of a training run, typed and checked: ``TrainConfig``.
 
-A run is described by the fields of :class:`TrainConfig` and by the options of its method. On the
-command line, in a recipe and in a saved ``config.yaml`` they stand side by side in one namespace.
+A run is described by the fields of :class:`TrainConfig` and by the options of its method. The
+command line, recipes and a saved ``config.yaml`` hold both in one flat list of names.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from mclfast._base.settings import coerce, coerce_fields, field_types, setting
 
 @dataclass
 class TrainConfig:
-    """Settings of one run; the defaults train two small peers on ten digits a class."""
+    """Settings of one run; the defaults train two small networks on ten digits of each class."""
 
     method: str = setting("lmcl", "training method")
     cohort: tuple[str, ...] = setting(
-        ("resnet8", "resnet8"), "peer networks, separated by commas; one alone is no cohort"
+        ("resnet8", "resnet8"), "networks trained together, separated by commas; one trains alone"
     )
     topology: Literal["independent", "shared_stem", "tree"] = setting(
         "independent",
-        "what the networks share: nothing; stem and first stages; the same, then a stage by pairs",
+        "modules that networks share: none; stem and first stages; the same, and one more stage "
+        "within each pair of networks",
     )
-    split_stage: int = setting(1, "stages that all networks share, where they share any")
+    split_stage: int = setting(1, "number of stages that all networks share, in a shared topology")
     data: str = setting("digits", "data set")
     data_root: str | None = setting(None, "folder with the data set's archive or images")
     image_size: int | None = setting(
-        None, "side in pixels that images in files are brought to; none for the set's own"
+        None, "side in pixels that image files are resized to; none for the data set's own"
     )
     workers: int | None = setting(
         None, "processes that decode streamed images; none for one per core, 0 for none"
@@ -45,50 +46,58 @@ class TrainConfig:
     epochs: int = setting(60, "passes over the sampler's batches")
     batch_size: int = setting(60, "images per step")
     sampler: Literal["balanced", "shuffle"] = setting(
-        "balanced", "balanced: images_per_class images of each class drawn; shuffle: plain order"
+        "balanced",
+        "balanced: images_per_class images of each class in a batch; shuffle: random order",
     )
     images_per_class: int = setting(6, "images of each class in a balanced batch")
     augment: bool = setting(True, "random crops (and flips where the data set has them)")
     lr: float = setting(0.05, "initial learning rate")
     momentum: float = setting(0.9, "SGD momentum")
     nesterov: bool = setting(True, "Nesterov momentum in the ordinary step")
-    weight_decay: float = setting(5e-4, "on all parameters")
-    schedule: Literal["cosine", "multistep"] = setting("cosine", "learning-rate schedule, by epoch")
-    warmup_epochs: int = setting(
-        0, "first epochs, in which the learning rate rises linearly to the schedule's"
+    weight_decay: float = setting(5e-4, "weight decay of all parameters")
+    schedule: Literal["cosine", "multistep"] = setting(
+        "cosine", "schedule of the learning rate, set anew for each epoch"
     )
-    milestones: tuple[int, ...] = setting((), "epochs at which multistep multiplies by lr_decay")
+    warmup_epochs: int = setting(
+        0, "number of first epochs in which the learning rate rises linearly to the schedule's"
+    )
+    milestones: tuple[int, ...] = setting(
+        (), "epochs at which the multistep schedule multiplies the learning rate by lr_decay"
+    )
     lr_decay: float = setting(0.1, "factor of the multistep schedule")
     clip_grad_norm: float | None = setting(None, "largest gradient norm; none for no clipping")
     amp: Literal["off", "bf16", "fp16"] = setting("off", "automatic mixed precision")
     channels_last: Literal["auto", "on", "off"] = setting(
         "auto",
-        "weights and maps with channels last in memory, for convolutions; auto: on a CPU, and on a "
-        "GPU with amp",
+        "store weights and feature maps with channels last, which speeds up convolutions; auto: on "
+        "a CPU, and on a GPU with amp",
     )
-    compile_peers: bool = setting(False, "torch.compile of each network's forward run in training")
+    compile_peers: bool = setting(
+        False, "compile each network's forward pass in training by torch.compile"
+    )
     cuda_graphs: bool = setting(
-        False, "record the ordinary step as a CUDA graph; for losses that are the same every step"
+        False,
+        "replay the ordinary step as a CUDA graph; for losses that do not change from step to step",
     )
     peers_parallel: Literal["off", "auto", "stack", "streams"] = setting(
         "off",
-        "networks one after another; stack: equal ones as one; streams: on CUDA streams; auto: "
-        "the fastest of these, timed on the first batch",
+        "how networks run in a step: one after another (off), equal ones stacked into one (stack), "
+        "on CUDA streams (streams), or the fastest of these on the first batch (auto)",
     )
     memory: Literal["ordinary", "checkpoint", "sequential", "auto"] = setting(
         "ordinary",
-        "activations kept in a step: of all peers; of no block but its input (checkpoint); of one "
-        "peer, whatever their number (sequential); auto chooses",
+        "activations that a step keeps: all (ordinary), the inputs of blocks (checkpoint), or "
+        "those of one network at a time (sequential); auto takes the fastest mode that fits",
     )
     offload: Literal["none", "peers"] = setting(
         "none",
-        "peers: with memory sequential, parameters, gradients and momentum of peers wait in host "
-        "memory for their turn",
+        "peers: with memory sequential, keep parameters, gradients and momentum of networks in "
+        "host memory until their turn",
     )
     checkpoint_every: int = setting(
-        0, "steps between checkpoints within an epoch; 0 for one at the end of each epoch alone"
+        0, "steps between checkpoints within an epoch; 0 for checkpoints at the end of epochs only"
     )
-    projection_dim: int = setting(128, "width of the embeddings")
+    projection_dim: int = setting(128, "dimension of the embeddings")
     bilevel_every: int = setting(
         10, "steps between bilevel steps, counted over the whole run; 0 for never"
     )
@@ -106,7 +115,7 @@ class TrainConfig:
         options = methods.method_class(self.method).Options
         if self.options is None:
             self.options = options()
-        # Not isinstance: options of another method may derive from these.
+        # Not isinstance, as options of another method may be derived from these.
         if type(self.options) is not options:
             raise TypeError(
                 f"options: expected {options.__qualname__} for method {self.method}, "
@@ -116,7 +125,14 @@ class TrainConfig:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """A config from flat fields; unknown names, wrong types and impossible values raise."""
+        """Makes a config from fields and options of the method.
+
+        Args:
+            values: values by name; text is converted to the type of the field.
+
+        Raises:
+            ValueError: a name is unknown, or a value has the wrong type or is impossible.
+        """
         method = coerce("method", str, values.get("method", cls.method))
         option_class = methods.method_class(method).Options
         own, theirs = field_types(cls), field_types(option_class)
@@ -127,7 +143,7 @@ class TrainConfig:
         return cls(**{k: v for k, v in values.items() if k in own}, options=options)
 
     def to_values(self) -> dict[str, Any]:
-        """The flat fields, with plain YAML types; ``from_values`` reads them back."""
+        """All fields and options by name, in plain YAML types; ``from_values`` reads them back."""
         values = {name: getattr(self, name) for name in field_types(type(self))}
         values |= dataclasses.asdict(self.options)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -182,7 +198,7 @@ class TrainConfig:
             raise ValueError("milestones: expected at least one epoch for multistep, got none")
 
     def _check_throughput(self) -> None:
-        """Settings of :mod:`mclfast.execution.layout` that exclude one another."""
+        """Raises ValueError if settings of speed exclude one another."""
         if self.peers_parallel != "off" and self.compile_peers:
             raise ValueError(
                 f"peers_parallel: expected off with compile_peers, got {self.peers_parallel}"
@@ -198,7 +214,7 @@ class TrainConfig:
             )
 
     def _check_offload(self) -> None:
-        """A peer is stepped in its turn, when the gradients of the others are not there."""
+        """Raises ValueError if a setting needs gradients of all peers, which offload never has."""
         for name, wanted, fits in (
             ("memory", "sequential", self.memory == "sequential"),
             ("topology", "independent", self.topology == "independent"),
@@ -225,10 +241,10 @@ def unknown_setting(
     """The error for a name that is neither a field of the config nor an option of its method.
 
     Args:
-        argument: what the name was given as.
+        argument: argument that gave the name, for the error message.
         name: the unknown name.
         method: name of the method.
-        spell: gives a field the form that ``name`` has.
+        spell: turns the name of a field into the spelling of ``name``, such as with dashes.
     """
     options = {m: field_types(methods.method_class(m).Options) for m in methods.available()}
     owners = [m for m, names in options.items() if name in map(spell, names)]
@@ -241,7 +257,7 @@ def unknown_setting(
 
 
 def field_help(cls: type) -> dict[str, str]:
-    """Meaning of each field of a settings dataclass."""
+    """Help text of each field of a settings dataclass, by its name."""
     return {f.name: f.metadata.get("help", "") for f in dataclasses.fields(cls)}
 
 
@@ -251,13 +267,18 @@ def _at_least(name: str, value: float, least: float) -> None:
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """Learning rate of an epoch counted from 0.
+    """Learning rate of an epoch.
 
-    cosine: ``lr * (1 + cos(pi * epoch / epochs)) / 2``; multistep: times ``lr_decay`` at each
-    milestone reached. Either is multiplied by ``(epoch + 1) / (warmup_epochs + 1)`` in the first
-    ``warmup_epochs`` epochs: a linear warm-up that delays nothing after it.
+    The cosine schedule gives ``lr * (1 + cos(pi * epoch / epochs)) / 2``; the multistep schedule
+    multiplies ``lr`` by ``lr_decay`` at each milestone. In the first ``warmup_epochs`` epochs,
+    both are multiplied by ``(epoch + 1) / (warmup_epochs + 1)``: a linear warm-up that does not
+    delay the schedule.
 
-    Source of the warm-up: arXiv 1706.02677 (section 2.2), there by step.
+    Source of the warm-up: arXiv 1706.02677, section 2.2, where the rate rises step by step.
+
+    Args:
+        config: settings of the run.
+        epoch: number of the epoch, from 0.
     """
     warmup = min(1.0, (epoch + 1) / (config.warmup_epochs + 1))
     if config.schedule == "cosine":

@@ -1,4 +1,4 @@
-"""The environment report of ``mclfast env``: what a bug report needs."""
+"""The report of ``mclfast env`` for bug reports: versions, system, extension and backends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from mclfast._version import __version__
 from mclfast.ops import backends
 
-# Read from their metadata: importing them is slow, and some may be broken.
+# Versions are read from metadata, as importing is slow and some packages may be broken.
 _OPTIONAL = (
     "triton",
     "torchvision",
@@ -35,7 +35,7 @@ _OPTIONAL = (
 
 def _git(path: Path, *arguments: str) -> str:
     result = subprocess.run(
-        # No locks: a report must not get in the way of a git command of the user.
+        # No locks, so that a report does not get in the way of a git command of the user.
         ["git", "--no-optional-locks", "-C", str(path), *arguments],
         capture_output=True,
         text=True,
@@ -46,14 +46,14 @@ def _git(path: Path, *arguments: str) -> str:
 
 
 def git_hash(path: str | os.PathLike[str]) -> str | None:
-    """The commit of the checkout around a folder.
+    """The commit of the git checkout that holds a folder; never raises.
 
     Args:
         path: a folder, or a file in it.
 
     Returns:
-        Twelve digits, with "-dirty" when tracked files are changed. None without a checkout or
-        git; never raises.
+        Twelve digits, followed by "-dirty" if tracked files are changed; None if there is no
+        checkout or no git.
     """
     try:
         folder = Path(path)
@@ -78,14 +78,14 @@ def root() -> Path:
 
 
 def report_dict() -> dict[str, dict[str, Any]]:
-    """The report as data: section -> name -> value, all of it fit for JSON."""
+    """The report as JSON values: section -> name -> value."""
     extension = backends.extension()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "mclfast": {
             "version": __version__,
             "path": str(root() / "mclfast"),
-            # An installed package may lie inside the checkout of another project.
+            # Without .git, an installed package may lie inside the checkout of another project.
             "git": git_hash(root()) if (root() / ".git").exists() else None,
         },
         "system": {
@@ -119,7 +119,7 @@ def _text(value: Any) -> str:
         return f"{'yes' if value['available'] else 'no':<5}{_text(value['reason'])}"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    # A loader's message may span lines.
+    # The message of a loader may have several lines.
     return "none" if value is None else " ".join(str(value).split())
 
 

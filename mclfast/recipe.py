@@ -1,4 +1,4 @@
-"""Recipes: YAML files with the settings of published runs, and one with what those runs reached."""
+"""Recipes: YAML files with the settings of published runs, and one with their results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from mclfast._base.checks import unknown_name
 from mclfast._base.files import read_yaml
 
-# Beside the recipes, and none of them.
+# A file in the folder of the recipes that is no recipe.
 _FIGURES = "published.yaml"
 
 
 def folder() -> Path:
-    """Where the recipes lie: inside an installed package, or beside it in a checkout."""
+    """The folder of the recipes: inside an installed package, or next to it in a checkout."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
@@ -28,8 +28,8 @@ def load(name: str) -> dict[str, Any]:
     """Flat settings of a recipe, by its name or by the path of a YAML file.
 
     Raises:
-        ValueError: unknown name, or a file that is not a YAML mapping.
-        FileNotFoundError: a path that does not exist.
+        ValueError: the name is unknown, or the file is not a YAML mapping.
+        FileNotFoundError: the file does not exist.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):

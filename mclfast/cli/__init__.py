@@ -1,4 +1,4 @@
-"""The command line: ``mclfast train | plan | compare | eval | ...``, one file a command."""
+"""The command line: ``mclfast train``, ``plan``, ``compare``, ``eval`` and others, a file each."""
 
 from mclfast.cli.main import main
 

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="small",
-        help="smoke: seconds; small: minutes; targets: the shapes with a goal; sweeps: against "
-        "M and B; paper: all of these; bank: memory banks; bank-gpu; gpu: both kinds (default: "
-        "small)",
+        help="smoke: tiny shapes, seconds; small: minutes; targets: shapes with a goal; sweeps: "
+        "series over networks M and batch B; paper: all of these; bank: memory banks; bank-gpu: "
+        "memory banks on a GPU; gpu: all losses on a GPU (default: small)",
     )
     add("--op", action="append", choices=list(PROVIDERS), help="only this operation; repeatable")
     add("--mode", action="append", choices=MODES, help="only this mode; repeatable")
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--loader",
         action="store_true",
-        help="images/s at which the training images of a streamed set are read, decoded and "
-        "augmented, for --budget seconds, and nothing else",
+        help="measure only the loader: images/s of a streamed training set that are read, decoded "
+        "and augmented, for --budget seconds",
     )
     add("--data", metavar="NAME", help="imagefolder or webdataset")
     add("--data-root", metavar="DIR", help="folder with the images")
@@ -74,9 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=an_integer,
         default=256,
         metavar="N",
-        help="images per batch (default: 256)",
+        help="images in a batch (default: 256)",
     )
-    add("--image-size", type=an_integer, metavar="N", help="side in pixels (default: 224)")
+    add(
+        "--image-size",
+        type=an_integer,
+        metavar="N",
+        help="side of the images in pixels (default: 224)",
+    )
     add(
         "--workers",
         type=an_integer,
@@ -89,7 +94,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     """Runs the command.
 
     Returns:
-        1 if a result was wrong (that implementation has no numbers then), else 0.
+        1 if an implementation gave a wrong result, which leaves it without numbers; else 0.
     """
     import torch
 
@@ -168,7 +173,7 @@ def _measure(known: argparse.Namespace, cases: list[Case]) -> int:
             budget=0.2 if smoke else known.budget,
             memory=not (known.no_memory or smoke),
         )
-        # After every case: a long run that is interrupted keeps what it has.
+        # Written after every case, so that a long run that is interrupted keeps its results.
         if known.out is not None:
             report.write(known.out, outcome, about, settings)
         spent = time.perf_counter() - start

@@ -21,37 +21,45 @@ _OF_EACH_RUN = {"method", "seed"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``mclfast compare`` but the settings, which come last."""
+    """Adds the options of ``mclfast compare`` except the settings of all methods."""
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="show all settings and exit")
-    add("--methods", metavar="A,B,...", help="methods, or entries of the plan file, in order")
-    add("--seeds", metavar="N", help="number of seeds, or seeds separated by commas (default: 3)")
+    add(
+        "--methods",
+        metavar="A,B,...",
+        help="methods to compare, or entries of the plan file, in the order of the report",
+    )
+    add(
+        "--seeds",
+        metavar="N",
+        help="number of seeds, or the seeds separated by commas (default: 3)",
+    )
     add(
         "--recipe",
         metavar="NAME",
-        help="recipe, or YAML file with settings, that give the defaults of all methods; those of "
-        "the recipe's own method are for that method",
+        help="recipe, or YAML file with settings: defaults of all methods; options of the "
+        "recipe's own method apply to that method only",
     )
     add(
         "--plan",
         type=Path,
         metavar="FILE",
-        help="YAML file with methods (each with settings of its own, topology and cohort "
-        "included), defaults and seeds; plan.yaml of a comparison is one",
+        help="YAML file with methods (each with its own settings, such as cohort and topology), "
+        "defaults and seeds; every comparison writes one as plan.yaml",
     )
     add(
         "--set",
         action="append",
         default=[],
         metavar="METHOD.SETTING=X",
-        help="a setting of one method, before those of all; repeatable",
+        help="setting of one method, which replaces that of all methods; repeatable",
     )
     add(
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder of runs and report (default: under runs/); what is finished there is not "
-        "repeated, what is not goes on",
+        help="folder of runs and report (default: under runs/); finished runs in it are kept, "
+        "unfinished ones are continued",
     )
     add(
         "--overwrite",
@@ -63,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=an_integer,
         default=1,
         metavar="N",
-        help="runs at a time, each in a process of its own; 0 for all in this process, without "
-        "peak memory on a CPU (default: 1)",
+        help="number of runs at a time, each in its own process; 0 to run all in this process, "
+        "which cannot measure peak memory on a CPU (default: 1)",
     )
     add("--no-progress", action="store_true", help="no progress bars")
 
@@ -108,7 +116,13 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
 def _settings(
     known: argparse.Namespace, rest: list[str], defaults: dict[str, Any]
 ) -> dict[str, Any]:
-    """The settings of all methods given on the command line; ``defaults`` are shown in the help."""
+    """Reads the settings of all methods from the command line.
+
+    Args:
+        known: arguments of the command that are parsed already.
+        rest: arguments that are not parsed yet.
+        defaults: settings of the recipe, shown as defaults in the help.
+    """
     from mclfast.config import TrainConfig
 
     return given_settings(
@@ -141,13 +155,22 @@ def _unknown_flag(flag: str) -> ValueError:
 
 
 def _default_folder(design: Design) -> Path:
-    """``runs/compare-<data>-<cohort>``, of the first entry."""
+    """``runs/compare-<data>-<cohort>``, with data and cohort of the first entry."""
     config = next(iter(design.configs.values()))
     return Path("runs") / f"compare-{config.data}-{cohort_name(config.cohort)}"
 
 
 def _execute(known: argparse.Namespace, runs: list[Run], replaced: set[Path]) -> dict[Run, str]:
-    """Does what is not done yet; returns the failed runs with the reasons."""
+    """Trains all runs that are not finished.
+
+    Args:
+        known: arguments of the command.
+        runs: all runs of the comparison.
+        replaced: folders whose present runs are replaced.
+
+    Returns:
+        The reasons of the runs that failed.
+    """
     from mclfast.compare.runs import execute
 
     open_ = [run for run in runs if not run.finished or run.folder in replaced]
@@ -169,7 +192,7 @@ def _execute(known: argparse.Namespace, runs: list[Run], replaced: set[Path]) ->
 
 
 def _loaded(run: Run, failed: dict[Run, str]) -> Finished | None:
-    """What a finished run left; None where that cannot be read, with the reason in ``failed``."""
+    """Reads a finished run; None if it cannot be read, with the reason added to ``failed``."""
     from mclfast.compare.runs import load
 
     try:

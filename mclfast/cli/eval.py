@@ -1,4 +1,4 @@
-"""``mclfast eval``: accuracy of exported backbones, beside the one recorded in training."""
+"""``mclfast eval``: accuracy of exported backbones, next to the one recorded in training."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _NEEDED = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``mclfast eval``."""
     parser.add_argument("path", type=Path, help="folder of an exported backbone, or of a run")
     parser.add_argument(
         "--data-root",
         metavar="DIR",
-        help="folder with the data set, where it has moved (default: that of the export)",
+        help="folder of the data set, if it has moved (default: the one recorded in the export)",
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
+    """Runs the command; returns 0."""
     from mclfast._base.checks import shortened
     from mclfast._base.machine import select_device
     from mclfast.data import has_image_size
@@ -71,7 +73,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
             want, got = (shortened(", ".join(names), 60) for names in both)
             raise ValueError(f"data_root: expected the classes {want} of the export, got {got}")
         data = with_channels(data, about["in_channels"])
-        # The statistics it was trained with; those of an image folder follow its training images.
+        # Normalised as in training: the statistics of a folder of images depend on its content.
         data = replace(data, mean=tuple(about["mean"]), std=tuple(about["std"]))
         found = accuracy(exported.network.to(device), data, batch_size=about["eval_batch_size"])
         recorded = about["accuracy"]

@@ -15,14 +15,19 @@ HELP = "write the bare backbone of a peer of a run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``mclfast export``."""
     parser.add_argument("run_dir", type=Path, help="folder of a run, finished or not")
     parser.add_argument(
-        "--peer", type=an_integer, default=0, metavar="N", help="which peer, from 0 on (default: 0)"
+        "--peer",
+        type=an_integer,
+        default=0,
+        metavar="N",
+        help="number of the peer, from 0 (default: 0)",
     )
     parser.add_argument(
         "--data-root",
         metavar="DIR",
-        help="folder with the data set, where it has moved (default: that of the run)",
+        help="folder of the data set, if it has moved (default: the one recorded in the run)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: RUN_DIR/peerN)"
@@ -30,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
+    """Runs the command; returns 0."""
     from mclfast.train import checkpoint
     from mclfast.train.folder import CHECKPOINT
 
@@ -44,7 +50,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
 
 
 def _trainer_of(known: argparse.Namespace) -> Trainer:
-    """The trainer of the run, with the weights that it began with."""
+    """The trainer of the run, with the weights that the run started from."""
     from mclfast.config import TrainConfig
     from mclfast.train.builder import build
     from mclfast.train.folder import read_settings
@@ -56,6 +62,6 @@ def _trainer_of(known: argparse.Namespace) -> Trainer:
     origin = split_origin(values)
     if origin is None:
         return build(TrainConfig.from_values(values))
-    # The names of the parts of a network are those of the backbone, as with --resume.
+    # Built from the backbone, as with --resume, so that the parts of the network have its names.
     path, mode = origin
     return build_transfer(path, mode, transfer_config(path, mode, values))

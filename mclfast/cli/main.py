@@ -1,4 +1,4 @@
-"""The parser of ``mclfast train | plan | compare | eval | export | transfer | bench | env``."""
+"""Runs ``mclfast train | plan | compare | eval | export | transfer | bench | env``."""
 
 from __future__ import annotations
 
@@ -24,24 +24,31 @@ _COMMANDS: dict[str, ModuleType] = {
     "env": env,
 }
 
-# Which options these have depends on the settings there are, so they read the rest themselves.
+# The options of these commands depend on the method; they parse the rest of the line themselves.
 _WITH_SETTINGS = ("train", "plan", "compare")
 
-# What a wrong setting, a missing file or a missing package raises. Anything else is a defect of
-# ours and keeps its traceback.
+# Errors of a wrong setting, a missing file or a missing package, shown in one line. Any other error
+# is a defect of this package and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailableError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status."""
+    """Runs a command.
+
+    Args:
+        arguments: command and options; None for those of the process.
+
+    Returns:
+        The exit status.
+    """
     try:
         try:
             return _run(sys.argv[1:] if arguments is None else arguments)
         finally:
-            # What is still buffered would fail at exit, where nothing can be caught.
+            # Flushed here, as an error while Python exits cannot be caught.
             sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output wanted no more of it, as `head` does.
+        # The reader of the output wanted no more of it, as ``head`` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -82,6 +89,6 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _with_dashes(argument: str) -> str:
-    """--data_root as --data-root: recipes and Python spell the settings with underscores."""
+    """Turns --data_root into --data-root, as recipes and Python spell settings with underscores."""
     flag, equals, value = argument.partition("=")
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument

@@ -1,4 +1,4 @@
-"""What the commands that train a run into a folder have in common."""
+"""Options and checks shared by the commands that write a run or read its exported backbones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def add_run_options(parser: argparse.ArgumentParser, resume_help: str) -> None:
-    """Adds the options that say where a run is written, and what of a run that is there."""
+    """Adds --run-dir, --resume, --overwrite and --no-progress.
+
+    Args:
+        parser: parser of the command.
+        resume_help: help text of --resume.
+    """
     parser.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="folder of the run (default: under runs/)"
     )
@@ -31,8 +36,9 @@ def settings_to_resume(known: argparse.Namespace, refused: tuple[str, ...]) -> d
     """The settings of the run that ``--resume`` names.
 
     Args:
-        known: the arguments of the command.
-        refused: those that cannot be given beside it, besides ``--run-dir`` and ``--overwrite``.
+        known: arguments of the command.
+        refused: names of arguments that exclude ``--resume``, in addition to ``--run-dir`` and
+            ``--overwrite``.
     """
     from mclfast.train.folder import read_settings
 
@@ -44,10 +50,14 @@ def settings_to_resume(known: argparse.Namespace, refused: tuple[str, ...]) -> d
 
 
 def run_folder_of(known: argparse.Namespace, default: str) -> Path:
-    """The folder that a run is written into; ``default`` names one under ``runs``.
+    """The folder that a run is written into.
+
+    Args:
+        known: arguments of the command.
+        default: name of the folder under ``runs`` if the arguments name none.
 
     Raises:
-        ValueError: another run is there, and is not to be replaced; or a file.
+        ValueError: the folder holds a run that is not to be replaced, or is a file.
     """
     from mclfast.train.folder import refuse_old_run
 
@@ -59,7 +69,12 @@ def run_folder_of(known: argparse.Namespace, default: str) -> Path:
 
 
 def check_folder(argument: str, folder: Path) -> None:
-    """Raises ValueError where a file lies in the place of a folder that is to be written."""
+    """Raises ValueError if a folder cannot be written because it, or a parent, is a file.
+
+    Args:
+        argument: argument that named the folder, for the error message.
+        folder: folder to be written.
+    """
     for place in (folder, *folder.parents):
         if place.exists():
             if not place.is_dir():
@@ -68,8 +83,8 @@ def check_folder(argument: str, folder: Path) -> None:
 
 
 def cohort_name(cohort: Sequence[str]) -> str:
-    """Networks as a part of a folder's name."""
-    # A name of another package has a colon, that of a hub a slash.
+    """The names of networks, joined and made fit for a part of a folder's name."""
+    # Networks of other packages have a colon in their names, networks of a hub a slash.
     return "+".join(cohort).replace(":", "-").replace("/", "-")
 
 
@@ -92,11 +107,17 @@ def fit(known: argparse.Namespace, trainer: Trainer) -> RunResult | None:
 
 
 def exports_in(path: Path) -> list[Path]:
-    """The folder itself where it is an export, else the peers of the run in it, in order.
+    """Folders of the exported backbones in a folder: the folder itself, or all peers of a run.
+
+    Args:
+        path: folder of an exported backbone, or of a run.
+
+    Returns:
+        The folders, in the order of the peers.
 
     Raises:
-        FileNotFoundError: neither is there; the text begins with ``path``.
-        ValueError: a file; likewise.
+        FileNotFoundError: there is no exported backbone; the text begins with ``path``.
+        ValueError: ``path`` is a file; the text begins with ``path``.
     """
     from mclfast.train.export import DESCRIPTION
     from mclfast.train.folder import CHECKPOINT
@@ -117,11 +138,14 @@ def exports_in(path: Path) -> list[Path]:
 
 
 def one_export_in(path: Path) -> Path:
-    """The folder of an export, or of a run with a single peer: that peer.
+    """Folder of the only exported backbone in a folder.
+
+    Args:
+        path: folder of an exported backbone, or of a run with one peer.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`exports_in`; ValueError also for a run of several
-            peers. The text begins with ``path``.
+        FileNotFoundError, ValueError: see :func:`exports_in`; ValueError also if the run has
+            several peers. The text begins with ``path``.
     """
     first, *others = exports_in(path)
     if others:

@@ -1,4 +1,4 @@
-"""``mclfast plan``: what a run needs of memory, and which settings fit."""
+"""``mclfast plan``: the memory that a run needs, and the settings that fit, without training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from mclfast.cli.settings import run_settings
 
-HELP = "say what memory a training run needs and which settings fit, without training"
+HELP = "predict the memory of a training run and the settings that fit, without training"
 
 _EITHER = ("memory", "offload", "amp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``mclfast plan`` except the settings, which depend on the method."""
     parser.add_argument("-h", "--help", action="store_true", help="show all settings and exit")
     parser.add_argument(
         "--recipe", metavar="NAME", help="name of a recipe, or a YAML file with settings"
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-memory",
         metavar="SIZE",
-        help="memory of the device, as 8GiB (default: what is free on --device)",
+        help="memory of the device, such as 8GiB (default: the free memory of --device)",
     )
     parser.add_argument("--json", action="store_true", help="print bytes as JSON")
 
@@ -44,7 +45,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
             raise ValueError("batch: expected one of --batch and --batch-size, got both")
         values["batch_size"] = known.batch
     if values.get("offload") == "peers":
-        # Where it is not said otherwise: there is no other mode for it.
+        # The only mode that can offload peers.
         values.setdefault("memory", "sequential")
 
     from mclfast._base.optional import optional_import
@@ -64,7 +65,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     tqdm = optional_import("tqdm", extra="train")
     device, memory = _device(config.device, known.device_memory)
     if device == "cpu":
-        # Few CPUs are fast in it.
+        # Few CPUs are fast in half precision.
         asked.setdefault("amp", ["off"])
     bar = partial(tqdm.tqdm, desc="rehearsing", leave=False, disable=not sys.stderr.isatty())
     plan = make_plan(config, device, memory, choices(**asked), track=bar)
@@ -81,8 +82,9 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _needs_shuffle(values: dict[str, Any]) -> bool:
-    """Whether the default number of images per class goes into the batch; memory does not depend
-    on it.
+    """Whether the default number of images per class is no divisor of the batch size.
+
+    The plan then assumes shuffled batches, as memory does not depend on the sampler.
     """
     from mclfast._base.settings import coerce
     from mclfast.config import TrainConfig
@@ -94,7 +96,12 @@ def _needs_shuffle(values: dict[str, Any]) -> bool:
 
 
 def _device(name: str, memory: str | None) -> tuple[str, int]:
-    """Type of the device, which need not be here, and bytes of its memory."""
+    """Type of the device, which may be missing on this machine, and bytes of its memory.
+
+    Args:
+        name: device as in the settings.
+        memory: size given on the command line; None for the free memory of the device.
+    """
     import torch
 
     from mclfast._base.machine import free_memory, select_device

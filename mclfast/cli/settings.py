@@ -1,4 +1,4 @@
-"""The argument parser of the commands, and the settings of a run as its options."""
+"""Settings of a run as options of the command line, and the argument parser of the commands."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from typing import Any, NoReturn, TypeVar
 def run_settings(
     known: argparse.Namespace, rest: list[str], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The settings of a run given on the command line; which exist depends on the method.
+    """Reads the settings of a run from the command line; the options depend on the method.
 
     Args:
-        known: the arguments of the command read so far.
-        rest: those that are left.
-        values: settings of the recipe or of the run resumed, shown as defaults.
+        known: arguments of the command that are parsed already.
+        rest: arguments that are not parsed yet.
+        values: settings of the recipe, or of the run to resume, shown as defaults in the help.
+
+    Returns:
+        The settings that were given, as text.
     """
     from mclfast.config import TrainConfig, unknown_setting
     from mclfast.methods import method_class
@@ -49,15 +52,18 @@ def given_settings(
     unknown_flag: Callable[[str], ValueError],
     leave_out: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The settings given on the command line, as text; shows the help and leaves if asked for.
+    """Reads the settings given on the command line, or shows the help and exits if it is asked for.
 
     Args:
-        known: the arguments of the command read so far.
-        rest: those that are left.
-        groups: settings dataclasses by the titles of their groups.
-        values: shown in place of the defaults.
-        unknown_flag: the error for an option that there is not, from its name without dashes.
-        leave_out: fields that become no options.
+        known: arguments of the command that are parsed already.
+        rest: arguments that are not parsed yet.
+        groups: settings dataclasses, by the titles of their groups in the help.
+        values: settings shown as defaults in the help, instead of the dataclasses' own.
+        unknown_flag: makes the error for an unknown option from its name without dashes.
+        leave_out: names of fields that become no options.
+
+    Returns:
+        The settings that were given, as text.
     """
     from mclfast._base.settings import field_types
 
@@ -98,11 +104,11 @@ def _add_settings(
     """Adds the fields of a settings dataclass as options, in a group of their own.
 
     Args:
-        parser: gets the options; what is given arrives as text.
-        title: of the group.
-        cls: the dataclass; each field has a default and a help text.
-        values: shown in place of the defaults.
-        leave_out: fields that become no options.
+        parser: parser that the options are added to; it leaves their values as text.
+        title: title of the group in the help.
+        cls: dataclass whose fields all have a default and a help text.
+        values: settings shown as defaults in the help, instead of the dataclass's own.
+        leave_out: names of fields that become no options.
     """
     from mclfast._base.settings import coerce, field_types
     from mclfast.config import field_help
@@ -113,7 +119,7 @@ def _add_settings(
             continue
         default = coerce(name, kind, values.get(name, getattr(defaults, name)))
         text = f"{field_help(cls)[name]} (default: {shown(default)})"
-        # argparse takes a percent sign, as in a path, for a place to fill in.
+        # argparse would replace a percent sign, as in a path.
         group.add_argument(
             f"--{dashed(name)}",
             dest=name,
@@ -123,12 +129,12 @@ def _add_settings(
 
 
 def _value_too_many(rest: list[str], unknown: list[str], kinds: Mapping[str, Any]) -> ValueError:
-    """The error for a value that follows another one.
+    """The error for a second value after an option that takes one.
 
     Args:
-        rest: the arguments from which the settings were read.
-        unknown: those that were none, all without dashes.
-        kinds: type of each setting.
+        rest: arguments from which the settings were read.
+        unknown: arguments that belong to no option, all without dashes.
+        kinds: type of each setting, by name.
     """
     from mclfast._base.checks import unknown_name
 
@@ -147,7 +153,12 @@ def _value_too_many(rest: list[str], unknown: list[str], kinds: Mapping[str, Any
 
 
 def value_shape(name: str, kind: Any) -> str:
-    """What a help text shows in the place of a setting's value, from its type."""
+    """The placeholder for a setting's value in a help text.
+
+    Args:
+        name: name of the setting.
+        kind: type of the setting.
+    """
     if name == "data_root":
         return "DIR"
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -161,7 +172,7 @@ def value_shape(name: str, kind: Any) -> str:
 
 
 def _names() -> str:
-    """The names that settings take which are not listed beside them."""
+    """Lists of the methods, data sets, networks and recipes, for the end of the help."""
     from mclfast import data, methods, models, recipe
 
     lists = {
@@ -180,12 +191,12 @@ def _names() -> str:
 
 
 def dashed(name: str) -> str:
-    """A setting as an option spells it."""
+    """The name of a setting, spelt as an option without its leading dashes."""
     return name.replace("_", "-")
 
 
 def shown(value: Any) -> str:
-    """A setting's value as an option takes it."""
+    """The value of a setting, spelt as an option takes it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return value if isinstance(value, str) else str(value).lower()
@@ -195,19 +206,19 @@ T = TypeVar("T", int, float)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong option in one line."""
+    """A parser that reports a wrong option in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
 
 
 def an_integer(text: str) -> int:
-    """The type of an option that takes an integer."""
+    """Parses the value of an option that takes an integer."""
     return _number(int, "an integer", text)
 
 
 def a_number(text: str) -> float:
-    """The type of an option that takes a number."""
+    """Parses the value of an option that takes a number."""
     return _number(float, "a number", text)
 
 

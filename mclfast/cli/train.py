@@ -1,4 +1,4 @@
-"""``mclfast train``: trains a cohort, or a lone network, and says what came out."""
+"""``mclfast train``: trains a cohort, or a lone network, and prints the accuracies."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ HELP = "train a cohort, or a lone network"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``mclfast train`` except the settings, which depend on the method."""
     parser.add_argument("-h", "--help", action="store_true", help="show all settings and exit")
     parser.add_argument(
         "--recipe", metavar="NAME", help="name of a recipe, or a YAML file with settings"
     )
-    add_run_options(parser, resume_help="go on with an interrupted run")
+    add_run_options(parser, resume_help="folder of an interrupted run to continue")
 
 
 def run(known: argparse.Namespace, rest: list[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        130 if the run was interrupted, else 0.
+    """
     from mclfast import recipe
     from mclfast.config import TrainConfig
     from mclfast.train.builder import build
@@ -47,7 +53,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     run_dir = run_folder_of(known, default_name(config))
     trainer = build(config, run_dir)
     if not known.resume:
-        # Only now: settings that cannot work cost no old run.
+        # Removed only now, so that settings that cannot work cost no old run.
         remove_old_run(run_dir)
     _say_what_is_trained(trainer)
     result = fit(known, trainer)
@@ -58,7 +64,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
 
 
 def default_name(config: TrainConfig) -> str:
-    """``<data>-<method>-<cohort>-seed<n>``."""
+    """The folder's name of a run: ``<data>-<method>-<cohort>-seed<n>``."""
     return f"{config.data}-{config.method}-{cohort_name(config.cohort)}-seed{config.seed}"
 
 

@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_run_options(
         parser,
-        resume_help="go on with an interrupted run; the backbone it began with must still be there",
+        resume_help="folder of an interrupted run to continue; the backbone it started from must "
+        "still exist",
     )
     _add_settings(parser)
 

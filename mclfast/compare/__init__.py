@@ -1,1 +1,1 @@
-"""Training methods side by side: plan, runs, statistics over seeds, report."""
+"""Comparison of training methods: design, runs, statistics over seeds, report."""

@@ -1,6 +1,7 @@
-"""What is compared: methods with their settings, and the seeds; from options and a plan file.
+"""The design of a comparison: methods with their settings, and the seeds.
 
-A plan file is YAML, and ``plan.yaml`` of a comparison is one::
+A design is read from options and a plan file. A plan file is YAML; every comparison writes its
+design as one, ``plan.yaml``::
 
     seeds: 3                      # 0, 1, 2; or a list
     defaults: {data: digits, cohort: [resnet20, resnet20], epochs: 20}
@@ -25,27 +26,33 @@ from mclfast._base.settings import coerce, field_types
 from mclfast.config import TrainConfig
 
 BASELINE = "baseline"
-#: What a plan file may hold; a comparison adds the command that made it.
+#: Keys of a plan file; a comparison adds the command that made it.
 _KEYS = ("seeds", "defaults", "methods", "command")
 
 
 @dataclass(frozen=True)
 class Design:
-    """A comparison.
+    """The entries of a comparison and the seeds that each of them runs with.
 
     Attributes:
-        configs: settings of each entry by its label, in the order shown; their seed is not used.
-        seeds: every entry runs once with each.
+        configs: settings of each entry by its label, in the order of the report; their own seed is
+            not used.
+        seeds: seeds of the runs; every entry runs once with each seed.
     """
 
     configs: dict[str, TrainConfig]
     seeds: tuple[int, ...]
 
     def baseline_of(self, label: str) -> str | None:
-        """What an entry is measured against.
+        """Label of the entry that an entry is measured against.
 
-        The first entry that trains the same networks on the same data without interaction; None
-        where there is none, or where it is the entry itself.
+        This is the first entry that trains the same networks on the same data without interaction.
+
+        Args:
+            label: label of the entry.
+
+        Returns:
+            The label; None if there is no such entry, or if it is the entry itself.
         """
         mine = self.configs[label]
         found = (
@@ -65,20 +72,24 @@ def make_design(
     overrides: Sequence[str],
     recipe: Mapping[str, Any] | None = None,
 ) -> Design:
-    """The plan of a file, if any, and of options, which go before it.
+    """Makes the design from a plan file and from options, which replace what the file says.
+
+    A setting given in several places is taken from the first of: ``overrides``, the file's entry of
+    the method, ``settings``, the file's ``defaults``, ``recipe``.
 
     Args:
-        file: a plan file.
-        methods: labels separated by commas; those the file does not know are names of methods.
-        seeds: a number n for the seeds 0 to n - 1, or several seeds separated by commas.
-        settings: of all methods; they replace the file's ``defaults``, and what the file says of a
-            single method goes before them.
-        overrides: ``LABEL.setting=value``, which go before everything.
-        recipe: settings that all others go before. Those of its method alone are for the entries of
-            that method; without other entries there is one of it.
+        file: plan file; None for options alone.
+        methods: labels of entries separated by commas; a label that is not in the file is the name
+            of a method. None for all entries of the file.
+        seeds: number n of seeds, for the seeds 0 to n - 1, or several seeds separated by commas;
+            None for those of the file.
+        settings: settings of all entries.
+        overrides: settings of single entries, as ``LABEL.setting=value``.
+        recipe: settings of a recipe. Options of its method apply only to entries of that method.
+            If there are no entries, the recipe's method is the only one.
 
     Raises:
-        ValueError: a mistake in any of these, in one line.
+        ValueError: an argument or the file holds a mistake, named in one line.
     """
     given = _read(file) if file else {}
     recipe_method, common, special = _recipe(recipe)
@@ -93,7 +104,7 @@ def make_design(
     if not chosen:
         raise ValueError("methods: expected names by --methods, or a --plan or --recipe, got none")
     for label in chosen:
-        # It names a folder.
+        # The label becomes the name of a folder.
         if not re.fullmatch(r"\w[\w.+-]*", label):
             raise ValueError(f"methods: expected a name fit for a folder, got {label!r}")
     own = {label: dict(values) for label, values in chosen.items()}
@@ -111,16 +122,16 @@ def make_design(
         try:
             configs[label] = TrainConfig.from_values(found)
         except ValueError as error:
-            # Which of many, where the settings of all do not say it.
+            # Names the entry if the mistake may be among its own settings.
             where = f" (settings of {label})" if values else ""
             raise ValueError(f"{error}{where}") from None
     return Design(configs, _seeds(given.get("seeds", 3) if seeds is None else seeds))
 
 
 def _recipe(values: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Method of a recipe, settings for all methods, and those of the recipe's method alone."""
+    """Method of a recipe, its settings for all methods, and the options of its method."""
     values = values or {}
-    # Before they are parted: a name that neither part knows would be lost.
+    # Checked before it is split, as a name that neither part knows would be lost.
     method = TrainConfig.from_values(values).method
     types = field_types(TrainConfig)
     common = {k: v for k, v in values.items() if k in types and k != "method"}
@@ -153,7 +164,7 @@ def _entries(value: Any) -> dict[str, dict[str, Any]]:
                 )
         value = dict.fromkeys(value)
     if isinstance(value, dict):
-        # YAML takes a name of digits for a number.
+        # YAML reads a name of digits as a number.
         value = {str(label): settings for label, settings in value.items()}
     entries = _mapping("methods", value)
     return {label: _mapping(f"methods.{label}", v) for label, v in entries.items()}
@@ -161,7 +172,7 @@ def _entries(value: Any) -> dict[str, dict[str, Any]]:
 
 def _override(text: str, labels: Mapping[str, Any]) -> tuple[str, str, str]:
     target, equals, value = text.partition("=")
-    # A label may hold dots, a setting does not.
+    # The last dot counts: a label may hold dots, a setting does not.
     label, dot, name = target.rpartition(".")
     if not (equals and dot):
         raise ValueError(f"set: expected METHOD.setting=value, got {text!r}")
@@ -185,7 +196,13 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 
 def write_design(path: Path, design: Design, command: str) -> None:
-    """Writes a plan with all its settings spelt out, defaults of this version included."""
+    """Writes a design as a plan file with all settings, including the defaults of this version.
+
+    Args:
+        path: file to write.
+        design: design of the comparison.
+        command: command line that made the comparison.
+    """
     yaml = optional_import("yaml", extra="train")
     values = {label: c.to_values() for label, c in design.configs.items()}
     for entry in values.values():

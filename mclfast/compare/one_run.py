@@ -1,8 +1,8 @@
-"""One run of a comparison, here or as a process of its own.
+"""One run of a comparison, in this process or in a process of its own.
 
-``python -m mclfast.compare.one_run`` reads the run as a line of JSON from stdin. The end of stdin
-says that whoever started it is gone or wants no more, and ends the process: checkpoints are whole
-at any moment.
+``python -m mclfast.compare.one_run`` reads the run as a line of JSON from stdin. When stdin is
+closed, the process that started it is gone or wants no more, and this process exits at once, which
+is safe because checkpoints are complete at any moment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mclfast.models import parameter_count
 from mclfast.train.builder import build
 from mclfast.train.folder import CHECKPOINT, remove_old_run
 
-#: Beside the files of every run: what it cost, or why it failed.
+#: Files written next to those of a run: its time and memory, or the reason of its failure.
 COST, FAILURE = "cost.json", "failure.txt"
 
 
@@ -35,30 +35,30 @@ def perform(
 ) -> str | None:
     """Trains a run to its end, from its checkpoint if there is one.
 
-    What goes wrong is written to ``failure.txt``, if it can be: the reason in the first line, then
-    where.
+    An error is written to ``failure.txt``, if that is possible: the reason in the first line, then
+    the traceback.
 
     Args:
-        values: flat settings.
-        folder: of the run.
-        replace: remove the run that is there.
-        progress: show a progress bar.
-        alone: this process is for this run, so that its peak memory is the run's.
+        values: settings of the run, by name.
+        folder: folder of the run.
+        replace: whether to remove a run that is already in the folder.
+        progress: whether to show a progress bar.
+        alone: whether this process serves this run only, so that its peak memory is the run's.
 
     Returns:
-        The reason where it failed, None where it finished.
+        The reason if the run failed, None if it finished.
     """
     try:
         (folder / FAILURE).unlink(missing_ok=True)
         _train(TrainConfig.from_values(values), folder, replace, progress, alone)
-    # Of whatever kind, a defect of a method included: the other runs go on.
+    # Any error, even a defect of a method, ends this run only: the other runs go on.
     except Exception as error:
         reason = " ".join(str(error).split())
         if type(error) not in (ValueError, FloatingPointError):
             reason = f"{type(error).__name__}: {reason}"
-        # The text of some errors of CUDA fills a page.
+        # Some errors of CUDA fill a page.
         reason = shortened(reason, 300)
-        # A full disk is a reason too.
+        # The failure may be a full disk, on which nothing can be written.
         with suppress(OSError):
             write_text(folder / FAILURE, f"{reason}\n\n{traceback.format_exc()}")
         return reason
@@ -68,17 +68,17 @@ def perform(
 def _train(config: TrainConfig, folder: Path, replace: bool, progress: bool, alone: bool) -> None:
     device = select_device(config.device)
     if device.type == "cuda":
-        # Before the first use of a device there are no statistics to reset.
+        # Statistics of a device can be reset only after it has been used.
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     trainer = build(config, folder)
     if replace:
-        # Only now: settings that cannot work cost no old run.
+        # Removed only now, so that settings that cannot work cost no old run.
         remove_old_run(folder)
         (folder / COST).unlink(missing_ok=True)
     before = _checkpoint_time(folder)
     trainer.fit(progress=progress)
-    # Files written anew after the last epoch say nothing of the memory of training.
+    # A run that only wrote its files again has not shown the memory of training.
     trained = _checkpoint_time(folder) != before
     if not trained and (folder / COST).is_file():
         return
@@ -98,7 +98,7 @@ def _train(config: TrainConfig, folder: Path, replace: bool, progress: bool, alo
 
 
 def _checkpoint_time(folder: Path) -> int | None:
-    """When the checkpoint was written, in ns; None without one. Every epoch writes it."""
+    """Time of the checkpoint in ns; None without one. It changes with every epoch trained."""
     path = folder / CHECKPOINT
     return path.stat().st_mtime_ns if path.is_file() else None
 
@@ -109,7 +109,7 @@ def _leave_with_parent() -> None:
 
 
 def main() -> int:
-    """Reads the run, performs it; the exit status is 1 where it failed."""
+    """Reads a run from stdin and trains it; returns 1 if it failed, else 0."""
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     folder = Path(task["folder"])

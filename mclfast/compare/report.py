@@ -27,9 +27,9 @@ from mclfast.train.state import FREE_SETTINGS
 TABLE, SUMMARY = "table.csv", "summary.csv"
 REPORT, PAGE = "report.md", "report.html"
 ACCURACY, CURVES = "accuracy.png", "curves.png"
-#: What a reader who cannot see the pictures is told.
+#: Descriptions of the pictures for readers who cannot see them.
 _PICTURES = {ACCURACY: "mean of peers", CURVES: "accuracy against epoch"}
-#: Settings named at the head of a report even where they are the defaults.
+#: Settings named at the head of a report even if they are the defaults.
 _SHOWN = (
     "data",
     "cohort",
@@ -45,7 +45,14 @@ _SHOWN = (
 
 @dataclass(frozen=True)
 class Table:
-    """A table, and what a reader must know about it."""
+    """A table with notes.
+
+    Attributes:
+        title: heading of the table.
+        header: titles of the columns.
+        rows: cells of each row.
+        notes: sentences that explain the table, shown below it.
+    """
 
     title: str
     header: Sequence[str]
@@ -54,14 +61,21 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Whether each column holds numbers alone, which are set flush right."""
+        """Whether each column holds only numbers, which are aligned right."""
         columns = zip(*self.rows, strict=True)
         return [all(re.match(r"([-+]?\d[^(]*|-)$", cell) for cell in column) for column in columns]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is shown, in the order it is shown."""
+    """Content of a report, in the order in which it is shown.
+
+    Attributes:
+        title: heading of the report.
+        command: command line that made the comparison.
+        about: settings, versions and commits, a line each.
+        tables: tables of the report.
+    """
 
     title: str
     command: str
@@ -76,17 +90,17 @@ def write_report(
     failed: Mapping[Run, str],
     command: str,
 ) -> Report:
-    """Writes all files of a comparison of which at least one run is finished.
+    """Writes the report of a comparison; at least one of its runs must be finished.
 
     Args:
-        folder: where they go.
-        plan: what was to be done.
-        finished: its finished runs.
-        failed: its failed runs, with the reasons.
-        command: the command line.
+        folder: folder that the files are written into.
+        design: design of the comparison.
+        finished: finished runs of the comparison.
+        failed: failed runs of the comparison, with the reasons.
+        command: command line that made the comparison.
 
     Returns:
-        What the report says, for the terminal.
+        The content of the report.
     """
     summaries = summarize(design, finished)
     report = Report(
@@ -127,7 +141,7 @@ def _title(design: Design) -> str:
 
 
 def _networks(cohort: Sequence[str]) -> str:
-    """Networks as a sum, equal ones that follow one another counted where they are many."""
+    """Names of networks as a sum; three or more equal ones in a row are written as a multiple."""
     groups = [(name, len(list(group))) for name, group in groupby(cohort)]
     return " + ".join(
         " + ".join([name] * count) if count < 3 else f"{count} x {name}" for name, count in groups
@@ -135,7 +149,7 @@ def _networks(cohort: Sequence[str]) -> str:
 
 
 def _reference(design: Design, summaries: Sequence[Summary]) -> str | None:
-    """What the gains are over, in words; None where there are none."""
+    """The baseline that gains are measured against, in words; None if there are no gains."""
     found = dict.fromkeys(design.baseline_of(s.label) for s in summaries if "gain" in s.values)
     if not found:
         return None
@@ -143,7 +157,7 @@ def _reference(design: Design, summaries: Sequence[Summary]) -> str | None:
 
 
 def _settings(design: Design) -> list[str]:
-    """What most entries have, then what each has of its own, a line each."""
+    """Lines with the settings that most entries share, then with those of single entries."""
     values = {label: c.to_values() for label, c in design.configs.items()}
     usual = TrainConfig().to_values()
     fields = [n for n in field_types(TrainConfig) if n not in FREE_SETTINGS | {"seed", "method"}]
@@ -151,7 +165,7 @@ def _settings(design: Design) -> list[str]:
     differing = {n for n in fields if any(v[n] != most[n] for v in values.values())}
     shown = [n for n in fields if n in differing or n in _SHOWN or most[n] != usual[n]]
     text = ", ".join(f"{name} {_shown(most[name])}" for name in shown)
-    lines = [text + ("; where nothing else is said" if differing else "")]
+    lines = [text + ("; unless stated otherwise" if differing else "")]
     for label, entry in values.items():
         options = design.configs[label].options
         unusual = dataclasses.asdict(type(options)())
@@ -164,7 +178,7 @@ def _settings(design: Design) -> list[str]:
 
 
 def _most_frequent(values: Sequence[Any]) -> Any:
-    """The first of them, where several are as frequent."""
+    """The most frequent value; the first of them if several are equally frequent."""
     return max(values, key=values.count)
 
 
@@ -173,7 +187,7 @@ def _shown(value: Any) -> str:
 
 
 def _machines(finished: Sequence[Finished]) -> list[str]:
-    """Versions and commits; several where earlier runs were made by other code."""
+    """A line of versions and commits, with several if earlier runs were made by other code."""
     about = [f.environment for f in finished]
     versions = _distinct(f"mclfast {a['mclfast']['version']}" for a in about)
     commits = _distinct(str(a["mclfast"]["git"] or "unknown") for a in about)
@@ -270,7 +284,7 @@ def _sources(known: Mapping[str, Published]) -> list[str]:
 
 
 def _other_settings(summaries: Sequence[Summary]) -> list[str]:
-    """Why there is no published number beside runs of networks that have one."""
+    """Notes on entries whose settings differ from the published ones of the same networks."""
     differing: dict[str, list[str]] = {}
     for s in summaries:
         other = [
@@ -280,7 +294,7 @@ def _other_settings(summaries: Sequence[Summary]) -> list[str]:
         if other:
             differing.setdefault(", ".join(other), []).append(s.label)
     return [
-        f"{', '.join(labels)}: the published number is not shown, its settings are others: {text}."
+        f"{', '.join(labels)}: the published number is not shown, as its settings differ: {text}."
         for text, labels in differing.items()
     ]
 
@@ -362,7 +376,7 @@ def _failures(failed: Mapping[Run, str]) -> Table:
 
 
 def text(table: Table) -> str:
-    """For a terminal: columns of equal width."""
+    """A table for a terminal, with aligned columns."""
     lines = [table.header, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
     return "\n".join(
@@ -394,14 +408,14 @@ def _cell(value: str) -> str:
 
 
 def _code(value: str) -> str:
-    """A command in one line, with a fence that it does not hold."""
+    """A command in one line as Markdown code, within backticks that it does not contain."""
     longest = max(map(len, re.findall("`+", value)), default=0)
     fence, space = "`" * (longest + 1), " " if longest else ""
     return f"{fence}{space}{' '.join(value.split())}{space}{fence}"
 
 
 def _plain(value: str) -> str:
-    """Text that Markdown takes for no tag of HTML."""
+    """Text in which Markdown finds no HTML tag."""
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", value)
 
 
@@ -419,7 +433,12 @@ img { max-width: 100%; }
 
 
 def page(report: Report, pictures: Sequence[Path]) -> str:
-    """The report as one HTML file that needs no other."""
+    """The report as one HTML file, with the pictures inside.
+
+    Args:
+        report: content of the report.
+        pictures: PNG files named as in ``_PICTURES``.
+    """
     e = html.escape
     body = [f"<h1>{e(report.title)}</h1>", f"<ul>\n<li><code>{e(report.command)}</code></li>"]
     body += [f"<li>{e(line)}</li>" for line in report.about]

@@ -1,4 +1,4 @@
-"""The runs of a comparison: which are done, and doing the others, one or several at a time."""
+"""The runs of a comparison: which of them are finished, and training the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ from mclfast.train.state import differences
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One entry of the plan with one seed; equal to nothing but itself."""
+    """One entry of the design with one seed; a run equals only itself.
+
+    Attributes:
+        label: label of the entry.
+        seed: seed of the run.
+        config: settings of the run.
+        folder: folder that the run is written into.
+    """
 
     label: str
     seed: int
@@ -35,9 +42,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its result is there, and the exports, which are written after it.
+        """Whether the folder holds the result and all exports, which are written after it.
 
-        Where the checkpoint is gone, nothing could be exported from it: the result is enough.
+        If the checkpoint is gone, the exports could not be made, and the result is enough.
         """
         if not (self.folder / RESULT).is_file():
             return False
@@ -46,12 +53,12 @@ class Run:
 
 
 class Finished(NamedTuple):
-    """A run and what came out of it.
+    """A finished run with its results.
 
     Attributes:
         run: the run.
         result: accuracies, time and history.
-        cost: content of ``cost.json``; empty where a run was interrupted just before writing it.
+        cost: content of ``cost.json``; empty if the run was interrupted just before writing it.
         environment: content of ``environment.json``.
     """
 
@@ -62,7 +69,12 @@ class Finished(NamedTuple):
 
 
 def runs_of(design: Design, folder: Path) -> list[Run]:
-    """All runs, seed by seed: every entry once before any entry twice."""
+    """All runs, seed by seed, so that every entry has run once before any runs twice.
+
+    Args:
+        design: entries and seeds.
+        folder: folder of the comparison.
+    """
     return [
         Run(label, seed, replace(config, seed=seed), folder / label / f"seed{seed}")
         for seed in design.seeds
@@ -71,17 +83,26 @@ def runs_of(design: Design, folder: Path) -> list[Run]:
 
 
 def others_in(folder: Path, runs: Sequence[Run]) -> list[str]:
-    """Finished runs in the folder of a comparison that are none of its own, as "label/seed0"."""
+    """Finished runs in a comparison's folder that do not belong to it, as "label/seed0".
+
+    Args:
+        folder: folder of the comparison.
+        runs: runs of the comparison.
+    """
     own = {run.folder for run in runs}
     found = (result.parent for result in folder.glob(f"*/seed*/{RESULT}"))
     return sorted(f"{run.parent.name}/{run.name}" for run in found if run not in own)
 
 
 def changed(runs: Sequence[Run], *, overwrite: bool) -> set[Path]:
-    """Folders of the runs that are there with other settings.
+    """Folders that hold an earlier run with other settings.
+
+    Args:
+        runs: runs of the comparison.
+        overwrite: whether such runs may be replaced.
 
     Raises:
-        ValueError: there are some, and ``overwrite`` is false.
+        ValueError: there are such runs, and ``overwrite`` is false.
     """
     found = set()
     for run in runs:
@@ -102,17 +123,17 @@ def changed(runs: Sequence[Run], *, overwrite: bool) -> set[Path]:
 def execute(
     runs: Sequence[Run], *, jobs: int, replaced: set[Path], progress: bool
 ) -> Iterator[tuple[Run, str | None]]:
-    """Does the runs, in order.
+    """Trains the runs, in order.
 
     Args:
-        runs: none of them finished, unless it is replaced.
-        jobs: how many at a time, each in a process of its own; 0 for one after the other in this
-            process, whose peak memory says nothing then.
+        runs: runs that are not finished, or are to be replaced.
+        jobs: number of runs at a time, each in its own process; 0 to run one after the other in
+            this process, which cannot measure the peak memory of one run.
         replaced: folders whose present run is removed first.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Yields:
-        Each run when it has ended, and the reason if it failed.
+        Each run when it has ended, with the reason if it failed, else None.
     """
     if jobs == 0:
         for run in runs:
@@ -132,7 +153,7 @@ def execute(
         while waiting or going:
             while waiting and len(going) < jobs:
                 run = waiting.pop(0)
-                # Bars of several runs would write over one another.
+                # Bars of several runs at a time would overwrite one another.
                 bar = progress and jobs == 1
                 going[_start(run, jobs, run.folder in replaced, bar)] = run
             ended = [process for process in going if process.poll() is not None]
@@ -142,21 +163,21 @@ def execute(
                 yield (run := going.pop(process)), _failure(run, process)
     finally:
         for process in going:
-            # The end of its stdin ends it.
+            # The process exits when its stdin is closed.
             _tell(process, last=True)
             process.wait()
 
 
 def _start(run: Run, jobs: int, replaced: bool, progress: bool) -> subprocess.Popen[str]:
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # Processes that each take all cores slow one another down.
+    # Without a limit, each process would use all cores, and they would slow one another down.
     environment = {"OMP_NUM_THREADS": str(threads)} if jobs > 1 else {}
     process = subprocess.Popen(
         [sys.executable, "-m", "mclfast.compare.one_run"],
         stdin=subprocess.PIPE,
         text=True,
         env={**environment, **os.environ},
-        # An interruption from the terminal reaches this process only, which ends the others.
+        # Ctrl-C then reaches this process only, which ends the others.
         start_new_session=True,
     )
     task = {
@@ -165,8 +186,8 @@ def _start(run: Run, jobs: int, replaced: bool, progress: bool) -> subprocess.Po
         "replace": replaced,
         "progress": progress,
     }
-    # A reason of an earlier try would be taken for that of a process that dies at once. Where it
-    # cannot be removed, the process cannot write either and says so.
+    # The reason of an earlier attempt must not be taken for that of a process that dies at once. If
+    # it cannot be removed, the process cannot write to the folder either, and reports that.
     with suppress(OSError):
         (run.folder / FAILURE).unlink(missing_ok=True)
     _tell(process, json.dumps(task) + "\n")
@@ -175,7 +196,7 @@ def _start(run: Run, jobs: int, replaced: bool, progress: bool) -> subprocess.Po
 
 def _tell(process: subprocess.Popen[str], text: str = "", *, last: bool = False) -> None:
     assert process.stdin is not None
-    # How a process that is gone has ended is seen elsewhere.
+    # A process that is gone is dealt with when its exit status is read.
     with suppress(BrokenPipeError):
         process.stdin.write(text)
         process.stdin.close() if last else process.stdin.flush()
@@ -189,12 +210,15 @@ def _failure(run: Run, process: subprocess.Popen[str]) -> str | None:
     if (run.folder / FAILURE).is_file():
         return (run.folder / FAILURE).read_text(encoding="utf-8").partition("\n")[0]
     if status < 0:
-        return f"the process was ended by signal {-status}, perhaps for want of memory"
+        return f"the process was ended by signal {-status}, perhaps for lack of memory"
     return f"the process left with status {status}, and no reason in {run.folder}"
 
 
 def load(run: Run) -> Finished:
-    """What a finished run left in its folder.
+    """Reads a finished run from its folder.
+
+    Args:
+        run: run that is finished.
 
     Raises:
         ValueError: a file is missing or damaged; the text begins with ``out``.

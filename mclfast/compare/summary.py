@@ -1,4 +1,4 @@
-"""Means and standard deviations over seeds, and the tidy table they come from."""
+"""Means and standard deviations over seeds, and the table of single runs they are computed from."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mclfast.train.plots import History
 
 @dataclass(frozen=True)
 class Summary:
-    """What an entry of the plan reached.
+    """Results of one entry of the design over all its finished runs.
 
     Attributes:
-        label: of the entry.
-        config: its settings, with some seed.
-        seeds: those of the finished runs.
-        values: by metric, one value for each seed that has it. "gain" and "gain_peer<i>" are
-            differences from the baseline's run with the same seed, absent where there is none, see
-            ``Design.baseline_of``; "peak_memory_mib" is absent where it could not be measured.
-        histories: record by epoch of each run.
+        label: label of the entry.
+        config: settings of the entry; their seed has no meaning.
+        seeds: seeds of the finished runs.
+        values: values of each metric, one for each seed that has it. "gain" and "gain_peer<i>" are
+            differences from the baseline's run with the same seed (see ``Design.baseline_of``) and
+            are absent without one; "peak_memory_mib" is absent if it could not be measured.
+        histories: records of all epochs of each run.
     """
 
     label: str
@@ -34,13 +34,24 @@ class Summary:
     histories: list[History]
 
     def text(self, metric: str, *, digits: int = 2, sign: str = "") -> str:
-        """Mean and standard deviation of a metric, a dash where it is absent."""
+        """Mean and standard deviation of a metric as text; a dash if the metric is absent.
+
+        Args:
+            metric: key of ``values``.
+            digits: number of digits after the point.
+            sign: "+" to show the sign of positive means too.
+        """
         found = self.values.get(metric)
         return spread(found, digits=digits, sign=sign) if found else "-"
 
 
 def summarize(design: Design, finished: Sequence[Finished]) -> list[Summary]:
-    """The entries of which at least one run is finished, in the order of the plan."""
+    """Summaries of the entries with a finished run, in the order of the design.
+
+    Args:
+        design: entries of the comparison.
+        finished: finished runs, in any order.
+    """
     by_label = {
         label: sorted((f for f in finished if f.run.label == label), key=lambda f: f.run.seed)
         for label in design.configs
@@ -88,20 +99,20 @@ def _metrics(run: Finished) -> dict[str, float]:
 
 
 def spread(values: Sequence[float], *, digits: int = 2, sign: str = "") -> str:
-    """Mean and sample standard deviation, which a single value has none of.
+    """Mean and sample standard deviation as text; a single value is shown without deviation.
 
     Args:
-        values: at least one.
-        digits: after the point.
-        sign: "+" shows it for positive means too.
+        values: at least one value.
+        digits: number of digits after the point.
+        sign: "+" to show the sign of positive means too.
     """
-    # No -0.00.
+    # Adding 0.0 turns -0.0 into 0.0.
     text = f"{round(mean(values), digits) + 0.0:{sign}.{digits}f}"
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def tidy_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
-    """One row per entry, seed and peer; what belongs to a whole run is repeated for each peer."""
+    """One row per entry, seed and peer; values of a whole run are repeated for each peer."""
     rows = []
     for f in finished:
         config, cost = f.run.config, f.cost

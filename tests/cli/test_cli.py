@@ -198,7 +198,7 @@ def test_help_shows_the_settings_of_a_recipe(tmp_path, capsys):
     text = help_of(capsys, "--recipe", "lmcl-cifar100")
     for shown in (
         "passes over the sampler's batches (default: 300)",
-        "separated by commas; one alone is no cohort (default: resnet32,resnet32)",
+        "separated by commas; one trains alone (default: resnet32,resnet32)",
         "automatic mixed precision (default: off)",
         "the matcher compares stages in (default: 128)",
     ):

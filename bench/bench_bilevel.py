@@ -1,8 +1,8 @@
 """Time and peak memory of a bilevel step: ``python bench/bench_bilevel.py --out FOLDER``.
 
-Ordinary steps, bilevel steps and the bilevel step as published run in turn in one process; the peak
-memory of each is measured in a process of its own. All get the same batch of noise. Ratios are
-medians over rounds of the ratio within a round.
+Ordinary steps, bilevel steps and the bilevel step as published run in turns in one process, on the
+same batch of noise; the peak memory of each is measured in a separate process. A ratio is the
+median of the ratios of all rounds.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ from mclfast.bench.train_step import StepCase, make_batch, make_step
 from mclfast.methods.lmcl import LayerwiseMCL
 
 ORDINARY = "ordinary"
-#: The parts measured; "sequential" stands for a step that runs one peer at a time.
+#: Steps that are measured; "sequential" is a step that runs one peer at a time.
 KINDS = (ORDINARY, "bilevel", "bilevel sequential", "published")
 
 
 def call(kind: str, options: argparse.Namespace) -> Callable[[], object]:
-    """One step of a kind, with two peers of its own."""
+    """A function that runs one step of a kind on two new peers.
+
+    Args:
+        kind: one of ``KINDS``.
+        options: options of the command.
+    """
     variant = "sequential" if kind == "bilevel sequential" else "ours"
-    # As published: in PyTorch's own layout, in which it is faster too.
+    # The published step runs in PyTorch's own layout, in which it is faster.
     layout = "off" if kind == "published" else options.channels_last
     case = StepCase(
         variant, options.network, batch=options.batch, side=options.side, device=options.device
@@ -52,14 +57,14 @@ def call(kind: str, options: argparse.Namespace) -> Callable[[], object]:
 
 
 def peak_bytes(kind: str, options: argparse.Namespace) -> int:
-    """Bytes that a step needs above what is there between steps, in this process."""
+    """Bytes by which the memory of this process rises during a step."""
     step = call(kind, options)
     step()
     return measure.cuda_peak(step) if options.device.startswith("cuda") else peak.measure(step)
 
 
 def peak_in_child(kind: str) -> int:
-    """:func:`peak_bytes` in a process with the same arguments."""
+    """:func:`peak_bytes` of a kind, measured in a new process with the same arguments."""
     command = [sys.executable, __file__, *sys.argv[1:], "--peak", kind]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -68,7 +73,7 @@ def peak_in_child(kind: str) -> int:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
+    """Measures all kinds of steps; returns JSON values."""
     calls = {kind: call(kind, options) for kind in options.kinds}
     for step in calls.values():
         step()
@@ -96,19 +101,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="resnet32", help="both peers")
-    parser.add_argument("--batch", type=int, default=128, help="images, two of each class")
-    parser.add_argument("--side", type=int, default=32, help="of the images, in pixels")
-    parser.add_argument("--rounds", type=int, default=7, help="times each is timed")
+    parser.add_argument("--network", default="resnet32", help="network of both peers")
+    parser.add_argument(
+        "--batch", type=int, default=128, help="images in a batch, two of each class"
+    )
+    parser.add_argument("--side", type=int, default=32, help="side of the images in pixels")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="number of times that each step is timed"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--amp", default="off", choices=("off", "bf16"))
     parser.add_argument("--channels-last", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny networks, to check that the benchmark works"
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for bilevel.json, with --channels-last off for bilevel-contiguous.json",
+        help="folder for bilevel.json, or bilevel-contiguous.json with --channels-last off",
     )
     parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -3,9 +3,9 @@
     python bench/bench_cohort_size.py --out bench/results/MACHINE/train-step
     python bench/bench_cohort_size.py --draw bench/results/MACHINE/train-step/cohort-size.json
 
-The plain published loop, ours with the fused loss alone (in the memory layout of the plain loop),
-ours as it comes, and ours peer-sequential, in turn for each size; peak memory comes from a process
-of its own for each.
+For each size, four steps are timed in turns: the plain published loop, ours with only the fused
+loss (in the memory layout of the plain loop), ours with default settings, and ours peer-sequential.
+Peak memory is measured in a separate process for each.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, help="folder for cohort-size.json and cohort-size.png")
-    add("--draw", type=Path, metavar="JSON", help="measure nothing: draw an earlier run again")
+    add(
+        "--draw",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing, but draw the results of an earlier run",
+    )
     add("--peers", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes of the cohort")
-    add("--network", default="resnet20", help="every peer")
-    add("--batch", type=int, default=64, help="images, two of each class")
+    add("--network", default="resnet20", help="network of every peer")
+    add("--batch", type=int, default=64, help="images in a batch, two of each class")
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--rounds", type=int, default=3, help="times that each step is timed")
-    add("--quick", action="store_true", help="tiny networks, to see that it works")
+    add("--rounds", type=int, default=3, help="number of times that each step is timed")
+    add("--quick", action="store_true", help="tiny networks, to check that the benchmark works")
     return parser.parse_args()
 
 

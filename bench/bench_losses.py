@@ -1,8 +1,8 @@
 """The losses under pytest-benchmark: ``pytest bench --benchmark-only``.
 
-Each test measures one provider at one case. Before each of its rounds the baselines run once, timed
-aside, so their ratios come from the same minutes of the machine. A wrong result fails the test and
-gives no number.
+Each test measures one provider at one case. The baselines run once before each of its rounds, so
+that both are timed at the same moment of the machine. A wrong result fails the test and gives no
+number.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from mclfast.bench.cases import truth as reference_result
 from mclfast.bench.problem import Case, Inputs, Provider, Unavailable
 from mclfast.bench.run import BASELINES, Rates, Ready, measure_rates, prepare, rate_key
 
-#: By :func:`mclfast.bench.run.rate_key`.
+#: Rates measured so far, by :func:`mclfast.bench.run.rate_key`.
 _RATES: dict[str, Rates] = {}
 
 
 @functools.lru_cache(maxsize=1)
 def problem(case: Case) -> tuple[Inputs, tuple[Tensor, ...]]:
-    """Inputs and the right result; tests of one case follow one another."""
+    """Inputs and right result of a case, kept for the next test, which often has the same case."""
     inputs = make_inputs(case)
     return inputs, reference_result(case, inputs)
 
 
 def floor_ms(case: Case) -> float:
-    """The floor of a case; rates are measured once."""
+    """Floor of a case in milliseconds; the rates of a shape are measured once."""
     key = rate_key(case)
     if key not in _RATES:
         _RATES[key] = measure_rates(case)
@@ -41,7 +41,7 @@ def floor_ms(case: Case) -> float:
 
 
 def baselines(case: Case, provider: Provider) -> dict[str, Ready]:
-    """The other baselines that can run here."""
+    """Baselines other than the provider that can run a case here, by name."""
     inputs, expected = problem(case)
     found = {}
     for other in PROVIDERS[case.op]:
@@ -49,7 +49,7 @@ def baselines(case: Case, provider: Provider) -> dict[str, Ready]:
             try:
                 found[other.name] = prepare(case, other, inputs, expected)
             except Unavailable:
-                # A test of its own is skipped with the reason.
+                # The test of this baseline is skipped with the reason.
                 continue
     return found
 

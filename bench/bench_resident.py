@@ -1,9 +1,9 @@
 """Resident memory of training steps on a CPU: ``python bench/bench_resident.py --out FOLDER``.
 
-For each case, what two steps add to networks that are still untrained: the plan's prediction for
-tensors and, with its share for gaps in the heap, for the process; the peak of PyTorch's allocator;
-and the peak of resident memory. The last two come from processes of their own. Takes some two
-minutes.
+For each case, the table shows by how much two steps raise the memory of untrained networks: as the
+plan predicts for tensors and, with its share for gaps in the heap, for the process; by the peak of
+PyTorch's allocator; and by the peak of resident memory. Both peaks are measured in separate
+processes. All cases together take about two minutes.
 """
 
 from __future__ import annotations
@@ -28,21 +28,29 @@ CASES: tuple[dict[str, Any], ...] = (
     {"method": "mcl", "cohort": ["wrn_16_2"] * 2, "batch_size": 64, "memory": "checkpoint"},
     {"method": "lmcl", "cohort": ["resnet20"] * 2, "batch_size": 64, "bilevel_every": 1},
 )
-#: Seconds, to see that it works.
+#: Cases of --quick, which take seconds.
 QUICK: tuple[dict[str, Any], ...] = (
     {"method": "mcl", "cohort": ["resnet8"] * 2, "batch_size": 32, "memory": "sequential"},
 )
 
 
 def name(values: dict[str, Any]) -> str:
-    """A case in words."""
+    """Description of a case from its settings."""
     cohort, extra = values["cohort"], ["bilevel"] if values.get("bilevel_every") else []
     words = [values["method"], f"{len(cohort)} {cohort[0]}", f"batch {values['batch_size']}"]
     return ", ".join([*words, values.get("memory", "ordinary"), *extra])
 
 
 def row(values: dict[str, Any], side: int) -> dict[str, Any]:
-    """The figures of a case, in bytes."""
+    """Measures a case.
+
+    Args:
+        values: settings of the run.
+        side: side of the images in pixels.
+
+    Returns:
+        JSON values; memory in bytes.
+    """
     tensors, process = resident.predicted(resident.make_step(values, side))
     return {
         "case": name(values),
@@ -55,8 +63,10 @@ def row(values: dict[str, Any], side: int) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=32, help="of the images, in pixels")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, to see that it works")
+    parser.add_argument("--side", type=int, default=32, help="side of the images in pixels")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny networks, to check that the benchmark works"
+    )
     parser.add_argument("--out", type=Path, help="folder for resident.json")
     return parser.parse_args()
 

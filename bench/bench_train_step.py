@@ -1,10 +1,10 @@
-"""Training steps of L-MCL, ours against the plain published loop, in turn in one run.
+"""Training steps of L-MCL: ours against the plain published loop, timed in turns.
 
     python bench/bench_train_step.py --out bench/results/MACHINE/train-step
 
-Times images/s of an ordinary step for cohorts of two and four ResNet-32 with auxiliary heads at
-CIFAR shapes, and of the bilevel step for two of them; peak memory comes from a process of its own
-for each. What a bilevel step at every 50th step costs is computed from the two measured times.
+Measures images/s of an ordinary step for cohorts of two and four ResNet-32 with auxiliary heads at
+CIFAR shapes, and of the bilevel step for two of them; peak memory is measured in a separate process
+for each. The cost of a bilevel step at every 50th step is computed from the two measured times.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
         type=int,
         nargs="*",
         default=[2],
-        help="sizes at which the bilevel step is measured too",
+        help="sizes of the cohort for which the bilevel step is measured too",
     )
     add("--variants", nargs="+", default=[*PLAIN, "ours", "contiguous"], choices=[*PLAIN, *OURS])
     add(
@@ -47,15 +47,20 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=[PUBLISHED, "ours", "contiguous"],
         choices=[*PLAIN, *OURS],
-        help="of which the bilevel step is measured too",
+        help="variants whose bilevel step is measured too",
     )
-    add("--network", default="resnet32", help="every peer")
-    add("--batch", type=int, default=128, help="images, two of each class")
+    add("--network", default="resnet32", help="network of every peer")
+    add("--batch", type=int, default=128, help="images in a batch, two of each class")
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--rounds", type=int, default=5, help="times that each ordinary step is timed")
-    add("--bilevel-rounds", type=int, default=2, help="times that each bilevel step is timed")
+    add("--rounds", type=int, default=5, help="number of times that each ordinary step is timed")
+    add(
+        "--bilevel-rounds",
+        type=int,
+        default=2,
+        help="number of times that each bilevel step is timed",
+    )
     add("--no-memory", action="store_true", help="do not measure peak memory")
-    add("--quick", action="store_true", help="tiny networks, to see that it works")
+    add("--quick", action="store_true", help="tiny networks, to check that the benchmark works")
     return parser.parse_args()
 
 

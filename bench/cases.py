@@ -1,4 +1,4 @@
-"""What can be measured: the providers of every operation, the goals, and the presets."""
+"""Everything that can be measured: the providers of each operation, the goals, and the presets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mclfast._base.checks import unknown_name
 from mclfast.bench.problem import BOTH, FORWARD, SECOND, WEIGHTS, Case, Inputs
 from mclfast.bench.providers import banks, in_batch
 
-#: The providers of each operation.
+#: Providers of each operation.
 PROVIDERS = in_batch.PROVIDERS | banks.PROVIDERS
 
 
@@ -22,18 +22,18 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def truth(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
-    """What the measured call must give, from the reference in float64."""
+    """Value and derivatives that the measured call must give, from the reference in float64."""
     return (banks if case.k else in_batch).truth(case, inputs)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a fast path must reach at a shape (forward + backward, float32, CPU, two threads).
+    """Goals of a fast path at one shape (forward + backward, float32, CPU, two threads).
 
     Attributes:
-        eager: times as fast as the eager baseline.
-        compiled: times as fast as the compiled baseline.
-        memory: MiB of extra memory at most.
+        eager: least factor by which it is faster than the eager baseline.
+        compiled: least factor by which it is faster than the compiled baseline.
+        memory: largest extra memory in MiB.
     """
 
     eager: float
@@ -41,7 +41,7 @@ class Target:
     memory: float
 
 
-#: By (M, L, B), for D = 128.
+#: Goals by (M, L, B), for D = 128.
 TARGETS = {
     (2, 3, 128): Target(40, 15, 8),
     (4, 3, 128): Target(70, 30, 10),
@@ -49,42 +49,42 @@ TARGETS = {
     (4, 4, 512): Target(45, 45, 32),
     (8, 4, 256): Target(60, 55, 40),
 }
-#: Times the arithmetic floor at most, for batches of at least 256.
+#: Largest time as a multiple of the arithmetic floor, for batches of at least 256.
 FLOOR_TARGET = 1.6
-#: Second order (all three sweeps) over forward + backward, at most.
+#: Largest time of the second order (all three sweeps) as a multiple of forward + backward.
 SECOND_ORDER_TARGET = 4.0
 
 
 def target(case: Case) -> Target | None:
-    """The target of a case, if it has one."""
+    """Goals of an in-batch case on a CPU; None if it has none."""
     fits = case.op == "layerwise_mcl" and case.mode == BOTH and case.device == "cpu"
     if not fits or case.dtype != "float32" or case.d != 128:
         return None
     return TARGETS.get((case.m, case.l, case.b))
 
 
-#: Rows of a bank: on a CPU 64 MiB in float32, more than the caches of one core's share; on a GPU
-#: 512 MiB, ten times a large L2 cache and about as many as ImageNet has images.
+#: Rows of a bank by device: on a CPU 64 MiB in float32, more than one core's share of the caches;
+#: on a GPU 512 MiB, ten times a large L2 cache, and about as many rows as ImageNet has images.
 BANK_ROWS = {"cpu": 2**17, "cuda": 2**20}
-#: How many times as fast as the eager baseline, by operation and (M, L, B, K), for D = 128
-#: (forward + backward, float32, CPU, two threads).
+#: Least factor by which a fast path is faster than the eager baseline, by operation and
+#: (M, L, B, K), for D = 128 (forward + backward, float32, CPU, two threads).
 BANK_TARGETS = {
     ("bank_layerwise_mcl", 2, 4, 8, 8192): 80.0,
     ("bank_layerwise_mcl", 2, 2, 16, 2047): 15.0,
     ("bank_nce", 4, 1, 64, 16384): 10.0,
 }
-#: Extra memory at these shapes, as a share of the eager baseline's.
+#: Largest extra memory at these shapes, as a share of the eager baseline's.
 BANK_MEMORY_TARGET = 0.02
 
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """What a fast path must reach on an NVIDIA H200 (forward + backward, float32).
+    """Goals of a fast path on an NVIDIA H200 (forward + backward, float32).
 
     Attributes:
-        ms: milliseconds at most.
-        bandwidth: share of the measured copy bandwidth at which it moves the bytes that must move.
-        memory: MiB of extra memory at most.
+        ms: largest time in milliseconds.
+        bandwidth: least share of the measured copy bandwidth at which the necessary bytes move.
+        memory: largest extra memory in MiB.
     """
 
     ms: float
@@ -92,12 +92,12 @@ class GpuTarget:
     memory: float
 
 
-#: By operation and (M, L, B, K), for D = 128.
+#: Goals by operation and (M, L, B, K), for D = 128.
 BANK_GPU_TARGETS = {("bank_layerwise_mcl", 2, 4, 256, 8192): GpuTarget(2.0, 0.6, 300)}
 
 
 def _bank_point(case: Case, device: str) -> tuple[str, int, int, int, int] | None:
-    """What a goal of the memory-bank operations is found by; None for a case without one."""
+    """Key of a case in the tables of memory-bank goals; None for a case that can have no goal."""
     plain = not case.shared_negatives and case.n >= BANK_ROWS[device] and case.mode == BOTH
     if not plain or case.device != device or case.d != 128:
         return None
@@ -107,13 +107,13 @@ def _bank_point(case: Case, device: str) -> tuple[str, int, int, int, int] | Non
 
 
 def bank_target(case: Case) -> float | None:
-    """How many times as fast as the eager baseline a case must be on a CPU, if that is stated."""
+    """Goal of a case on a CPU as a factor over the eager baseline; None without a goal."""
     point = _bank_point(case, "cpu")
     return None if point is None else BANK_TARGETS.get(point)
 
 
 def gpu_target(case: Case) -> GpuTarget | None:
-    """The target of a case on a GPU, if it has one."""
+    """Goals of a case on a GPU; None if it has none."""
     point = _bank_point(case, "cuda")
     return None if point is None else BANK_GPU_TARGETS.get(point)
 
@@ -149,7 +149,7 @@ def _bank_case(
 
 
 def _bank_cases(device: str) -> list[Case]:
-    """The shapes with a goal; then the second order, a bank in half precision, shared negatives."""
+    """The shapes with a goal, then the second order, a half-precision bank and shared negatives."""
     if device == "cpu":
         shapes, mcl = list(BANK_TARGETS), (2, 2, 16, 2047)
     else:
@@ -162,8 +162,9 @@ def _bank_cases(device: str) -> list[Case]:
     ]
 
 
-#: What :func:`preset` knows: seconds, minutes, the shapes with a goal, against M and B, all of
-#: these; memory banks on a CPU and on a GPU; everything on a GPU.
+#: Names of presets. smoke takes seconds and small minutes; targets holds the shapes with a goal,
+#: sweeps the series over M and B, paper all of these; bank and bank-gpu hold the memory banks on a
+#: CPU and on a GPU, gpu everything on a GPU.
 PRESETS = ("smoke", "small", "targets", "sweeps", "paper", "bank", "bank-gpu", "gpu")
 
 

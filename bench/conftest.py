@@ -1,4 +1,4 @@
-"""Options and parameters of the measurements under pytest-benchmark."""
+"""The option --preset of the benchmarks under pytest-benchmark, and a test for each case."""
 
 from __future__ import annotations
 

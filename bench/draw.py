@@ -1,4 +1,4 @@
-"""Pictures of the results: time, memory and distance to the floor against M and against B."""
+"""Draws the results: time, memory and distance to the floor against M and against B."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mclfast.bench.run import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Colour-blind safe (Okabe and Ito), with a marker each: lines stay apart in grey too.
+# Colours that colour-blind readers can tell apart (Okabe and Ito); markers for print in grey.
 EAGER, FUSED, SPARE = ("#555555", "o"), ("#009E73", "D"), ("#0072B2", "v")
 COMPILED = ("#E69F00", "s")
 _STYLES = {
@@ -35,16 +35,15 @@ Axis = Any
 
 
 def draw(rows: Sequence[Row], folder: Path, about: dict[str, Any]) -> list[Path]:
-    """Draws what the rows allow.
+    """Draws layer-wise MCL and the special cases, each if the rows hold at least two sizes of it.
 
     Args:
-        rows: of a run.
-        folder: where the PNG files go.
-        about: the environment of the run.
+        rows: rows of a run.
+        folder: folder that the PNG files are written into.
+        about: environment of the run.
 
     Returns:
-        The files written: ``layerwise_mcl.png`` and one for the special cases, where there are at
-        least two sizes to join.
+        The files written, ``layerwise_mcl*.png`` and ``special_cases*.png``.
     """
     written = []
     kinds = sorted({(row["device"], row["dtype"]) for row in rows})
@@ -66,7 +65,7 @@ def draw(rows: Sequence[Row], folder: Path, about: dict[str, Any]) -> list[Path]
 
 
 def machine(about: Mapping[str, Any]) -> str:
-    """A CPU and its threads, in words."""
+    """Name of the CPU and number of threads, in words."""
     threads = about["threads"]
     return f"{about['cpu']}, {threads} {'thread' if threads == 1 else 'threads'}"
 
@@ -93,7 +92,7 @@ def _sizes(rows: Sequence[Row], x: str) -> int:
 
 
 def _figure(panels: Sequence[Panel], title: str, path: Path) -> Path:
-    # The object-oriented interface: no display and no global state of a user's own plots.
+    # The object-oriented interface needs no display and leaves a user's own plots alone.
     agg = optional_import("matplotlib.backends.backend_agg", extra="train")
     figures = optional_import("matplotlib.figure", extra="train")
     figure = figures.Figure(figsize=(4.6 * len(panels), 10.2), layout="constrained")
@@ -129,7 +128,7 @@ def _lines(
     axis: Axis, rows: Sequence[Row], x: str, value: Callable[[Row], float], *, band: bool
 ) -> None:
     for provider, (color, marker) in _STYLES.items():
-        # A memory of nothing has no place on a logarithmic axis.
+        # Zero has no place on a logarithmic axis.
         mine = [row for row in rows if row["provider"] == provider and value(row) > 0]
         mine.sort(key=lambda row: row[x])
         if not mine:

@@ -1,4 +1,4 @@
-"""The picture of a training step against the size of the cohort: peak memory and time."""
+"""Draws peak memory and time of a training step against the size of the cohort."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mclfast._base.optional import optional_import
 from mclfast.bench.draw import COMPILED, EAGER, FUSED, SPARE, machine
 from mclfast.bench.train_step import PUBLISHED, Row
 
-# Name in the legend, colour and marker; those of the losses' pictures for the same things.
+# Name in the legend, colour and marker of each variant, as in the pictures of the losses.
 _LINES = {
     PUBLISHED: ("plain loop", *EAGER),
     "contiguous": ("fused loss alone", *SPARE),
@@ -24,11 +24,11 @@ def draw(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
     """Draws one line per variant in two panels.
 
     Args:
-        rows: of :func:`mclfast.bench.train_step.run_cases`, of one network and batch.
-        about: the environment of the run.
-        path: PNG file.
+        rows: rows of :func:`mclfast.bench.train_step.run_cases` with the same network and batch.
+        about: environment of the run.
+        path: PNG file to write.
     """
-    # The object-oriented interface: no display and no global state of a user's own plots.
+    # The object-oriented interface needs no display and leaves a user's own plots alone.
     agg = optional_import("matplotlib.backends.backend_agg", extra="train")
     figures = optional_import("matplotlib.figure", extra="train")
     figure = figures.Figure(figsize=(9.2, 4.0), layout="constrained")

@@ -1,7 +1,7 @@
 """The arithmetic floor of a case: its matrix products and exponentials at this machine's own rates.
 
-The unit is one product of [B, D] with [D, B], 2 B^2 D floating point operations. What a schedule
-that shares everything must do, with N nodes and X unordered pairs of nodes between networks:
+The unit is one product of [B, D] with [D, B], that is, 2 B^2 D floating point operations. With N
+nodes and X unordered pairs of nodes of different networks, a schedule that shares all it can needs:
 
     forward            X            S_ab; S_ba is its transpose
                        N / 2        S_aa, symmetric
@@ -17,8 +17,9 @@ B x N product forward and an N x N by N x B one backward: N^2 / D units each, th
 the second order. One exponential per element of each similarity matrix, cross or intra.
 
 SupCon is the N / 2 + N part of one node (of 2 B anchors for two views), InfoNCE the 3 X part of one
-pair. Everything else (label compares, sums, logarithms, traffic) is free here, so no schedule
-reaches the floor; a two-sweep path that computes similarities twice starts at about 4/3 of it.
+pair. Everything else (comparing labels, sums, logarithms, memory traffic) counts as free, so no
+schedule reaches the floor. A path of two sweeps, which computes similarities twice, starts at about
+4/3 of it.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ LAYOUTS = ("nt", "nn", "tn")
 
 @dataclass(frozen=True)
 class Work:
-    """Amounts of work of a case.
+    """Least amounts of work of a case.
 
     Attributes:
-        units: matrix products of 2 B^2 D operations, by layout.
-        exps: exponentials.
+        units: number of matrix products of 2 B^2 D operations, by layout.
+        exps: number of exponentials.
         batch: side of the similarity matrices (2 B for NT-Xent).
     """
 
@@ -59,10 +60,10 @@ class Rates:
     """Measured rates of a machine at one batch and width.
 
     Attributes:
-        gemm: operations per second, by layout: "nt" [B, D] [D, B], "nn" [B, B] [B, D], "tn" the
-            transposed [B, B] [B, D].
-        exp: exponentials per second; infinite on a GPU, where ``torch.exp`` measures memory.
-        ways: how each GEMM rate was reached.
+        gemm: operations per second, by layout: "nt" for [B, D] [D, B], "nn" for [B, B] [B, D],
+            "tn" for the transposed [B, B] [B, D].
+        exp: exponentials per second; infinite on a GPU, where ``torch.exp`` would measure memory.
+        ways: library and threading that reached each GEMM rate, by layout.
     """
 
     gemm: dict[str, float]
@@ -70,7 +71,7 @@ class Rates:
     ways: dict[str, str] = field(default_factory=dict)
 
     def best(self, other: Rates) -> Rates:
-        """The higher of each rate: a second measurement at a quieter moment."""
+        """The higher of each rate, as the machine may have been busy during one measurement."""
         ahead = {layout: other.gemm[layout] > self.gemm[layout] for layout in LAYOUTS}
         return Rates(
             {x: other.gemm[x] if ahead[x] else self.gemm[x] for x in LAYOUTS},
@@ -79,7 +80,7 @@ class Rates:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Fit for JSON, which does not know the infinite: None where a rate is not measured."""
+        """The rates as JSON values; None for an infinite rate, which JSON does not know."""
         return {
             "exp_per_s": None if math.isinf(self.exp) else self.exp,
             "gemm_flop_per_s": self.gemm,
@@ -87,12 +88,12 @@ class Rates:
         }
 
     def floors(self, case: Case) -> dict[str, float]:
-        """The columns of a row of ``case`` that depend on the rates."""
+        """Columns of a row of ``case`` that depend on the rates."""
         return {"floor": floor_ms(case, self)}
 
 
 def work(case: Case) -> Work:
-    """The least work of a case, by the counts of the module's description."""
+    """The least work of a case, by the counts in the description of this module."""
     batch, nodes, pairs = case.b, float(case.nodes), float(case.unordered_pairs)
     if case.op == "supcon":
         pairs = 0.0
@@ -124,7 +125,15 @@ Product = Callable[[int], object]
 
 
 def _products(layout: str, count: int, batch: int, d: int, like: Tensor) -> dict[str, Product]:
-    """By library: a function that computes the product number i out of ``count``."""
+    """Functions that compute the product of a number, by library.
+
+    Args:
+        layout: one of ``LAYOUTS``.
+        count: number of products.
+        batch: batch size B.
+        d: dimension D.
+        like: tensor with dtype and device of the products.
+    """
 
     def new(*shape: int) -> Tensor:
         return torch.randn(count, *shape, device=like.device).to(like.dtype)
@@ -139,7 +148,7 @@ def _products(layout: str, count: int, batch: int, d: int, like: Tensor) -> dict
         "blas": lambda i: torch.mm(a[i], b[i], out=out[i]),
         "batched": lambda _: torch.bmm(a, b, out=out),
     }
-    # torch.mm goes to MKL, which is slow on processors of other makers; oneDNN is not.
+    # torch.mm uses MKL, which is slow on processors of other makers than Intel; oneDNN is not.
     single = like.device.type == "cpu" and like.dtype == torch.float32
     if single and torch.backends.mkldnn.is_available():
         left = [x.contiguous().to_mkldnn() for x in a]
@@ -149,7 +158,7 @@ def _products(layout: str, count: int, batch: int, d: int, like: Tensor) -> dict
 
 
 def least_seconds(call: Callable[[], object], device: str, repeats: int) -> float:
-    """Least time of a call: disturbances only add. The first run does not count."""
+    """Least time of a call in seconds, as disturbances only add time; the first run is left out."""
     found = []
     for _ in range(repeats + 1):
         if device == "cuda":
@@ -163,12 +172,13 @@ def least_seconds(call: Callable[[], object], device: str, repeats: int) -> floa
 
 
 def in_turn(product: Product, count: int) -> None:
+    """Computes the products one after another."""
     for i in range(count):
         product(i)
 
 
 def in_streams(product: Product, count: int, streams: int) -> None:
-    """Products on so many Python threads at a time, each product on one core."""
+    """Computes the products on ``streams`` Python threads, each product on one core."""
 
     def some(first: int) -> None:
         torch.set_num_threads(1)
@@ -183,10 +193,16 @@ def in_streams(product: Product, count: int, streams: int) -> None:
 
 
 def gemm_rate(layout: str, batch: int, d: int, like: Tensor) -> tuple[float, str]:
-    """Operations per second and the way that reached them.
+    """Operations per second of matrix products, and the way that reached them.
 
-    Each library computes one product after another on all threads, and one product per thread, as
-    many at a time as there are threads. The best makes the floor lowest.
+    Each library computes one product after another on all threads, and several at a time on one
+    thread each. The fastest way counts, as it gives the lowest floor.
+
+    Args:
+        layout: one of ``LAYOUTS``.
+        batch: batch size B.
+        d: dimension D.
+        like: tensor with dtype and device of the products.
     """
     operations = 2.0 * batch**2 * d
     device = like.device.type
@@ -211,11 +227,12 @@ def gemm_rate(layout: str, batch: int, d: int, like: Tensor) -> tuple[float, str
 
 
 def exp_rate(like: Tensor) -> float:
+    """Exponentials per second in the dtype of a tensor, on its device; infinite on a GPU."""
     if like.device.type != "cpu":
         return float("inf")
     threads = torch.get_num_threads()
-    # In cache: one parallel region for all cores, and pieces that a core each works through. The
-    # first is held up by any other load of the machine, the second by the start of its threads.
+    # Two ways within the cache: one call on all cores, and pieces that one core each computes. Any
+    # other load of the machine slows the first, starting threads slows the second.
     whole = -torch.rand(2**17 * threads, dtype=like.dtype)
     out = torch.empty_like(whole)
     best = whole.numel() / least_seconds(lambda: torch.exp(whole, out=out), "cpu", repeats=30)
@@ -232,7 +249,7 @@ def exp_rate(like: Tensor) -> float:
 
 
 def rate_key(case: Case) -> str:
-    """Names the shape at which the rates of a case are measured."""
+    """Name of the shape at which the rates of a case are measured."""
     return f"B={work(case).batch} D={case.d} {case.dtype} {case.device}"
 
 

@@ -1,8 +1,8 @@
-"""The floor of a memory-bank case: the bank rows that must be read, or the arithmetic if longer.
+"""The floor of a memory-bank case: the time of reading bank rows, or of arithmetic if longer.
 
-Bytes. An anchor needs 1 + P + K rows of each of M banks, every one at least once. Batches are far
-too large for a cache, so a further use in a later pass is a further read. With shared negatives the
-K rows are the same for all anchors and count once.
+Bytes: an anchor needs 1 + P + K rows of each of M banks, and each row is read at least once.
+Batches are far too large for a cache, so every further pass over the rows reads them again. With
+shared negatives, the K rows are the same for all anchors and count once.
 
     layer-wise MCL    forward, or forward and backward    1 pass: an anchor's gradient needs no
                                                           other anchor, so its rows are still near
@@ -13,18 +13,18 @@ K rows are the same for all anchors and count once.
                                                           the gradient weights depend on it
                       second order                        3
 
-They are read at the best measured rate of random rows of banks of this size: on a CPU the better of
-``index_select`` into a small buffer and ``embedding_bag``, which adds rows up and writes next to
-nothing. On a GPU at the rate of a device copy, bytes read plus bytes written.
+The rate of reading on a CPU is the best one measured for random rows of banks of this size, by
+``index_select`` into a small buffer or by ``embedding_bag``, which adds rows up and writes next to
+nothing. On a GPU it is the rate of a copy on the device, bytes read plus bytes written.
 
-Arithmetic. One product of an anchor's rows of a bank with the embeddings compared with it (N nodes;
-for NCE the M - 1 other networks), 2 (1 + P + K) D operations for each: the logits, and with them
-the gradient. The second order adds the logits again, their tangent, and the second gradient. One
-exponential per logit and pass, so exp(z / T) and exp(z) of the same logit count once. Both are
-counted at the rates that ``floor.py`` measures for single products of [512, D] with [D, 512].
+Arithmetic: an anchor's rows of a bank are multiplied with the embeddings compared with them (N
+nodes; for NCE the M - 1 other networks), 2 (1 + P + K) D operations each, once for the logits and
+once for the gradient. The second order adds the logits again, their tangent, and the second
+gradient. Every pass takes one exponential per logit; exp(z / T) and exp(z) of one logit count as
+one. The rates are those that ``floor.py`` measures for single products of [512, D] with [D, 512].
 
-Reading and arithmetic overlap at best: the floor is the larger of the two. Indices, sums, logs,
-soft terms and everything of size [B, D] are free in it.
+At best, reading and arithmetic overlap, so the floor is the larger of the two. Indices, sums,
+logarithms, soft terms and everything of size [B, D] count as free.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from torch.nn.functional import embedding_bag
 from mclfast.bench.floor import exp_rate, gemm_rate, least_seconds
 from mclfast.bench.problem import BOTH, DTYPES, FORWARD, SECOND, WEIGHTS, Case
 
-#: Passes over the bank rows, by operation and mode.
+#: Number of passes over the bank rows, by operation and mode.
 PASSES = {
     "bank_layerwise_mcl": {FORWARD: 1, BOTH: 1, WEIGHTS: 1, SECOND: 2},
     "bank_nce": {FORWARD: 1, BOTH: 2, WEIGHTS: 2, SECOND: 3},
 }
-#: Products of rows with embeddings, and exponentials of each logit, by mode.
+#: Number of products of rows with embeddings, and of exponentials of each logit, by mode.
 PRODUCTS = {FORWARD: 1, BOTH: 2, WEIGHTS: 2, SECOND: 5}
 EXPONENTIALS = {FORWARD: 1, BOTH: 1, WEIGHTS: 1, SECOND: 2}
 
@@ -65,7 +65,7 @@ class BankRates:
         gather: bytes per second of random bank rows.
         gemm: operations per second.
         exp: exponentials per second; infinite on a GPU.
-        ways: how the rates of gather and gemm were reached.
+        ways: functions that reached the rates of gather and gemm.
     """
 
     gather: float
@@ -74,7 +74,7 @@ class BankRates:
     ways: dict[str, str] = field(default_factory=dict)
 
     def best(self, other: BankRates) -> BankRates:
-        """The higher of each rate: a second measurement at a quieter moment."""
+        """The higher of each rate, as the machine may have been busy during one measurement."""
         ways = {
             name: max((getattr(x, name), x.ways.get(name, "")) for x in (self, other))[1]
             for name in ("gather", "gemm")
@@ -87,7 +87,7 @@ class BankRates:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Fit for JSON, which does not know the infinite: None where a rate is not measured."""
+        """The rates as JSON values; None for an infinite rate, which JSON does not know."""
         return {
             "gather_bytes_per_s": self.gather,
             "gemm_flop_per_s": self.gemm,
@@ -96,7 +96,7 @@ class BankRates:
         }
 
     def floors(self, case: Case) -> dict[str, float]:
-        """The columns of a row of ``case`` that depend on the rates."""
+        """Columns of a row of ``case`` that depend on the rates."""
         return {"floor": floor_ms(case, self), "floor_gather": gather_ms(case, self)}
 
 
@@ -110,7 +110,7 @@ def gathered_bytes(case: Case) -> int:
 
 
 def logits(case: Case) -> int:
-    """Products of a bank row with an embedding that a case is made of."""
+    """Number of products of a bank row with an embedding in a case."""
     per_key = case.m * case.nodes if case.op == "bank_layerwise_mcl" else case.m * (case.m - 1)
     return per_key * case.b * case.keys
 
@@ -121,19 +121,19 @@ def gather_ms(case: Case, rates: BankRates) -> float:
 
 
 def floor_ms(case: Case, rates: BankRates) -> float:
-    """Milliseconds of the reads or of the arithmetic at the measured rates, the larger."""
+    """Milliseconds of reading or of the arithmetic at the measured rates, whichever is larger."""
     products = PRODUCTS[case.mode] * 2.0 * case.d * logits(case) / rates.gemm
     exponentials = EXPONENTIALS[case.mode] * logits(case) / rates.exp
     return max(gather_ms(case, rates), (products + exponentials) * 1e3)
 
 
 def rate_key(case: Case) -> str:
-    """Names the shape at which the rates of a case are measured."""
+    """Name of the shape at which the rates of a case are measured."""
     return f"banks M={case.m} n={case.n} D={case.d} {case.bank_dtype}, {case.dtype} {case.device}"
 
 
 def _gather_rate(case: Case) -> tuple[float, str]:
-    """Bytes per second of random rows, and how they were reached."""
+    """Bytes per second of reading random rows, and the function that reached them."""
     dtype = DTYPES[case.bank_dtype]
     rows = torch.ones(case.m * case.n, case.d, dtype=dtype)
     index = torch.randint(len(rows), (_ROWS,))
@@ -159,7 +159,7 @@ def _copy_rate(device: torch.device) -> tuple[float, str]:
     """Bytes per second that a copy on the device reads and writes."""
     source = torch.ones(_COPY, dtype=torch.uint8, device=device)
     copy: Tensor = torch.empty_like(source)
-    # Several in a row: the host is ahead, and what a launch costs does not count.
+    # Several copies in a row, so that the host runs ahead and launches cost no time.
     seconds = least_seconds(lambda: [copy.copy_(source) for _ in range(8)], "cuda", repeats=5)
     return 8 * 2 * _COPY / seconds, "copy"
 

@@ -1,4 +1,4 @@
-"""Time in turn, memory in a process of its own, and bytes saved for the backward pass."""
+"""Measures time, in turns; peak memory, in a separate process; and bytes saved for backward."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Timing:
     """Times of one provider, in milliseconds.
 
     Attributes:
-        samples: every timed call.
-        rounds: one number per round, the median of the round's calls.
+        samples: times of all calls.
+        rounds: median time of the calls of each round.
     """
 
     samples: list[float]
@@ -46,7 +46,7 @@ class Timing:
         return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
     def ratio(self, other: Timing) -> float:
-        """How many times as long ``other`` takes: the median of the ratios within each round."""
+        """Time of ``other`` as a multiple of this one: the median of the ratios of all rounds."""
         pairs = zip(other.rounds, self.rounds, strict=True)
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
@@ -74,24 +74,25 @@ def interleaved(
     min_rounds: int = 3,
     max_rounds: int = 30,
 ) -> dict[str, Timing]:
-    """Times several calls in turn, so that a disturbance of the machine meets all of them.
+    """Times several calls in turns, so that a disturbance of the machine affects all of them.
 
-    A round gives each call its turn, beginning with another one each time. In its turn a fast call
-    runs several times, up to a tenth of the slowest call's time; a slow one runs once.
+    Every call has one turn in a round, and each round begins with another call. In its turn a fast
+    call runs several times, up to a tenth of the slowest call's time; a slow one runs once.
 
     Args:
-        calls: by name; each has run before (compilers, caches, thread pools) and runs once or
-            twice more here before the rounds.
+        calls: calls by name. Each must have run before, so that compilers, caches and thread pools
+            are warm, and runs once or twice more here before the rounds.
         device: "cpu" or "cuda".
         budget: seconds after which no further round begins.
-        min_rounds, max_rounds: bounds of the number of rounds; the first holds past the budget.
+        min_rounds: least number of rounds, even if they exceed the budget.
+        max_rounds: largest number of rounds.
     """
     names = list(calls)
     estimate = {}
     for name in names:
         estimate[name] = timed(calls[name], device)
         if estimate[name] < 1000:
-            # The first call may pay for memory that the one before it released.
+            # The first call may have to get memory that the call before it released.
             estimate[name] = min(estimate[name], timed(calls[name], device))
     share = max(estimate.values()) / 10
     repeats = {n: max(1, min(20, int(share / max(estimate[n], 1e-6)))) for n in names}
@@ -120,7 +121,7 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        # The graph must live until the sum is taken: freed memory would be counted twice.
+        # The graph is kept until the sum is taken, or freed memory would be counted twice.
         value = forward()
         total = sum(sizes.values())
     del value
@@ -128,7 +129,7 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
 
 
 def available_bytes(device: str) -> float:
-    """Memory that a call may take; infinite where it cannot be found out."""
+    """Bytes of free memory on a device; infinite if they cannot be determined."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0])
     try:
@@ -140,7 +141,7 @@ def available_bytes(device: str) -> float:
 
 
 def cuda_peak(call: Call) -> int:
-    """Bytes of device memory that a call needs above the level before it."""
+    """Bytes by which the allocated device memory rises during a call."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -151,7 +152,7 @@ def cuda_peak(call: Call) -> int:
 
 
 def release() -> None:
-    """Returns freed memory of this process to the system, where the C library can."""
+    """Returns freed memory of this process to the system, if the C library can do that."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -161,28 +162,28 @@ def release() -> None:
 
 
 def process_peak(case: Case, provider: str, timeout: float = 900) -> int:
-    """Bytes of resident memory that calls of a provider need, measured in a fresh process.
+    """Bytes of resident memory that a case needs, measured in a new process.
 
     Raises:
-        Unavailable: the process failed, or this system does not tell.
+        Unavailable: the process failed, or this system has no such measurement.
     """
     return child_peak({"case": asdict(case), "provider": provider}, timeout)
 
 
 def probe_peak(size: int) -> int:
-    """What the same probe reports for a call that fills ``size`` bytes: a test of the probe."""
+    """Result of the same measurement for a call that fills ``size`` bytes, to test it."""
     return child_peak({"fill": size}, 120)
 
 
 def child_peak(task: Mapping[str, object], timeout: float) -> int:
-    """Bytes that a task of :mod:`mclfast.bench.peak` needs, measured in a fresh process.
+    """Bytes that a task of :mod:`mclfast.bench.peak` needs, measured in a new process.
 
     Raises:
-        Unavailable: the process failed, or this system does not tell.
+        Unavailable: the process failed, or this system has no such measurement.
     """
     if not sys.platform.startswith("linux"):
         raise Unavailable("peak memory of a process is measured on Linux only")
-    # The child must measure this mclfast, also when it is a checkout.
+    # The new process must measure this mclfast, even if it is a checkout.
     paths = [str(env.root()), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     task = {**task, "threads": torch.get_num_threads()}

@@ -1,12 +1,12 @@
 """The process in which the peak memory of a call is measured: ``python -m mclfast.bench.peak``.
 
-Reads a task as JSON from stdin, runs the call twice and prints how far the resident memory rose
-above the level before. The high-water mark is reset just before the calls, after a call at a tiny
-shape has loaded libraries and started threads. What an implementation keeps between calls (buffers
-of its threads at the real shape, say) therefore counts. A compiled baseline runs once at the real
-shape first, or the compiler's own memory would count.
+The process reads a task as JSON from stdin, runs the call twice, and prints by how much the
+resident memory rose. A call at a tiny shape first loads libraries and starts threads; then the
+high-water mark is reset. Memory that an implementation keeps between calls at the real shape, such
+as buffers of its threads, therefore counts. A compiled baseline first runs once at the real shape,
+so that the compiler's own memory does not count.
 
-The mark is VmHWM and not ``ru_maxrss``: a process starts with the ``ru_maxrss`` of its parent.
+The mark is VmHWM, as a process inherits the ``ru_maxrss`` of its parent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mclfast.bench.train_step import StepCase, Steps, tiny
 
 def measure(call: Callable[[], object]) -> int:
     """Bytes by which two calls raise the resident memory above the present level."""
-    # Freed memory that stays resident would be used again unseen.
+    # Freed memory that stays resident could be used again without a rise.
     release()
     Path("/proc/self/clear_refs").write_text("5")
     before = process_memory("VmRSS")
@@ -62,7 +62,7 @@ def _train_step_peak(values: dict[str, object]) -> int:
     case = StepCase(**values)  # type: ignore[arg-type]
     Steps(tiny(case)).whole()
     call = Steps(case).whole
-    # Two calls: the optimiser's state is there from the second on.
+    # Two calls, as the optimiser's state exists from the second on.
     if case.device != "cuda":
         return measure(call)
     torch.cuda.reset_peak_memory_stats()
@@ -72,7 +72,7 @@ def _train_step_peak(values: dict[str, object]) -> int:
 
 
 def main() -> None:
-    """Reads the task, measures, prints."""
+    """Reads a task from stdin, measures it and prints the bytes as JSON."""
     task = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
     if "train_step" in task:

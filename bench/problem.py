@@ -1,7 +1,7 @@
-"""What a measurement is about: case, inputs, implementations, and the check of a result.
+"""The parts of a measurement: case, inputs, providers, and the check of a result.
 
-A provider builds a function from leaves to a scalar loss. One that cannot run here raises
-:class:`Unavailable` with the reason, which the report lists.
+A provider is an implementation of an operation: it builds a function from leaf tensors to a scalar
+loss. If it cannot run here, it raises :class:`Unavailable` with a reason, which the report lists.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-#: Largest relative difference from the reference in float64. The gradient comes in the dtype of
-#: the embeddings, so half precision is judged by the rounding of its result.
+#: Largest relative difference from the reference in float64 that counts as right, by dtype. The
+#: gradient has the dtype of the embeddings, so in half precision its rounding sets the limit.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 #: The same for float32 inputs that the Triton kernels round to tf32 (10 bits of mantissa).
 TF32_TOLERANCE = 2e-3
@@ -38,7 +38,7 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Unavailable(Exception):
-    """A provider cannot measure a case here; the text says why."""
+    """Raised if a provider cannot measure a case here; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ class Case:
     """One point: an operation, what is differentiated, a shape, a dtype and a device.
 
     Attributes:
-        op: a key of :data:`PROVIDERS`.
-        mode: forward (the graph is built, not used); forward_backward; forward_backward_weights
+        op: operation, a key of ``PROVIDERS`` in ``cases.py``.
+        mode: forward (the graph is built but not used); forward_backward; forward_backward_weights
             (the pair weights get a gradient too); second_order (a product with the gradient is
             differentiated once more).
-        m: networks, or views.
-        l: stages of each network.
-        b: batch.
-        d: width of the embeddings.
-        dtype: a key of :data:`DTYPES`.
+        m: number of networks, or of views.
+        l: number of stages of each network.
+        b: batch size.
+        d: dimension of the embeddings.
+        dtype: dtype of the embeddings, a key of :data:`DTYPES`.
         device: "cpu" or "cuda".
-        k: negatives of each anchor in the memory banks; 0 for the in-batch operations.
-        n: rows of each memory bank; 0 for the in-batch operations.
-        bank_dtype: a key of :data:`DTYPES`.
-        shared_negatives: one set of negatives for the whole batch.
+        k: number of negatives of each anchor in the memory banks; 0 for in-batch operations.
+        n: number of rows of each memory bank; 0 for in-batch operations.
+        bank_dtype: dtype of the memory banks, a key of :data:`DTYPES`.
+        shared_negatives: whether all anchors have the same negatives.
     """
 
     op: str
@@ -77,22 +77,22 @@ class Case:
 
     @property
     def positives(self) -> int:
-        """Positives of each anchor in the memory banks, beside its own entry: P."""
+        """Number P of positives of each anchor in the memory banks, without its own entry."""
         return int(self.op == "bank_layerwise_mcl")
 
     @property
     def keys(self) -> int:
-        """Rows of each bank that an anchor is compared with, 1 + P + K; 0 without banks."""
+        """Number of rows of a bank that an anchor is compared with, 1 + P + K; 0 without banks."""
         return 1 + self.positives + self.k if self.k else 0
 
     @property
     def nodes(self) -> int:
-        """Stages of all networks, N."""
+        """Number N of stages of all networks."""
         return self.m * self.l
 
     @property
     def unordered_pairs(self) -> int:
-        """Pairs of nodes of different networks, |X|."""
+        """Number |X| of unordered pairs of nodes of different networks."""
         return self.m * (self.m - 1) // 2 * self.l**2
 
     @property
@@ -104,7 +104,7 @@ class Case:
 
     @property
     def kind(self) -> list[str]:
-        """What a table calls a case beside operation, mode and shape."""
+        """Words that describe a case in a table, besides operation, mode and shape."""
         words = [self.dtype, self.device]
         if self.k:
             words += [f"n={self.n}", f"{self.bank_dtype} bank"]
@@ -118,10 +118,10 @@ class Keys:
     """Memory banks, and the rows of them that each anchor is compared with.
 
     Attributes:
-        banks: [M, n, D].
-        pos_idx: [B, 1 + P], the anchor's own row first.
-        neg_idx: [B, K], or [K] where all anchors share their negatives.
-        rows: [B, 1 + P + K], all in one.
+        banks: memory banks [M, n, D].
+        pos_idx: rows of positives [B, 1 + P], with the anchor's own row first.
+        neg_idx: rows of negatives [B, K], or [K] if all anchors share them.
+        rows: rows of positives and negatives in one table [B, 1 + P + K].
     """
 
     banks: Tensor
@@ -130,7 +130,7 @@ class Keys:
     rows: Tensor
 
     def block(self, start: int, count: int) -> Keys:
-        """Those of the anchors from ``start`` on, at most ``count``."""
+        """The keys of at most ``count`` anchors from number ``start`` on."""
         chosen = slice(start, start + count)
         shared = self.neg_idx.dim() == 1
         negatives = self.neg_idx if shared else self.neg_idx[chosen]
@@ -142,13 +142,14 @@ class Inputs:
     """The tensors of a case.
 
     Attributes:
-        leaves: what is differentiated: nodes [N, B, D] and perhaps the pair weights [N, N, B], or
-            views of [B, D].
-        networks: the network of each node.
-        labels: [B]; with memory banks, the numbers of the samples.
-        pair_weights: [N, N, B], or None for the other operations.
-        direction: what the gradient is multiplied by for the second order, like the first leaves.
-        keys: of the operations with memory banks.
+        leaves: tensors that are differentiated: nodes [N, B, D], with the pair weights [N, N, B] in
+            some modes, or views [B, D].
+        networks: index of the network of each node.
+        labels: labels [B]; with memory banks, the numbers of the samples.
+        pair_weights: weights [N, N, B]; None for operations without them.
+        direction: tensors shaped like the first leaves, by which the gradient is multiplied for
+            the second order.
+        keys: memory banks and rows; None for in-batch operations.
     """
 
     leaves: tuple[Tensor, ...]
@@ -159,14 +160,14 @@ class Inputs:
     keys: Keys | None = None
 
     def held(self) -> tuple[Tensor, ...]:
-        """Leaves, banks and the tables of keys: tensors that stay, whatever a graph keeps."""
+        """Leaves, banks and tables of keys: tensors that exist even if no graph keeps them."""
         keys = self.keys
         if keys is None:
             return self.leaves
         return *self.leaves, keys.banks, keys.pos_idx, keys.neg_idx, keys.rows
 
     def double(self) -> Inputs:
-        """The same numbers in float64, as leaves of their own; banks keep their dtype."""
+        """The same inputs in float64, as new leaves; banks keep their dtype."""
         weights = self.pair_weights
         return Inputs(
             tuple(x.detach().double().requires_grad_() for x in self.leaves),
@@ -183,14 +184,14 @@ class Provider:
     """An implementation of an operation.
 
     Attributes:
-        name: how the report calls it.
-        build: from a case and its inputs to the loss; may raise :class:`Unavailable`.
-        kept: bytes it is expected to need, to refuse what does not fit into memory.
-        ours: whether it is to be judged by the targets.
-        tangent: it normalises its inputs itself, so the part of its gradient along an embedding
-            is zero; the gradients are compared without that part.
-        rounding: relative error that its way of writing the loss is known for in float32, where
-            that is more than :data:`TOLERANCE`.
+        name: name in the report.
+        build: makes the loss from a case and its inputs; may raise :class:`Unavailable`.
+        kept: number of bytes that a case is expected to need; a case that does not fit into memory
+            is skipped.
+        ours: whether the goals apply to it.
+        tangent: whether it normalises its inputs itself. The part of its gradient along an
+            embedding is then zero, and gradients are compared without that part.
+        rounding: relative error of its formula in float32, if that exceeds :data:`TOLERANCE`.
     """
 
     name: str
@@ -202,7 +203,7 @@ class Provider:
 
 
 def step(case: Case, inputs: Inputs, loss: Loss) -> Callable[[], tuple[Tensor, ...]]:
-    """The measured call: the loss, and the derivatives that the mode asks for."""
+    """The measured call: computes the loss and the derivatives of the mode."""
     leaves = inputs.leaves
 
     def forward() -> tuple[Tensor, ...]:
@@ -224,7 +225,7 @@ def step(case: Case, inputs: Inputs, loss: Loss) -> Callable[[], tuple[Tensor, .
 
 
 def tolerance(case: Case, provider: Provider) -> float:
-    """Largest relative difference from the reference that a provider's numbers are given for."""
+    """Largest relative difference from the reference up to which a result counts as right."""
     rounds = os.environ.get("MCLFAST_FP32_PRECISION", "tf32") == "tf32"
     if rounds and case.dtype == "float32" and provider.name.startswith("triton"):
         return TF32_TOLERANCE
@@ -240,7 +241,18 @@ def difference(
     found: Sequence[Tensor],
     expected: Sequence[Tensor],
 ) -> float:
-    """Largest relative difference, in norm, over the value and each derivative; NaN counts."""
+    """Largest relative difference between a result and the reference; NaN if the result has one.
+
+    Args:
+        case: case that was computed.
+        provider: provider that computed the result.
+        inputs: inputs of the case.
+        found: value and derivatives of the provider.
+        expected: value and derivatives of the reference, in float64.
+
+    Returns:
+        The largest of the differences of value and derivatives, each by its norm.
+    """
     worst = 0.0
     leaves = [x.detach().double() for x in inputs.leaves]
     for i, (ours, exact) in enumerate(zip(found, expected, strict=True)):
@@ -256,12 +268,12 @@ def difference(
     return worst
 
 
-#: The device that a backend is measured on; on the other one it is no candidate.
+#: Device that each backend is measured on.
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
 def check_backend(backend: str, case: Case) -> None:
-    """Raises :class:`Unavailable` where a backend cannot run a case, or is not meant to."""
+    """Raises :class:`Unavailable` if a backend cannot run a case or is not measured there."""
     device = _DEVICES.get(backend, case.device)
     if case.device != device:
         raise Unavailable(f"measured on {device} only")

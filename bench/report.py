@@ -1,4 +1,4 @@
-"""Results as JSON, tidy CSV and an aligned table with the targets."""
+"""Writes results as JSON, as CSV with one line per measurement, and as a table with the goals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mclfast.bench.problem import BOTH, SECOND, Case
 from mclfast.bench.run import BASELINES, Outcome, Row, case_of
 
 SCHEMA = 1
-#: Threads that the targets are stated for.
+#: Number of threads that the goals are stated for.
 TARGET_THREADS = 2
 
 CASE_COLUMNS = (
@@ -93,7 +93,7 @@ def _version(distribution: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, commit and date of a run, by column."""
+    """Machine, versions, commit and date of a run, by name of the CSV column."""
     root = env.root()
     return {
         "cpu": _cpu_name(),
@@ -107,14 +107,20 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda or "",
         "triton": _version("triton"),
         "pytorch_metric_learning": _version("pytorch-metric-learning"),
-        # An installed package may lie inside the checkout of another project.
+        # Without .git, an installed package may lie inside the checkout of another project.
         "commit": (env.git_hash(root) if (root / ".git").exists() else None) or "",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def as_json(outcome: Outcome, about: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything of a run, fit for JSON."""
+    """All results of a run as JSON values.
+
+    Args:
+        outcome: results of the run.
+        about: :func:`environment` of the run.
+        settings: options of the run.
+    """
     return {
         "schema": SCHEMA,
         "environment": about,
@@ -149,7 +155,7 @@ def as_json(outcome: Outcome, about: dict[str, Any], settings: dict[str, Any]) -
 
 
 def as_csv(rows: Sequence[Row], about: dict[str, Any]) -> str:
-    """One line per measurement."""
+    """CSV with one line per measurement, which repeats the environment."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -178,9 +184,9 @@ def verdicts(row: Row, rows: Sequence[Row], threads: int) -> list[tuple[str, boo
     """The goals that apply to a provider of ours at a case, and whether each is met.
 
     Args:
-        row: a row of metric "time"; other metrics have their goals judged with it.
+        row: row of metric "time"; goals of other metrics are judged with it.
         rows: all rows.
-        threads: of the run; the targets of the shapes hold for two.
+        threads: number of threads of the run; most goals are stated for two.
     """
     if not row["ours"] or row["metric"] != "time":
         return []
@@ -212,7 +218,7 @@ def verdicts(row: Row, rows: Sequence[Row], threads: int) -> list[tuple[str, boo
 def _bank_verdicts(
     case: Case, row: Row, rows: Sequence[Row], peak: Row | None, threads: int
 ) -> list[tuple[str, bool]]:
-    """The goals of the memory-bank operations."""
+    """The goals of a memory-bank operation, and whether each is met; see :func:`verdicts`."""
     found = []
     eager = bank_target(case) if threads == TARGET_THREADS else None
     if eager is not None:
@@ -240,7 +246,7 @@ def _number(value: float | None, suffix: str = "") -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Columns of equal width; the first ``left`` and the last are flush left."""
+    """Lines with aligned columns; the first ``left`` and the last are aligned left."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     last = len(widths) - 1
     return [
@@ -253,7 +259,7 @@ def _aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
 
 
 def table(outcome: Outcome, threads: int) -> str:
-    """The times of all cases, one block per operation and mode."""
+    """The table of all times, with one block for each operation and mode."""
     rows = [row for row in outcome.rows if row["metric"] == "time"]
     baselines = [b for b, column in BASELINES.items() if any(column in row for row in rows)]
     blocks: dict[str, list[Row]] = {}
@@ -303,7 +309,7 @@ def table(outcome: Outcome, threads: int) -> str:
 
 
 def skipped_table(outcome: Outcome) -> str:
-    """Providers without numbers, those with the same reason on one line."""
+    """Lines about providers without numbers, one for each provider and reason."""
     groups: dict[tuple[str, str, bool], list[str]] = {}
     for skip in outcome.skipped:
         groups.setdefault((skip.provider, skip.reason, skip.red), []).append(skip.case)
@@ -315,7 +321,7 @@ def skipped_table(outcome: Outcome) -> str:
 
 
 def legend(threads: int) -> str:
-    """What the columns of the table mean."""
+    """Explanation of the columns of the table."""
     judged = (
         ""
         if threads == TARGET_THREADS

@@ -1,4 +1,4 @@
-"""Measures a case with every provider: check first, then time in turn, then memory."""
+"""Measures a case with all providers: checks the results, then measures time, then memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mclfast.bench.problem import (
 
 Row = dict[str, Any]
 
-#: Providers that the others are compared with, and the column of the ratio.
+#: Columns of the ratios to the providers that others are compared with.
 BASELINES = {
     "eager": "ratio_eager",
     "compiled": "ratio_compiled",
@@ -38,7 +38,7 @@ BASELINES = {
 
 
 class Rates(Protocol):
-    """Measured rates of this machine: :class:`floor.Rates` or :class:`floor_banks.BankRates`."""
+    """Measured speeds of this machine: :class:`floor.Rates` or :class:`floor_banks.BankRates`."""
 
     def best(self, other: Any) -> Any: ...
 
@@ -54,8 +54,8 @@ class Skip:
     Attributes:
         case: name of the case.
         provider: name of the provider.
-        reason: in words.
-        red: its result is wrong or it failed, as opposed to not being there.
+        reason: reason in words.
+        red: whether the provider failed or gave a wrong result; otherwise it is only unavailable.
     """
 
     case: str
@@ -66,7 +66,13 @@ class Skip:
 
 @dataclass
 class Outcome:
-    """Rows and skipped providers of one or more cases."""
+    """Results of one or more cases.
+
+    Attributes:
+        rows: measurements, one for each case, provider and metric.
+        skipped: providers without numbers, with the reasons.
+        rates: speeds of the machine behind the floors, by :func:`rate_key`.
+    """
 
     rows: list[Row] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
@@ -75,7 +81,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ready:
-    """A provider whose result was found right, ready to be timed."""
+    """A provider whose result is right, ready to be timed."""
 
     provider: Provider
     loss: Loss
@@ -87,8 +93,8 @@ def prepare(case: Case, provider: Provider, inputs: Inputs, expected: Sequence[T
     """Builds a provider and compares its result with the reference in float64.
 
     Raises:
-        Unavailable: it cannot run here.
-        ArithmeticError: its result differs by more than :func:`problem.tolerance`.
+        Unavailable: the provider cannot run here.
+        ArithmeticError: the result differs by more than :func:`problem.tolerance`.
     """
     needed, free = provider.kept(case), measure.available_bytes(case.device)
     if needed > 0.85 * free:
@@ -113,7 +119,14 @@ def prepare(case: Case, provider: Provider, inputs: Inputs, expected: Sequence[T
 def ready_providers(
     case: Case, inputs: Inputs, wanted: Sequence[str], outcome: Outcome
 ) -> list[Ready]:
-    """The providers that can be timed; the others are added to ``outcome.skipped``."""
+    """The providers that can be timed.
+
+    Args:
+        case: case to measure.
+        inputs: inputs of the case.
+        wanted: names of providers; empty for all.
+        outcome: receives the other providers as skipped.
+    """
     expected: tuple[Tensor, ...] | None = None
     ready = []
     for provider in PROVIDERS[case.op]:
@@ -124,7 +137,7 @@ def ready_providers(
             ready.append(prepare(case, provider, inputs, expected))
         except Unavailable as reason:
             outcome.skipped.append(Skip(case.name, provider.name, str(reason)))
-        # A provider that is broken must not cost the numbers of the others.
+        # A broken provider must not cost the numbers of the others.
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             text = str(error) if isinstance(error, ArithmeticError) else repr(error)
             outcome.skipped.append(Skip(case.name, provider.name, text, red=True))
@@ -140,15 +153,15 @@ def run_case(
     memory: bool = True,
     rounds: tuple[int, int] = (3, 30),
 ) -> None:
-    """Measures one case and adds to ``outcome``.
+    """Measures one case and adds the results to ``outcome``.
 
     Args:
-        case: what to measure.
-        outcome: gets the rows, the skipped providers and the rates behind the floor.
-        wanted: names of providers; all without any.
-        budget: seconds for the timing of the case (never fewer than the least rounds).
-        memory: measure peak memory as well.
-        rounds: least and most rounds of timing.
+        case: case to measure.
+        outcome: receives the rows, the skipped providers and the rates behind the floor.
+        wanted: names of providers; empty for all.
+        budget: seconds after which no further round of timing begins.
+        memory: whether to measure peak memory too.
+        rounds: least and largest number of rounds of timing; the least holds despite the budget.
     """
     inputs = make_inputs(case)
     ready = ready_providers(case, inputs, wanted, outcome)
@@ -156,7 +169,7 @@ def run_case(
         return
     calls = {item.provider.name: item.call for item in ready}
     if case.mode == SECOND:
-        # The same provider's forward + backward, in the same rounds.
+        # Forward + backward of each provider is timed too, in the same rounds.
         for item in ready:
             calls[f"{item.provider.name} {BOTH}"] = _first_order(case, item, inputs)
     timings = measure.interleaved(
@@ -241,7 +254,7 @@ def _exact(row: Row, size: int) -> Row:
 
 
 def case_of(row: Row) -> Case:
-    """The case that a row belongs to; rows of before the memory banks lack their columns."""
+    """The case of a row; rows of old files may lack the columns of the memory banks."""
     return Case(
         row["op"],
         row["mode"],
@@ -259,7 +272,7 @@ def case_of(row: Row) -> Case:
 
 
 def rate_key(case: Case) -> str:
-    """Names the shape at which the rates of a case are measured."""
+    """Name of the shape at which the rates of a case are measured."""
     return (floor_banks if case.k else floor).rate_key(case)
 
 
@@ -269,7 +282,7 @@ def measure_rates(case: Case) -> Rates:
 
 
 def _add_floors(case: Case, outcome: Outcome) -> None:
-    """Measures the rates again and sets the floors of all rows at this shape to the best so far."""
+    """Measures the rates once more, and computes all floors at this shape from the best so far."""
     key = rate_key(case)
     rates = measure_rates(case)
     if key in outcome.rates:

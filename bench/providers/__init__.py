@@ -1,1 +1,1 @@
-"""The implementations that are measured side by side."""
+"""Implementations of the losses that are measured side by side."""

@@ -1,4 +1,4 @@
-"""The memory-bank losses as measured: inputs, the right result, and the providers."""
+"""Benchmark of the memory-bank losses: inputs, the right result, and the providers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from mclfast.losses.banks import (
     layerwise_bank_mcl_terms,
 )
 
-#: By operation; those of the published runs.
+#: Temperatures of the published runs, by operation.
 TEMPERATURE = {"bank_layerwise_mcl": 0.07, "bank_nce": 0.1}
 KL_TEMPERATURE = 3.0
-#: Weights of vcl, soft_vcl, icl, soft_icl; the published ones of ImageNet.
+#: Published weights of vcl, soft_vcl, icl and soft_icl for ImageNet.
 COEFFICIENTS = (0.01, 1.0, 0.01, 1.0)
 #: Added to the denominators of noise-contrastive estimation.
 EPS = 1e-7
@@ -47,9 +47,9 @@ _TRUTH_BYTES = 2**30
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Random unit-norm embeddings and bank rows, and the rows that each anchor is compared with.
 
-    The anchors of a sample, its own row in every bank and its positives' rows share a component, as
-    those of networks that learn the same task do. Negatives are drawn with replacement from all
-    other rows.
+    The embeddings of a sample in all networks, its own rows of the banks and the rows of its
+    positives share a component, like embeddings of networks that learn one task. Negatives are
+    drawn with replacement from all other rows.
     """
     device, dtype = torch.device(case.device), DTYPES[case.dtype]
     generator = torch.Generator(device).manual_seed(seed)
@@ -101,11 +101,16 @@ def _pair_weights(case: Case, inputs: Inputs, leaves: Sequence[Tensor]) -> Tenso
 
 
 def truth(case: Case, inputs: Inputs, rows: int | None = None) -> tuple[Tensor, ...]:
-    """What the measured call must give, from the reference in float64.
+    """Value and derivatives that the measured call must give, from the reference in float64.
 
-    The losses are means over anchors (the normalising constants of noise-contrastive estimation,
-    which are not, get no gradient): they and their derivatives are added up over blocks of ``rows``
-    anchors, as many as fit into about 1 GiB unless given.
+    The losses and their derivatives are means over anchors, and are added up over blocks of
+    anchors. Only the normalising constants of noise-contrastive estimation are no such means; they
+    get no gradient.
+
+    Args:
+        case: case to compute.
+        inputs: inputs of the case.
+        rows: number of anchors in a block; None for as many as fit into about 1 GiB.
     """
     exact = inputs.double()
     keys = _keys(inputs)
@@ -144,7 +149,7 @@ def _mcl_block(
 
 
 def _log_normalizer(case: Case, inputs: Inputs, blocks: Sequence[Keys]) -> Tensor:
-    """Of the whole batch: the mean of the blocks' normalising constants."""
+    """Logarithm of the batch's normalising constant, the weighted mean of those of the blocks."""
     found, start = [], 0
     for keys in blocks:
         count = len(keys.pos_idx)
@@ -199,7 +204,7 @@ def _published(case: Case, inputs: Inputs, compiled: bool) -> Loss:
         raise Unavailable("torch.compile does not support double backward")
     torch._dynamo.config.recompile_limit = 64
     keys = _keys(inputs)
-    # The published loader gives one table of negatives per anchor, shared or not.
+    # The published loader gives every anchor its own negatives, even if all share the same ones.
     rows, temperature = keys.rows, TEMPERATURE[case.op]
     if case.op == "bank_nce":
         term = _compiled_nce() if compiled else published_bank.nce_term
@@ -226,7 +231,7 @@ def _published(case: Case, inputs: Inputs, compiled: bool) -> Loss:
 
 
 def _check_operators(backend: str, case: Case) -> None:
-    """Raises Unavailable where a backend cannot run here, or its extension has no such losses."""
+    """Raises Unavailable if a backend cannot run here, or its extension lacks these losses."""
     check_backend(backend, case)
     compiled = getattr(torch.ops, f"mclfast_{backend}")
     if backend != "reference" and not hasattr(compiled, "bank_mcl_forward"):
@@ -263,25 +268,33 @@ def _nce(backend: str, case: Case, inputs: Inputs) -> Loss:
 
 
 def _gathers(per_ordered_pair: float, per_matrix: float = 0.0) -> Callable[[Case], float]:
-    """Bytes of so many gathered [B, 1 + P + K, D] kept per ordered pair of nodes, or per bank and
-    node, with the matrices [B, 1 + P + K] computed from them.
+    """A function that gives the bytes kept in a case.
+
+    These are tensors of gathered rows [B, 1 + P + K, D], and the matrices [B, 1 + P + K] computed
+    from them.
+
+    Args:
+        per_ordered_pair: number of gathered tensors for each ordered pair of nodes.
+        per_matrix: number of gathered tensors for each bank and node.
     """
 
     def kept(case: Case) -> float:
         count = per_ordered_pair * 2 * case.unordered_pairs + per_matrix * case.m * case.nodes
-        # Per gathered row: matrices of the loss, and of its first derivative where that is kept.
+        # Numbers for each gathered row: the row itself, and the matrices of the loss and, for the
+        # second order, of its first derivative.
         numbers = case.d + (40 if case.mode == SECOND else 24)
         return count * case.b * case.keys * numbers * DTYPES[case.dtype].itemsize
 
     return kept
 
 
-#: The published form adds logarithms of numbers next to 1, thousands for each anchor, and the
-#: second derivative of ``logsigmoid`` cancels: about 1e-4 in float32 at 16384 negatives.
+#: Relative rounding of the published form, about 1e-4 in float32 at 16384 negatives: it adds up
+#: thousands of logarithms of numbers close to 1 for each anchor, and the second derivative of
+#: ``logsigmoid`` cancels.
 _NCE_ROUNDING = 5e-4
 
-#: The providers of each operation. Layer-wise MCL has two paths of ours: "rows" gives the four
-#: terms and takes any weights of them afterwards; "fused" knows the coefficients beforehand.
+#: Providers of each operation. Layer-wise MCL has two paths of ours: "rows" computes the four
+#: terms, which are weighted afterwards; "fused" knows the coefficients and computes the sum.
 PROVIDERS: dict[str, list[Provider]] = {
     "bank_layerwise_mcl": [
         Provider("eager", functools.partial(_published, compiled=False), _gathers(4)),

@@ -1,4 +1,4 @@
-"""The in-batch losses as measured: inputs, the right result, and the providers."""
+"""Benchmark of the in-batch losses: inputs, the right result, and the providers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from mclfast.losses.in_batch import (
 
 TEMPERATURE = 0.1
 KL_TEMPERATURE = 3.0
-#: Weights of vcl, soft_vcl, icl, soft_icl; the published ones.
+#: Published weights of vcl, soft_vcl, icl and soft_icl.
 COEFFICIENTS = (0.1, 1.0, 0.1, 1.0)
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random unit-norm embeddings, with every class at least twice in the batch where B >= 2.
+    """Random unit-norm embeddings; every class is at least twice in the batch if B >= 2.
 
-    The embeddings of the nodes share a component, as those of peers that learn the same task do.
+    The embeddings of all nodes share a component, like embeddings of peers that learn one task.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -72,10 +72,15 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def truth(case: Case, inputs: Inputs, rows: int = 64) -> tuple[Tensor, ...]:
-    """What the measured call must give, from the reference in float64.
+    """Value and derivatives that the measured call must give, from the reference in float64.
 
-    The layer-wise loss is a sum over anchors, and so are its derivatives: they are added up over
-    blocks of ``rows`` anchors, which keeps float64 within memory at every shape.
+    The layer-wise loss and its derivatives are sums over anchors. They are added up over blocks of
+    anchors, so that float64 fits into memory at every shape.
+
+    Args:
+        case: case to compute.
+        inputs: inputs of the case.
+        rows: number of anchors in a block.
     """
     exact = inputs.double()
     if case.op != "layerwise_mcl":
@@ -130,7 +135,7 @@ def _eager(case: Case, inputs: Inputs) -> Loss:
 
 @functools.cache
 def _compiled_pair() -> in_batch.PairFunction:
-    # dynamic=False: each shape gets code of its own, the fastest that the compiler has.
+    # dynamic=False compiles each shape by itself, which gives the fastest code.
     compiled: in_batch.PairFunction = torch.compile(in_batch.pair_terms, dynamic=False)
     return compiled
 
@@ -166,7 +171,7 @@ def _layerwise(backend: str, fused: bool, case: Case, inputs: Inputs) -> Loss:
 
 
 def _views(case: Case, inputs: Inputs) -> Tensor:
-    """[2B], the labels under which two views of B samples make SupCon the NT-Xent loss."""
+    """Labels [2B] for which SupCon of two views of B samples is the NT-Xent loss."""
     return torch.arange(case.b, device=inputs.labels.device).repeat(2)
 
 
@@ -182,7 +187,7 @@ def _contrastive(backend: str, case: Case, inputs: Inputs) -> Loss:
 
 
 def _reference(case: Case, inputs: Inputs) -> Loss:
-    """The specification, past every backend and argument check."""
+    """The reference loss, called without backends and checks of arguments."""
     if case.op == "supcon":
         return lambda leaves: reference.supcon_loss(
             leaves[0], inputs.labels, temperature=TEMPERATURE
@@ -196,14 +201,14 @@ def _reference(case: Case, inputs: Inputs) -> Loss:
 
 
 def _pml(case: Case, inputs: Inputs) -> Loss:
-    """pytorch-metric-learning, told that the embeddings have unit norm already."""
+    """The loss of pytorch-metric-learning, for embeddings that have unit norm already."""
     try:
         losses = optional_import("pytorch_metric_learning.losses", extra="bench")
         distances = optional_import("pytorch_metric_learning.distances", extra="bench")
         reducers = optional_import("pytorch_metric_learning.reducers", extra="bench")
     except ImportError as error:
         raise Unavailable(str(error)) from None
-    # Its defaults would normalise once more, and leave anchors without loss out of the mean.
+    # By default it would normalise again, and leave anchors without loss out of the mean.
     options = {
         "temperature": TEMPERATURE,
         "distance": distances.DotProductSimilarity(normalize_embeddings=False),
@@ -217,7 +222,7 @@ def _pml(case: Case, inputs: Inputs) -> Loss:
         views = _views(case, inputs)
         return lambda leaves: nt_xent(torch.cat(list(leaves)), views)
     labels = _views(case, inputs)[: case.b]
-    # Given the same tensor twice, it takes both sides for one batch and drops the diagonal.
+    # A copy: given the same tensor twice, it takes both sides for one batch and drops the diagonal.
     copy = labels.clone()
 
     def info_nce(leaves: Sequence[Tensor]) -> Tensor:
@@ -240,7 +245,12 @@ def _lightly(case: Case, inputs: Inputs) -> Loss:
 
 
 def _matrices(per_pair: float, per_node: float = 0.0) -> Callable[[Case], float]:
-    """Bytes of so many [B, B] matrices kept per ordered pair and per node."""
+    """A function that gives the bytes of the [B, B] matrices kept in a case.
+
+    Args:
+        per_pair: number of matrices for each ordered pair of nodes.
+        per_node: number of matrices for each node.
+    """
 
     def kept(case: Case) -> float:
         matrices = per_pair * 2 * case.unordered_pairs + per_node * case.nodes
@@ -252,7 +262,7 @@ def _matrices(per_pair: float, per_node: float = 0.0) -> Callable[[Case], float]
 
 
 def _pml_bytes(case: Case) -> float:
-    """NTXentLoss pairs every positive with all negatives of the batch: cubic in B."""
+    """Bytes of pytorch-metric-learning, whose NTXentLoss pairs all positives and negatives."""
     size = 2 * case.b if case.op == "nt_xent" else case.b
     if case.op == "supcon":
         return 18.0 * size**2 * 4
@@ -266,8 +276,8 @@ _SPECIAL = [
     Provider("triton", functools.partial(_contrastive, "triton"), ours=True),
 ]
 
-#: The providers of each operation. Layer-wise MCL has two paths of ours: "rows" gives the four
-#: terms and takes any weights of them afterwards; "fused" knows the coefficients beforehand.
+#: Providers of each operation. Layer-wise MCL has two paths of ours: "rows" computes the four
+#: terms, which are weighted afterwards; "fused" knows the coefficients and computes the sum.
 PROVIDERS: dict[str, list[Provider]] = {
     "layerwise_mcl": [
         Provider("eager", _eager, _matrices(52)),

@@ -1,1 +1,1 @@
-"""The forms in the published style that the fused ones are measured against."""
+"""Losses and training steps written as published, which the fused ones are measured against."""

@@ -24,21 +24,21 @@ PairFunction = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def similarities(bank: Tensor, keys: Tensor, anchors: Tensor) -> Tensor:
-    """Products of anchors [B, D] with the rows of a bank [n, D] at keys [B, J]: [B, J]."""
+    """Products [B, J] of anchors [B, D] with the rows of a bank [n, D] at keys [B, J]."""
     rows = torch.index_select(bank, 0, keys.reshape(-1)).view(*keys.shape, bank.shape[1])
     return torch.bmm(rows, anchors.unsqueeze(2)).squeeze(2)
 
 
 def _contrastive(logits: Tensor, positives: int, weights: Tensor) -> Tensor:
-    """Weighted mean of log-softmax over the first columns, negated.
+    """Negative weighted mean of the log-softmax of the first columns.
 
     Args:
-        logits: [B, J].
-        positives: so many first columns are positives.
-        weights: [B, 1].
+        logits: similarities [B, J] divided by the temperature.
+        positives: number of first columns that are positives.
+        weights: weight of each anchor, [B, 1].
 
     Returns:
-        0-dim.
+        The term, 0-dim.
     """
     partition = torch.exp(logits).sum(1, keepdim=True)
     log_prob = logits[:, :positives] - torch.log(partition)
@@ -56,18 +56,21 @@ def pair_terms(
     temperature: float,
     kl_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weighted terms of one ordered pair of nodes, both directions.
+    """The weighted terms of one ordered pair of nodes, summed over both directions.
 
     Args:
-        a, b: [B, D] unit-norm.
-        bank_a, bank_b: [n, D], the banks of their networks.
-        keys: [B, 1 + P + K], the anchor's own row first, then positives.
-        positives: P, at least 1.
-        weights: [B], one weight per anchor.
-        temperature, kl_temperature: as in :func:`mclfast.layerwise_bank_mcl_loss`.
+        a: unit-norm embeddings [B, D] of the first node.
+        b: unit-norm embeddings [B, D] of the second node.
+        bank_a: bank [n, D] of the first node's network.
+        bank_b: bank [n, D] of the second node's network.
+        keys: rows [B, 1 + P + K] of the banks: the anchor's own, then positives, then negatives.
+        positives: number P of positives, at least 1.
+        weights: weight of each anchor, [B].
+        temperature: temperature of the contrastive terms.
+        kl_temperature: temperature of the soft terms.
 
     Returns:
-        vcl, soft_vcl, icl, soft_icl; 0-dim.
+        vcl, soft_vcl, icl, soft_icl; each 0-dim.
     """
     w = weights.unsqueeze(1)
     others = keys[:, 1:]
@@ -103,17 +106,18 @@ def layerwise_bank_mcl_loss(
     kl_temperature: float,
     pair: PairFunction = pair_terms,
 ) -> MCLTerms:
-    """The loop over all ordered pairs.
+    """Adds up the terms of all ordered pairs of nodes of different networks.
 
     Args:
-        nodes: [N, B, D] unit-norm.
-        networks: the network of each node.
-        banks: [M, n, D].
-        keys: [B, 1 + P + K].
-        positives: P.
-        pair_weights: [N, N, B].
-        temperature, kl_temperature: as in :func:`mclfast.layerwise_bank_mcl_loss`.
-        pair: the function of one pair: :func:`pair_terms`, or that function compiled.
+        nodes: unit-norm embeddings [N, B, D].
+        networks: index of the network of each node.
+        banks: memory banks [M, n, D].
+        keys: rows [B, 1 + P + K] of the banks: the anchor's own, then positives, then negatives.
+        positives: number P of positives.
+        pair_weights: weight of each ordered pair and anchor, [N, N, B].
+        temperature: temperature of the contrastive terms.
+        kl_temperature: temperature of the soft terms.
+        pair: function of one pair: :func:`pair_terms`, or that function compiled.
     """
     embeddings, stored = nodes.unbind(0), banks.unbind(0)
     total = [nodes.new_zeros(()) for _ in range(4)]
@@ -139,13 +143,14 @@ def nce_term(bank: Tensor, keys: Tensor, anchors: Tensor, temperature: float, ep
     """Noise-contrastive estimation of one network's anchors against one bank.
 
     Args:
-        bank: [n, D].
-        keys: [B, 1 + K], the anchor's own row first.
-        anchors: [B, D].
-        temperature, eps: as in :func:`mclfast.bank_nce_loss`.
+        bank: memory bank [n, D].
+        keys: rows [B, 1 + K] of the bank: the anchor's own, then negatives.
+        anchors: unit-norm embeddings [B, D].
+        temperature: temperature of the similarities.
+        eps: number added to denominators.
 
     Returns:
-        0-dim.
+        The term, 0-dim.
     """
     noise = (keys.shape[1] - 1) / bank.shape[0]
     scores = torch.exp(torch.div(similarities(bank, keys, anchors), temperature))
@@ -164,14 +169,15 @@ def bank_nce_loss(
     eps: float,
     term: Callable[..., Tensor] = nce_term,
 ) -> Tensor:
-    """The loop over all ordered pairs of networks.
+    """Adds up noise-contrastive estimation over all ordered pairs of networks.
 
     Args:
-        nodes: [M, B, D] unit-norm.
-        banks: [M, n, D].
-        keys: [B, 1 + K].
-        temperature, eps: as in :func:`mclfast.bank_nce_loss`.
-        term: the function of one pair: :func:`nce_term`, or that function compiled.
+        nodes: unit-norm embeddings [M, B, D].
+        banks: memory banks [M, n, D].
+        keys: rows [B, 1 + K] of the banks: the anchor's own, then negatives.
+        temperature: temperature of the similarities.
+        eps: number added to denominators.
+        term: function of one pair: :func:`nce_term`, or that function compiled.
     """
     total = nodes.new_zeros(())
     for i, bank in enumerate(banks.unbind(0)):

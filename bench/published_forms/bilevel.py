@@ -1,10 +1,10 @@
 """The baseline of a bilevel step: the sequence of L-MCL with double backward, written as published.
 
-Networks are trained for real: every SGD step is taken by an optimiser, copies of the whole state of
-networks and optimiser are kept before each, loaded again for the reverse sweep, and at last rolled
-back. Every product in the reverse sweep is the gradient of a gradient, also for the first step and
-for the outer one. Pairs of stages compute their own similarity matrices. What differs from the
-published code: the factor of the weight decay that it leaves off the adjoint of the momentum stands
+The networks are really trained: an optimiser takes every SGD step. The whole state of networks and
+optimiser is copied before each step, loaded again for the reverse sweep, and restored at the end.
+Every product in the reverse sweep is the gradient of a gradient, even for the first step and the
+outer one, and every pair of stages computes its own similarity matrices. One thing differs from the
+published code: it leaves out the weight decay in the adjoint of the momentum, which is included
 here, so that results equal those of :func:`mclfast.bilevel_gradient`.
 
 Source: arXiv 2207.11518, section 3.4; the code published with it.
@@ -31,10 +31,12 @@ class PublishedBilevel:
     """The gradient of one bilevel step for the parameters of the matcher.
 
     Args:
-        cohort: peers with auxiliary heads and projection heads; as before after every call.
-        method: has the matcher.
-        lr, momentum, weight_decay: of the SGD steps differentiated through.
-        inner_steps: steps on the layer-wise loss; one on the cross entropy follows.
+        cohort: peers with auxiliary heads and projection heads; every call leaves them unchanged.
+        method: method whose matcher gets the gradient.
+        lr: learning rate of the SGD steps that are differentiated through.
+        momentum: momentum of these steps.
+        weight_decay: weight decay of these steps.
+        inner_steps: number of steps on the layer-wise loss; one step on the cross entropy follows.
     """
 
     def __init__(
@@ -52,11 +54,11 @@ class PublishedBilevel:
         self.objectives: Sequence[Objective] = [self._inner] * inner_steps + [self._outer]
 
     def __call__(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """For images [B, C, H, W] with labels [B]."""
+        """Gradients of the matcher's parameters for images [B, C, H, W] with labels [B]."""
         params = list(self.cohort.parameters())
         optimizer = torch.optim.SGD(params, **self.settings)  # type: ignore[arg-type]
         for p in params:
-            # Without a gradient SGD would leave out the classifiers, and their weight decay.
+            # SGD skips parameters without a gradient, and with them the classifiers' weight decay.
             p.grad = torch.zeros_like(p)
         states: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for objective in self.objectives:

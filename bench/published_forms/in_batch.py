@@ -1,9 +1,9 @@
-"""The baseline: layer-wise MCL written as published, pair by pair.
+"""The baseline of the in-batch losses: layer-wise MCL written as published, pair by pair.
 
 Every ordered pair of nodes of different networks computes its own four similarity matrices and
 masks, takes logarithms of masked sums of exponentials without a shift, and adds the terms of both
-directions with the weight of that ordered pair. Nothing is shared between pairs, and autograd keeps
-what each step needs. Results equal :func:`mclfast.layerwise_mcl_loss` wherever no exponential
+directions with the weight of that ordered pair. Pairs share nothing, and autograd keeps all
+intermediate results. Results equal :func:`mclfast.layerwise_mcl_loss` wherever no exponential
 overflows; an anchor without a positive contributes 0 to ``vcl`` and ``icl``, as there.
 
 Source: arXiv 2104.12565, equations 4 to 9, and arXiv 2207.11518, section 3.
@@ -26,21 +26,22 @@ def _contrastive(logits: Tensor, positives: Tensor, others: Tensor, weights: Ten
     """Weighted supervised contrastive term of one similarity matrix.
 
     Args:
-        logits: [B, B].
-        positives, others: [B, B] float masks, the latter without the diagonal.
-        weights: [B, 1].
+        logits: similarities [B, B] divided by the temperature.
+        positives: float mask [B, B] of positives.
+        others: float mask [B, B] of everything except the diagonal.
+        weights: weight of each anchor, [B, 1].
 
     Returns:
-        0-dim.
+        The term, 0-dim.
     """
     partition = (torch.exp(logits) * others).sum(1, keepdim=True)
     log_prob = logits - torch.log(partition)
-    # The published code divides by the count itself: NaN for an anchor without a positive.
+    # Clamped here: in the published code, an anchor without a positive gives NaN.
     return -((positives * log_prob * weights).sum(1) / positives.sum(1).clamp_min(1)).mean()
 
 
 def kl_term(student: Tensor, teacher: Tensor, weights: Tensor, kl_temperature: float) -> Tensor:
-    """Batch mean of weighted rows of T^2 KL(softmax(teacher / T) || softmax(student / T))."""
+    """Weighted mean over the batch of T^2 KL(softmax(teacher / T) || softmax(student / T))."""
     log_student = F.log_softmax(student / kl_temperature, dim=1)
     log_teacher = F.log_softmax(teacher.detach() / kl_temperature, dim=1)
     prob_teacher = F.softmax(teacher.detach() / kl_temperature, dim=1)
@@ -51,21 +52,23 @@ def kl_term(student: Tensor, teacher: Tensor, weights: Tensor, kl_temperature: f
 def pair_terms(
     a: Tensor, b: Tensor, labels: Tensor, weights: Tensor, temperature: float, kl_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weighted terms of one ordered pair of nodes, both directions.
+    """The weighted terms of one ordered pair of nodes, summed over both directions.
 
     Args:
-        a, b: [B, D] unit-norm.
-        labels: [B].
-        weights: [B], one weight per anchor.
-        temperature, kl_temperature: as in :func:`mclfast.layerwise_mcl_loss`.
+        a: unit-norm embeddings [B, D] of the first node.
+        b: unit-norm embeddings [B, D] of the second node.
+        labels: class of each anchor, [B].
+        weights: weight of each anchor, [B].
+        temperature: temperature of the contrastive terms.
+        kl_temperature: temperature of the soft terms.
 
     Returns:
-        vcl, soft_vcl, icl, soft_icl; 0-dim.
+        vcl, soft_vcl, icl, soft_icl; each 0-dim.
     """
     same = torch.eq(labels.view(-1, 1), labels.view(1, -1)).to(a.dtype)
     others = 1.0 - torch.eye(labels.shape[0], dtype=a.dtype, device=a.device)
     positives = same * others
-    # Like the published code, which multiplies matrices by the weight and sums afterwards.
+    # As in the published code, matrices are multiplied by the weights and summed afterwards.
     w = weights.unsqueeze(1)
     aa, bb, ab, ba = (
         torch.div(torch.mm(x, y.T), temperature) for x, y in ((a, a), (b, b), (a, b), (b, a))
@@ -91,16 +94,17 @@ def layerwise_mcl_loss(
     kl_temperature: float,
     pair: PairFunction = pair_terms,
 ) -> MCLTerms:
-    """The loop over all ordered pairs.
+    """Adds up the terms of all ordered pairs of nodes of different networks.
 
     Args:
-        nodes: [N, B, D] unit-norm.
-        networks: the network of each node.
-        labels: [B].
-        pair_weights: [N, N, B].
-        temperature, kl_temperature: as in :func:`mclfast.layerwise_mcl_loss`.
-        pair: the function of one pair: :func:`pair_terms`, or that function compiled. (The loop
-            itself is not compiled: that would unroll every pair into one graph.)
+        nodes: unit-norm embeddings [N, B, D].
+        networks: index of the network of each node.
+        labels: class of each anchor, [B].
+        pair_weights: weight of each ordered pair and anchor, [N, N, B].
+        temperature: temperature of the contrastive terms.
+        kl_temperature: temperature of the soft terms.
+        pair: function of one pair: :func:`pair_terms`, or that function compiled. The loop itself
+            is not compiled, as that would unroll all pairs into one graph.
     """
     embeddings = nodes.unbind(0)
     total = [nodes.new_zeros(()) for _ in range(4)]

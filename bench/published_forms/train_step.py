@@ -1,9 +1,9 @@
 """The baseline of training: the plain loop of L-MCL, written as published.
 
-Every network runs on its own, every pair of stages of two networks computes its own weight and its
-own similarity matrices, every head its own cross entropy, and the loop reads each number that it
-shows from the device in every step. Networks and the modules beside them are those of mclfast; from
-the same weights a step equals :class:`mclfast.TrainStep` up to rounding.
+Every network runs by itself, every pair of stages of two networks computes its own weight and its
+own similarity matrices, every head computes its own cross entropy, and the loop reads each number
+that it shows from the device in every step. Networks and heads are those of mclfast: starting from
+the same weights, a step equals :class:`mclfast.TrainStep` up to rounding.
 
 Source: arXiv 2207.11518, sections 3.3 to 3.5; the code published with it.
 """
@@ -25,13 +25,13 @@ from mclfast.methods.lmcl import LayerwiseMCL
 
 
 class PublishedStep:
-    """The steps of the plain loop.
+    """The ordinary and the bilevel step of the plain loop.
 
     Args:
         cohort: independent peers with auxiliary heads and projection heads; trained in place.
-        method: its matcher weights the pairs, its aggregator is trained.
-        config: settings of SGD and of the bilevel step. Temperatures and weights are among the
-            method's options.
+        method: method whose matcher weights the pairs and whose aggregator is trained.
+        config: settings of SGD and of the bilevel step; temperatures and weights are options of the
+            method.
     """
 
     def __init__(self, cohort: Cohort, method: LayerwiseMCL, config: TrainConfig) -> None:
@@ -98,7 +98,7 @@ class PublishedStep:
         self.meta_optimizer.step()
 
     def _forward(self, images: Tensor) -> tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]]:
-        """Features and logits, networks of stages of [B, D] and [B, classes]."""
+        """Features [B, D] and logits [B, classes] of all stages, by network."""
         outputs = [peer(images) for peer in self.cohort.peers]
         return [out.features for out in outputs], [out.logits for out in outputs]
 
@@ -114,7 +114,7 @@ class PublishedStep:
         embeddings: Sequence[Sequence[Tensor]],
         labels: Tensor,
     ) -> MCLTerms:
-        """Pair by pair: all stages of all ordered pairs of different networks."""
+        """Contrastive terms, summed pair by pair over all stages of different networks."""
         o = self.method.options
         total = [torch.zeros((), device=labels.device) for _ in range(4)]
         for a, own in enumerate(embeddings):

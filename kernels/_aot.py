@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mclfast.kernels import info_nce, mcl_backward, mcl_double_backward, mcl_forward
+from mclfast.kernels.families import ALL
 
 TARGET = GPUTarget("cuda", 90, 32)
 # Bytes of shared memory that one block of sm_90 may use.
@@ -73,14 +74,14 @@ def launcher_calls(
     labels = torch.zeros(batch, dtype=torch.int64)
     rows, pairs = torch.empty(n, batch), torch.empty(n, n, batch)
     g = (rows, pairs, pairs, pairs)
-    state = (nodes, labels, networks, pairs, pairs, 0.1, 3.0, 15, 0, batch)
+    state = (nodes, labels, networks, pairs, pairs, 0.1, 3.0, ALL, 0, batch)
     row = torch.empty(batch)
     a, b = nodes[0], nodes[1]
     exact = {"precision": precision}
     yield (
         "forward",
         lambda: mcl_forward.mcl_rows_forward(
-            nodes, labels, networks, 0.1, 3.0, 15, 0, batch, **exact
+            nodes, labels, networks, 0.1, 3.0, ALL, 0, batch, **exact
         ),
     )
     yield "backward", lambda: mcl_backward.mcl_rows_backward(*g, *state, **exact)

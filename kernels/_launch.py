@@ -11,9 +11,6 @@ import torch
 import triton
 from torch import Tensor
 
-# Row families, the bits of ``families``.
-VCL, SOFT_VCL, ICL, SOFT_ICL = 1, 2, 4, 8
-
 LOG2E = math.log2(math.e)
 
 _PRECISIONS = ("tf32", "tf32x3", "ieee")

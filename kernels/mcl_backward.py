@@ -24,6 +24,7 @@ from mclfast.kernels._tl import (
     load_tile,
     output_tile,
 )
+from mclfast.kernels.families import ICL, SOFT_ICL, SOFT_VCL, VCL
 from mclfast.kernels.reduce import sum_parts_kernel
 
 
@@ -463,10 +464,10 @@ def mcl_gradient_kernels(
     pairs = _launch.pair_tables(networks, nodes.device)
     has_pairs = pairs.partner.shape[0] > 0
     flags = {
-        "VCL": bool(families & _launch.VCL),
-        "SOFT_VCL": bool(families & _launch.SOFT_VCL) and has_pairs,
-        "ICL": bool(families & _launch.ICL) and has_pairs,
-        "SOFT_ICL": bool(families & _launch.SOFT_ICL) and has_pairs,
+        "VCL": bool(families & VCL),
+        "SOFT_VCL": bool(families & SOFT_VCL) and has_pairs,
+        "ICL": bool(families & ICL) and has_pairs,
+        "SOFT_ICL": bool(families & SOFT_ICL) and has_pairs,
     }
     plan = []
     for kernel, soft, name, used in (

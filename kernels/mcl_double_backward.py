@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mclfast.kernels import _launch
 from mclfast.kernels._tl import LOG2E, NEVER, inner_products, load_tile
+from mclfast.kernels.families import ICL, SOFT_ICL, SOFT_VCL, VCL
 from mclfast.kernels.mcl_backward import mcl_gradient_kernels, mcl_prepare_bwd_kernel
 
 
@@ -249,8 +250,8 @@ def mcl_rows_double_backward(
     pairs = _launch.pair_tables(networks, nodes.device)
     num_pairs = pairs.ordered.shape[0]
     sizes = (n, batch, row_start, row_count, 1.0 / temperature, 1.0 / kl_temperature)
-    soft_intra = bool(families & _launch.SOFT_VCL) and num_pairs > 0
-    if families & _launch.VCL or soft_intra:
+    soft_intra = bool(families & SOFT_VCL) and num_pairs > 0
+    if families & VCL or soft_intra:
         tile = _launch.tiles("intra_rows", d, nodes.dtype, precision)
         _mcl_intra_rows_kernel[(triton.cdiv(batch, tile.block_m), n)](
             nodes,
@@ -267,13 +268,13 @@ def mcl_rows_double_backward(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_D=tile.block_d,
-            HARD=bool(families & _launch.VCL),
+            HARD=bool(families & VCL),
             SOFT=soft_intra,
             PRECISION=precision,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    if families & (_launch.SOFT_VCL | _launch.ICL | _launch.SOFT_ICL) and num_pairs > 0:
+    if families & (SOFT_VCL | ICL | SOFT_ICL) and num_pairs > 0:
         tile = _launch.tiles("pair_rows", d, nodes.dtype, precision)
         _mcl_pair_rows_kernel[(triton.cdiv(batch, tile.block_m), num_pairs)](
             nodes,
@@ -294,8 +295,8 @@ def mcl_rows_double_backward(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_D=tile.block_d,
-            HARD=bool(families & _launch.ICL),
-            SOFT=bool(families & _launch.SOFT_ICL),
+            HARD=bool(families & ICL),
+            SOFT=bool(families & SOFT_ICL),
             SOFT_INTRA=soft_intra,
             PRECISION=precision,
             num_warps=tile.num_warps,

@@ -20,6 +20,7 @@ from mclfast.kernels._tl import (
     log_partition_with_self,
     online_update,
 )
+from mclfast.kernels.families import ICL, SOFT_ICL, SOFT_VCL, VCL
 
 
 @triton.jit
@@ -277,7 +278,7 @@ def mcl_rows_forward(
         nodes: [N, B, D] float32, bfloat16 or float16.
         labels: [B], integer class of each sample.
         networks: the network of each node.
-        families: sum of 1 (vcl), 2 (soft_vcl), 4 (icl), 8 (soft_icl); the others come back as 0.
+        families: bits of the rows asked for, see ``families.py``; the others come back as 0.
         row_start, row_count: the anchors computed (R = row_count).
         precision: how float32 products are formed: "tf32", "tf32x3" or "ieee".
 
@@ -306,8 +307,8 @@ def mcl_rows_forward(
     _mcl_prepare_fwd_kernel[(triton.cdiv(batch, 64), n)](
         labels, classes, inv_count, *outputs, n, batch, row_count, BLOCK_M=64, BLOCK_N=64
     )
-    soft_intra = bool(families & _launch.SOFT_VCL) and num_pairs > 0
-    if families & _launch.VCL or soft_intra:
+    soft_intra = bool(families & SOFT_VCL) and num_pairs > 0
+    if families & VCL or soft_intra:
         tile = _launch.tiles("intra_fwd", d, nodes.dtype, precision)
         _mcl_intra_fwd_kernel[(triton.cdiv(row_count, tile.block_m), n)](
             nodes,
@@ -324,13 +325,13 @@ def mcl_rows_forward(
             BLOCK_N=tile.block_n,
             BLOCK_D=tile.block_d,
             POWER=power,
-            HARD=bool(families & _launch.VCL),
+            HARD=bool(families & VCL),
             SOFT=soft_intra,
             PRECISION=precision,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    if families & (_launch.SOFT_VCL | _launch.ICL | _launch.SOFT_ICL) and num_pairs > 0:
+    if families & (SOFT_VCL | ICL | SOFT_ICL) and num_pairs > 0:
         tile = _launch.tiles("pair_fwd", d, nodes.dtype, precision)
         _mcl_pair_fwd_kernel[(triton.cdiv(row_count, tile.block_m), num_pairs)](
             nodes,
@@ -351,8 +352,8 @@ def mcl_rows_forward(
             BLOCK_N=tile.block_n,
             BLOCK_D=tile.block_d,
             POWER=power,
-            HARD=bool(families & _launch.ICL),
-            SOFT=bool(families & _launch.SOFT_ICL),
+            HARD=bool(families & ICL),
+            SOFT=bool(families & SOFT_ICL),
             SOFT_INTRA=soft_intra,
             PRECISION=precision,
             num_warps=tile.num_warps,

@@ -7,16 +7,24 @@ from mclfast._base.tensors import unit_norm
 from mclfast._version import __version__
 from mclfast.losses.banks import (
     bank_mcl_loss,
+    bank_mcl_objective,
     bank_mcl_rows,
+    bank_mcl_terms,
     bank_nce_log_normalizer,
     bank_nce_loss,
     layerwise_bank_mcl_loss,
+    layerwise_bank_mcl_objective,
+    layerwise_bank_mcl_terms,
 )
 from mclfast.losses.in_batch import (
     info_nce_loss,
     layerwise_mcl_loss,
+    layerwise_mcl_objective,
+    layerwise_mcl_terms,
     mcl_loss,
+    mcl_objective,
     mcl_rows,
+    mcl_terms,
     similarity_kl_loss,
     supcon_loss,
 )
@@ -31,6 +39,7 @@ from mclfast.losses.modules import (
     SupConLoss,
 )
 from mclfast.losses.results import BankMCLRows, MCLObjective, MCLRows, MCLTerms
+from mclfast.ops.backends import use_backend
 
 # A program that imports a loss should not load networks, data sets and the training loop. A name in
 # the table below is therefore imported when it is first used; type checkers, which do not run this
@@ -93,19 +102,28 @@ __all__ = [
     "Trainer",
     "__version__",
     "bank_mcl_loss",
+    "bank_mcl_objective",
     "bank_mcl_rows",
+    "bank_mcl_terms",
     "bank_nce_log_normalizer",
     "bank_nce_loss",
     "bilevel_gradient",
     "info_nce_loss",
     "layerwise_bank_mcl_loss",
+    "layerwise_bank_mcl_objective",
+    "layerwise_bank_mcl_terms",
     "layerwise_mcl_loss",
+    "layerwise_mcl_objective",
+    "layerwise_mcl_terms",
     "mcl_loss",
+    "mcl_objective",
     "mcl_rows",
+    "mcl_terms",
     "similarity_kl_loss",
     "staged",
     "supcon_loss",
     "unit_norm",
+    "use_backend",
 ]
 
 

@@ -18,13 +18,13 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def backend(request, monkeypatch) -> str:
+def backend(request) -> Iterator[str]:
     """Makes "auto" take each backend for CPU tensors in turn."""
     status = backends.backend_report()[request.param]
     if not status.available:
         pytest.skip(f"backend {request.param}: {status.reason}")
-    monkeypatch.setitem(backends._BEST, "cpu", request.param)
-    return request.param
+    with backends.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,11 @@ from mclfast.bench.problem import (
 )
 from mclfast.bench.published import banks as published_bank
 from mclfast.losses import reference_banks, weighting
-from mclfast.losses.banks import bank_nce_loss, layerwise_bank_mcl_loss
+from mclfast.losses.banks import (
+    bank_nce_loss,
+    layerwise_bank_mcl_objective,
+    layerwise_bank_mcl_terms,
+)
 
 #: By operation; those of the published runs.
 TEMPERATURE = {"bank_layerwise_mcl": 0.07, "bank_nce": 0.1}
@@ -239,21 +243,14 @@ def _layerwise(backend: str, fused: bool, case: Case, inputs: Inputs) -> Loss:
         "kl_temperature": KL_TEMPERATURE,
         "backend": backend,
     }
-    if fused:
-        settings["coefficients"] = COEFFICIENTS
 
     def loss(leaves: Sequence[Tensor]) -> Tensor:
         nodes = leaves[0].unflatten(0, (case.m, case.l))
-        result: Any = layerwise_bank_mcl_loss(
-            nodes,
-            keys.banks,
-            keys.pos_idx,
-            keys.neg_idx,
-            _pair_weights(case, inputs, leaves),
-            **settings,
-        )
-        value: Tensor = result.loss if fused else result.weighted_sum(*COEFFICIENTS)
-        return value
+        weights = _pair_weights(case, inputs, leaves)
+        arguments = nodes, keys.banks, keys.pos_idx, keys.neg_idx, weights
+        if fused:
+            return layerwise_bank_mcl_objective(*arguments, weights=COEFFICIENTS, **settings).loss
+        return layerwise_bank_mcl_terms(*arguments, **settings).weighted_sum(*COEFFICIENTS)
 
     return loss
 

@@ -24,7 +24,12 @@ from mclfast.bench.problem import (
 )
 from mclfast.bench.published import in_batch
 from mclfast.losses import reference, weighting
-from mclfast.losses.in_batch import info_nce_loss, layerwise_mcl_loss, supcon_loss
+from mclfast.losses.in_batch import (
+    info_nce_loss,
+    layerwise_mcl_objective,
+    layerwise_mcl_terms,
+    supcon_loss,
+)
 
 TEMPERATURE = 0.1
 KL_TEMPERATURE = 3.0
@@ -148,15 +153,14 @@ def _layerwise(backend: str, fused: bool, case: Case, inputs: Inputs) -> Loss:
         "kl_temperature": KL_TEMPERATURE,
         "backend": backend,
     }
-    if fused:
-        settings["coefficients"] = COEFFICIENTS
 
     def loss(leaves: Sequence[Tensor]) -> Tensor:
         weights = leaves[1] if case.mode == WEIGHTS else inputs.pair_weights
         nodes = leaves[0].unflatten(0, (case.m, case.l))
-        result: Any = layerwise_mcl_loss(nodes, inputs.labels, weights, **settings)
-        value: Tensor = result.loss if fused else result.weighted_sum(*COEFFICIENTS)
-        return value
+        arguments = nodes, inputs.labels, weights
+        if fused:
+            return layerwise_mcl_objective(*arguments, weights=COEFFICIENTS, **settings).loss
+        return layerwise_mcl_terms(*arguments, **settings).weighted_sum(*COEFFICIENTS)
 
     return loss
 

@@ -118,7 +118,7 @@ class PublishedBilevel:
             temperature=o.temperature,
             kl_temperature=o.kl_temperature,
         )
-        return terms.weighted_sum(*self.method.coefficients())
+        return terms.weighted_sum(*self.method.weights())
 
     def _outer(self, images: Tensor, labels: Tensor) -> Tensor:
         heads = [z for stages in self.cohort(images).logits for z in stages]

@@ -79,7 +79,7 @@ class PublishedStep:
             (self._distill(own[-1], other) for own in logits for other in aggregates), start=zero
         )
         terms = self._contrastive(features, embeddings, labels)
-        loss = ce + aggregate_ce + distill + terms.weighted_sum(*self.method.coefficients())
+        loss = ce + aggregate_ce + distill + terms.weighted_sum(*self.method.weights())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -211,7 +212,9 @@ def check_banks(banks: Any, nodes: Tensor, networks: int) -> Tensor:
     if not banks.is_contiguous():
         raise ValueError(f"banks: expected a contiguous tensor, got strides {banks.stride()}")
     if banks.requires_grad:
-        raise ValueError("banks: expected no requires_grad, got a tensor with; banks are constants")
+        raise ValueError(
+            "banks: expected a tensor without requires_grad, got one with it; banks are constants"
+        )
     # A GPU reads pinned host memory in place.
     if banks.device != nodes.device and not (nodes.is_cuda and banks.is_pinned()):
         raise ValueError(
@@ -255,18 +258,43 @@ def check_range(argument: str, index: Tensor, samples: int) -> None:
         raise RuntimeError(f"{argument} must be in 0 .. {samples - 1}, got {got}")
 
 
-def check_coefficients(coefficients: Sequence[float]) -> None:
-    """Accepts the weights of the four terms, in the order vcl, soft_vcl, icl, soft_icl."""
-    if len(coefficients) != 4:
-        raise ValueError(
-            f"coefficients: expected 4 (vcl, soft_vcl, icl, soft_icl), got {len(coefficients)}"
+def check_weights(weights: Any) -> tuple[float | Tensor, ...]:
+    """Accepts the weights of vcl, soft_vcl, icl and soft_icl, as numbers or 0-dim tensors.
+
+    Args:
+        weights: four numbers, four 0-dim tensors or a mixture of both, or one tensor [4].
+
+    Raises:
+        TypeError: an entry is neither a number nor a floating-point tensor.
+        ValueError: there are not four weights, or a tensor has another shape.
+    """
+    if isinstance(weights, Tensor):
+        if weights.shape != (4,):
+            raise ValueError(f"weights: expected shape [4], got {list(weights.shape)}")
+        weights = weights.unbind()
+    elif not isinstance(weights, Sequence) or isinstance(weights, str):
+        raise TypeError(
+            f"weights: expected 4 (vcl, soft_vcl, icl, soft_icl), got {describe(weights)}"
         )
+    if len(weights) != 4:
+        raise ValueError(f"weights: expected 4 (vcl, soft_vcl, icl, soft_icl), got {len(weights)}")
+    return tuple(_check_weight(f"weights[{i}]", weight) for i, weight in enumerate(weights))
 
 
-def check_constant(pair_weights: Tensor | None) -> None:
-    """Accepts pair weights without gradient: coefficients known in advance allow no other."""
-    if pair_weights is not None and pair_weights.requires_grad:
-        raise ValueError(
-            "pair_weights: expected no requires_grad with coefficients, got a tensor with; "
-            "detach it, or leave coefficients out to train the weights"
-        )
+def _check_weight(name: str, weight: Any) -> float | Tensor:
+    if isinstance(weight, Tensor):
+        if weight.dim() != 0 or not weight.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a 0-dim floating-point tensor, got {describe(weight)}"
+            )
+        return weight
+    if isinstance(weight, bool) or not isinstance(weight, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {describe(weight)}")
+    return float(weight)
+
+
+def wants_gradient(*values: object) -> bool:
+    """Whether a gradient of one of the values is asked for; values may be numbers or None."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in values
+    )

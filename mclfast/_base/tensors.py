@@ -31,6 +31,12 @@ def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     Args:
         x: tensor of any shape [..., D].
         eps: smallest norm that is divided by.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import unit_norm
+        >>> unit_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
     x = wide(x)
     return x * x.square().sum(-1, keepdim=True).clamp_min(eps**2).rsqrt()

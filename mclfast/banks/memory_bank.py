@@ -50,6 +50,14 @@ class MemoryBank(nn.Module):
         ValueError: a size is below 1, the momentum lies outside [0, 1), or the dtype is another.
         RuntimeError: "pinned" was asked for and there is no GPU.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import MemoryBank, unit_norm
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16, momentum=0.5)
+        >>> bank.update(torch.tensor([3, 7]), unit_norm(torch.randn(2, 2, 16)))
+        >>> bank.banks.shape
+        torch.Size([2, 40, 16])
+
     Source: arXiv 2104.12565, section 3 (memory bank); initial entries as in instance
     discrimination, arXiv 1805.01978.
     """

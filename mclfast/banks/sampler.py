@@ -52,6 +52,17 @@ class ContrastSampler(nn.Module):
         TypeError, ValueError: the labels are not integers [n] >= 0, are all of one class or more
             than 2**31 - 1, or num_negatives is below 1 or num_positives below 0.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler
+        >>> labels = torch.arange(40) % 4
+        >>> sampler = ContrastSampler(labels, num_negatives=8)
+        >>> pos_idx, neg_idx = sampler.sample(torch.tensor([5, 6]), step=0)
+        >>> pos_idx[:, 0].tolist(), bool((labels[pos_idx[0]] == labels[5]).all())
+        ([5, 6], True)
+        >>> neg_idx.shape, bool((labels[neg_idx[0]] != labels[5]).all())
+        (torch.Size([2, 8]), True)
+
     Source: arXiv 2104.12565 (ImageNet runs; there a positive may be the anchor itself).
     """
 

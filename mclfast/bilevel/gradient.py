@@ -95,6 +95,19 @@ def bilevel_gradient(
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import bilevel_gradient
+        >>> params = {"w": torch.tensor(1.0)}
+        >>> weight = torch.tensor(0.5, requires_grad=True)              # what is learned
+        >>> result = bilevel_gradient(
+        ...     lambda p: weight * p["w"] ** 2, lambda p: (p["w"] - 0.5) ** 2, params, [weight],
+        ...     inner_steps=1, outer_steps=0, lr=0.1, momentum=0.0, weight_decay=0.0,
+        ... )
+        >>> # w = 1 - 0.1 * 2 * 0.5 = 0.9, so the gradient is 2 * (0.9 - 0.5) * -0.1 * 2.
+        >>> torch.allclose(result.grads[0], torch.tensor(-0.16))
+        True
+
     Source: layer-wise MCL, arXiv 2207.11518, section 3.4; forward mode over a backward pass:
     Pearlmutter, Neural Computation 1994.
     """
@@ -169,7 +182,9 @@ def _checked_hyperparams(hyperparams: Iterable[Tensor]) -> list[Tensor]:
         if not isinstance(hyperparam, Tensor):
             raise TypeError(f"hyperparams[{i}]: expected a tensor, got {describe(hyperparam)}")
         if not hyperparam.requires_grad:
-            raise ValueError(f"hyperparams[{i}]: expected requires_grad=True, got a tensor without")
+            raise ValueError(
+                f"hyperparams[{i}]: expected a tensor with requires_grad, got one without it"
+            )
     return found
 
 

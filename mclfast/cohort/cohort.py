@@ -38,8 +38,16 @@ class Cohort(nn.Module):
 
     Raises:
         TypeError: ``networks`` is not a sequence.
-        ValueError: no networks, one network twice, networks that differ in their number of
-            classes, a projection_dim below 1, or an unknown projection.
+        ValueError: there are no networks, one occurs twice, they differ in their number of classes,
+            projection_dim is below 1, or the projection is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import Cohort, models
+        >>> cohort = Cohort([models.resnet8(num_classes=10) for _ in range(2)], projection_dim=16)
+        >>> outputs = cohort(torch.randn(4, 3, 32, 32))
+        >>> len(outputs.logits), outputs.final_logits[0].shape, outputs.embeddings[0][0].shape
+        (2, torch.Size([4, 10]), torch.Size([4, 16]))
     """
 
     def __init__(

@@ -38,6 +38,12 @@ class ProjectionHead(nn.Module):
     Raises:
         ValueError: the kind is unknown.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import ProjectionHead
+        >>> ProjectionHead(64, dim=16)(torch.randn(8, 64)).shape
+        torch.Size([8, 16])
+
     Source: MCL, arXiv 2104.12565, section 3.1 (dim 128); linear: MCL-OKD, arXiv 2006.04093.
     """
 
@@ -77,6 +83,15 @@ class LogitAggregator(nn.Module):
 
     Raises:
         ValueError: a width or a number of stages is below 1, or their counts differ.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import LogitAggregator
+        >>> aggregator = LogitAggregator([64, 32], num_stages=3)        # two networks
+        >>> features = [[torch.randn(8, 64)] * 3, [torch.randn(8, 32)] * 3]
+        >>> logits = [[torch.randn(8, 10)] * 3, [torch.randn(8, 10)] * 3]
+        >>> [z.shape for z in aggregator(features, logits)]
+        [torch.Size([8, 10]), torch.Size([8, 10])]
     """
 
     def __init__(self, feature_dims: Sequence[int], num_stages: int | Sequence[int]) -> None:
@@ -132,6 +147,14 @@ class LayerMatcher(nn.Module):
     Raises:
         TypeError: ``feature_dims`` has a number where the widths of a network's stages belong.
         ValueError: a width is below 1.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import LayerMatcher
+        >>> matcher = LayerMatcher([[64, 64], [32, 32]], proj_dim=16)   # two networks of two stages
+        >>> features = [[torch.randn(8, 64)] * 2, [torch.randn(8, 32)] * 2]
+        >>> matcher(features).shape                                     # pair weights [N, N, B]
+        torch.Size([4, 4, 8])
     """
 
     def __init__(self, feature_dims: Sequence[Sequence[int]], proj_dim: int = 128) -> None:

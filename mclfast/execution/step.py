@@ -67,7 +67,7 @@ class TrainStep:
         >>> from mclfast.methods import LayerwiseMCL
         >>> labels = torch.arange(20) % 10
         >>> cohort = Cohort([models.resnet8(num_classes=10) for _ in range(2)])
-        >>> config = TrainConfig(batch_size=20, device="cpu")
+        >>> config = TrainConfig(batch_size=20, images_per_class=2, device="cpu")
         >>> step = TrainStep(cohort, LayerwiseMCL(cohort.feature_dims), config,
         ...                  labels=labels, image_shape=(3, 32, 32))
         >>> _ = step.begin_epoch(0)

@@ -9,32 +9,32 @@ banks get no gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, overload
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mclfast._base.checks import (
     check_banks,
-    check_coefficients,
-    check_constant,
     check_embeddings,
     check_indices,
     check_pair_weights,
     check_range,
     check_temperature,
+    check_weights,
     describe,
     stack_nodes,
+    wants_gradient,
 )
 from mclfast._base.tensors import statistics_dtype
+from mclfast.kernels.families import ALL
 from mclfast.losses import reference_banks, weighting
 from mclfast.losses.in_batch import Networks, Nodes
-from mclfast.losses.results import BankMCLRows, MCLObjective, MCLTerms
-from mclfast.losses.weighting import plain_objective, scaled, weighted_sums
+from mclfast.losses.results import PUBLISHED_WEIGHTS, BankMCLRows, MCLObjective, MCLTerms, Weights
+from mclfast.losses.weighting import detached, scaled, weighted_terms
 from mclfast.ops import backends
 from mclfast.ops import banks as bank_ops
-from mclfast.ops import in_batch as ops
 
 
 def _checked(
@@ -79,7 +79,7 @@ def _rows(nodes: Tensor, networks: tuple[int, ...], *arguments: Any) -> BankMCLR
             return reference_banks.bank_mcl_rows(
                 nodes, networks, *keys, temperature=settings[1], kl_temperature=settings[2]
             )
-        return BankMCLRows(*bank_ops.bank_mcl_rows(nodes, *keys, *settings, ops.ALL, backend)[:4])
+        return BankMCLRows(*bank_ops.bank_mcl_rows(nodes, *keys, *settings, ALL, backend)[:4])
 
 
 def bank_mcl_rows(
@@ -123,6 +123,17 @@ def bank_mcl_rows(
         RuntimeError: the backend asked for is not available here; an index out of range (on a CPU;
             on a GPU indices are not checked).
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler, MemoryBank, bank_mcl_rows, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> sampler = ContrastSampler(torch.arange(40) % 4, num_negatives=8)
+        >>> embeddings = unit_norm(torch.randn(2, 1, 6, 16))
+        >>> rows = bank_mcl_rows(embeddings, bank.banks, *sampler.sample(torch.arange(6), step=0))
+        >>> list(rows.vcl.shape), list(rows.soft_icl.shape)
+        ([2, 6], [2, 2, 6])
+
     Source: MCL, arXiv 2104.12565, section 3 (memory bank for ImageNet); layer-wise, arXiv
     2207.11518, section 3.
     """
@@ -130,8 +141,7 @@ def bank_mcl_rows(
     return _rows(nodes, networks, banks, pos_idx, neg_idx, temperature, kl_temperature, backend)
 
 
-@overload
-def bank_mcl_loss(
+def bank_mcl_terms(
     embeddings: Networks,
     banks: Tensor,
     pos_idx: Tensor,
@@ -140,70 +150,132 @@ def bank_mcl_loss(
     temperature: float = 0.1,
     kl_temperature: float = 3.0,
     backend: str = "auto",
-    coefficients: None = None,
-) -> MCLTerms: ...
-
-
-@overload
-def bank_mcl_loss(
-    embeddings: Networks,
-    banks: Tensor,
-    pos_idx: Tensor,
-    neg_idx: Tensor,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float],
-) -> MCLObjective: ...
-
-
-def bank_mcl_loss(
-    embeddings: Networks,
-    banks: Tensor,
-    pos_idx: Tensor,
-    neg_idx: Tensor,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float] | None = None,
-) -> MCLTerms | MCLObjective:
-    """Mutual contrastive learning of M networks against their memory banks.
+) -> MCLTerms:
+    """The four terms of mutual contrastive learning of M networks against their memory banks.
 
     Equals ``rows.mean(-1).sum()`` of each family of :func:`bank_mcl_rows` with one stage per
-    network: sums over networks (vcl) and ordered pairs (the others), means over the batch.
+    network: sums over networks (vcl) and ordered pairs (the others), means over the batch. Terms
+    can be combined in any way; for a weighted sum, :func:`bank_mcl_loss` is faster.
 
     Args:
         embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
         banks, pos_idx, neg_idx, temperature, kl_temperature, backend: as in
             :func:`bank_mcl_rows`.
-        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
-            let values and gradient be computed in one call: the fastest form.
 
     Returns:
-        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
-        MCLObjective(loss, terms), where only the loss gives a gradient.
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each, differentiable to second order.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler, MemoryBank, bank_mcl_terms, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> labels = torch.arange(40) % 4
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> indices = ContrastSampler(labels, num_negatives=8).sample(torch.arange(6), step=0)
+        >>> embeddings = unit_norm(torch.randn(2, 6, 16))
+        >>> bank_mcl_terms(embeddings, bank.banks, *indices).icl.shape
+        torch.Size([])
+
+    Source: arXiv 2104.12565, equations 4 to 9.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=False)
+    return weighting.bank_mcl_terms(
+        _rows(nodes, networks, banks, pos_idx, neg_idx, temperature, kl_temperature, backend)
+    )
+
+
+def bank_mcl_loss(
+    embeddings: Networks,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    *,
+    weights: Weights = PUBLISHED_WEIGHTS,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Mutual contrastive learning against memory banks: the weighted sum of the four terms.
+
+    Args:
+        embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
+        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: as in
+            :func:`bank_mcl_rows`.
+        weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
+            [4]. Weights that require a gradient get it; where none does, the loss and its gradient
+            are computed in one call, the fastest form.
+
+    Returns:
+        The loss, 0-dim, differentiable to second order; banks get no gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler, MemoryBank, bank_mcl_loss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> labels = torch.arange(40) % 4
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> indices = ContrastSampler(labels, num_negatives=8).sample(torch.arange(6), step=0)
+        >>> features = torch.randn(2, 6, 16, requires_grad=True)
+        >>> bank_mcl_loss(unit_norm(features), bank.banks, *indices, temperature=0.07).backward()
+        >>> bank.update(torch.arange(6), unit_norm(features).detach())
+        >>> features.grad.shape
+        torch.Size([2, 6, 16])
+
     Source: arXiv 2104.12565, equations 4 to 9; published ImageNet weights 0.1, 1, 0.1, 1 at
     temperature 0.07 with 1 positive and 8192 negatives.
     """
-    nodes, networks = stack_nodes(embeddings, stages=False)
     arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
-    if coefficients is None:
-        return weighting.bank_mcl_terms(_rows(nodes, networks, *arguments))
-    count, batch = nodes.shape[:2]
-    between = weighting.between_networks(networks, nodes).to(statistics_dtype(nodes))
-    pairs = (between / batch)[..., None].expand(-1, -1, batch)
-    lone = pairs.new_full((count, batch), 1.0 / batch)
-    return _objective(nodes, networks, (lone, pairs, pairs, pairs), coefficients, *arguments)
+    return _plain(embeddings, weights, *arguments)[0]
 
 
-@overload
-def layerwise_bank_mcl_loss(
+def bank_mcl_objective(
+    embeddings: Networks,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    *,
+    weights: Weights = PUBLISHED_WEIGHTS,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> MCLObjective:
+    """:func:`bank_mcl_loss` together with its terms, for a log.
+
+    Args:
+        embeddings, banks, pos_idx, neg_idx, weights, temperature, kl_temperature, backend: as in
+            :func:`bank_mcl_loss`.
+
+    Returns:
+        MCLObjective(loss, terms); the loss is that of :func:`bank_mcl_loss`, the terms give no
+        gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler, MemoryBank, bank_mcl_objective, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> labels = torch.arange(40) % 4
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> indices = ContrastSampler(labels, num_negatives=8).sample(torch.arange(6), step=0)
+        >>> embeddings = unit_norm(torch.randn(2, 6, 16))
+        >>> loss, terms = bank_mcl_objective(embeddings, bank.banks, *indices)
+        >>> torch.allclose(loss, terms.weighted_sum(0.1, 1, 0.1, 1))
+        True
+    """
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    loss, terms = _plain(embeddings, weights, *arguments)
+    return MCLObjective(loss, terms())
+
+
+def layerwise_bank_mcl_terms(
     embeddings: Nodes,
     banks: Tensor,
     pos_idx: Tensor,
@@ -213,38 +285,8 @@ def layerwise_bank_mcl_loss(
     temperature: float = 0.1,
     kl_temperature: float = 3.0,
     backend: str = "auto",
-    coefficients: None = None,
-) -> MCLTerms: ...
-
-
-@overload
-def layerwise_bank_mcl_loss(
-    embeddings: Nodes,
-    banks: Tensor,
-    pos_idx: Tensor,
-    neg_idx: Tensor,
-    pair_weights: Tensor | None = None,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float],
-) -> MCLObjective: ...
-
-
-def layerwise_bank_mcl_loss(
-    embeddings: Nodes,
-    banks: Tensor,
-    pos_idx: Tensor,
-    neg_idx: Tensor,
-    pair_weights: Tensor | None = None,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float] | None = None,
-) -> MCLTerms | MCLObjective:
-    """Layer-wise mutual contrastive learning against memory banks.
+) -> MCLTerms:
+    """The four terms of layer-wise mutual contrastive learning against memory banks.
 
     With ``u = pair_weights + pair_weights.transpose(0, 1)``, zero inside one network, and the rows
     of :func:`bank_mcl_rows`: ``vcl = (u.sum(1) * rows.vcl).sum() / B``, the soft terms
@@ -259,58 +301,180 @@ def layerwise_bank_mcl_loss(
             is compared with it.
         pair_weights: [N, N, B] weight of each pair of nodes for each sample, as a
             :class:`mclfast.LayerMatcher` gives; None for ones.
-        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
-            let values and gradient be computed in one call: the fastest form. The pair weights
-            get no gradient then, and must not ask for one.
 
     Returns:
-        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
-        MCLObjective(loss, terms), where only the loss gives a gradient.
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each, differentiable to second order, also
+        with respect to the pair weights.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
 
-    Source: arXiv 2207.11518, section 3.3; published ImageNet weights 0.01, 1, 0.01, 1. The
-    published code reads the bank of the first network of a pair for both; here each reads its own.
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler, MemoryBank, layerwise_bank_mcl_terms, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> labels = torch.arange(40) % 4
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> indices = ContrastSampler(labels, num_negatives=8).sample(torch.arange(6), step=0)
+        >>> embeddings = unit_norm(torch.randn(2, 3, 6, 16))          # 2 networks of 3 stages
+        >>> weights = torch.rand(6, 6, 6, requires_grad=True)
+        >>> layerwise_bank_mcl_terms(embeddings, bank.banks, *indices, weights).icl.backward()
+        >>> weights.grad.shape
+        torch.Size([6, 6, 6])
+
+    Source: arXiv 2207.11518, section 3.3. The published code reads the bank of the first network of
+    a pair for both; here each reads its own.
     """
     nodes, networks = stack_nodes(embeddings, stages=True)
-    weights = check_pair_weights(pair_weights, nodes)
-    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    given = check_pair_weights(pair_weights, nodes)
     with torch.autocast(nodes.device.type, enabled=False):
-        if coefficients is None:
-            rows = _rows(nodes, networks, *arguments)
-            return weighting.layerwise_bank_mcl_terms(rows, networks, weights)
-        check_constant(weights)
-        # Before the weights are spread over the banks: their number gives the shape.
-        check_banks(banks, nodes, networks[-1] + 1)
+        rows = _rows(nodes, networks, banks, pos_idx, neg_idx, temperature, kl_temperature, backend)
+        return weighting.layerwise_bank_mcl_terms(rows, networks, given)
+
+
+def layerwise_bank_mcl_loss(
+    embeddings: Nodes,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    weights: Weights = PUBLISHED_WEIGHTS,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Layer-wise mutual contrastive learning against memory banks: the weighted sum of the terms.
+
+    Args:
+        embeddings: [M, L, B, D] unit-norm, or networks of stages of [B, D].
+        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: as in
+            :func:`bank_mcl_rows`.
+        pair_weights: [N, N, B] weight of each pair of nodes for each sample; None for ones.
+        weights: weights of vcl, soft_vcl, icl and soft_icl, as in :func:`bank_mcl_loss`. Weights of
+            terms and of pairs that require a gradient get it; where none does, the loss and its
+            gradient are computed in one call, the fastest form.
+
+    Returns:
+        The loss, 0-dim, differentiable to second order; banks get no gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler, MemoryBank, layerwise_bank_mcl_loss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> labels = torch.arange(40) % 4
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> indices = ContrastSampler(labels, num_negatives=8).sample(torch.arange(6), step=0)
+        >>> features = torch.randn(2, 3, 6, 16, requires_grad=True)   # 2 networks of 3 stages
+        >>> layerwise_bank_mcl_loss(unit_norm(features), bank.banks, *indices).backward()
+        >>> features.grad.shape
+        torch.Size([2, 3, 6, 16])
+
+    Source: arXiv 2207.11518, section 3.3; published ImageNet weights 0.01, 1, 0.01, 1.
+    """
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    return _layerwise(embeddings, pair_weights, weights, *arguments)[0]
+
+
+def layerwise_bank_mcl_objective(
+    embeddings: Nodes,
+    banks: Tensor,
+    pos_idx: Tensor,
+    neg_idx: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    weights: Weights = PUBLISHED_WEIGHTS,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> MCLObjective:
+    """:func:`layerwise_bank_mcl_loss` together with its terms, for a log.
+
+    Args:
+        embeddings, banks, pos_idx, neg_idx, pair_weights, weights, temperature, kl_temperature,
+            backend: as in :func:`layerwise_bank_mcl_loss`.
+
+    Returns:
+        MCLObjective(loss, terms); the loss is that of :func:`layerwise_bank_mcl_loss`, the terms
+        give no gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler, MemoryBank, layerwise_bank_mcl_objective, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> labels = torch.arange(40) % 4
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> indices = ContrastSampler(labels, num_negatives=8).sample(torch.arange(6), step=0)
+        >>> embeddings = unit_norm(torch.randn(2, 3, 6, 16))
+        >>> result = layerwise_bank_mcl_objective(embeddings, bank.banks, *indices)
+        >>> torch.allclose(result.loss, result.terms.weighted_sum(0.1, 1, 0.1, 1))
+        True
+    """
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    loss, terms = _layerwise(embeddings, pair_weights, weights, *arguments)
+    return MCLObjective(loss, terms())
+
+
+def _plain(
+    embeddings: Networks, weights: Weights, *arguments: Any
+) -> tuple[Tensor, Callable[[], MCLTerms]]:
+    """The loss of one stage per network, and a call that gives its terms."""
+    nodes, networks = stack_nodes(embeddings, stages=False)
+    lone, pairs = weighting.equal_row_weights(networks, nodes)
+    return _weighted(nodes, networks, (lone, pairs, pairs, pairs), weights, *arguments)
+
+
+def _layerwise(
+    embeddings: Nodes, pair_weights: Tensor | None, weights: Weights, banks: Tensor, *rest: Any
+) -> tuple[Tensor, Callable[[], MCLTerms]]:
+    """The loss of all pairs of stages, and a call that gives its terms."""
+    nodes, networks = stack_nodes(embeddings, stages=True)
+    given = check_pair_weights(pair_weights, nodes)
+    # Before the weights are spread over the banks: their number gives the shape.
+    check_banks(banks, nodes, networks[-1] + 1)
+    with torch.autocast(nodes.device.type, enabled=False):
         lone, pairs, per_bank = (
             w / nodes.shape[1]
-            for w in weighting.bank_row_weights(weights, networks, len(banks), nodes)
+            for w in weighting.bank_row_weights(given, networks, len(banks), nodes)
         )
-        row_weights = (lone, pairs, per_bank, pairs)
-        return _objective(nodes, networks, row_weights, coefficients, *arguments)
+        every = lone, pairs, per_bank, pairs
+        return _weighted(nodes, networks, every, weights, banks, *rest)
 
 
-def _objective(
+def _weighted(
     nodes: Tensor,
     networks: tuple[int, ...],
     row_weights: tuple[Tensor, Tensor, Tensor, Tensor],
-    coefficients: Sequence[float],
+    weights: Weights,
     *arguments: Any,
-) -> MCLObjective:
-    """``coefficients`` times the terms, which are sums of ``row_weights`` times rows."""
-    check_coefficients(coefficients)
+) -> tuple[Tensor, Callable[[], MCLTerms]]:
+    """The sum of the weighted terms, and a call that gives the terms without gradient.
+
+    Where no weight asks for a gradient, the loss and its gradient come from one call.
+
+    Args:
+        nodes: [N, B, D].
+        networks: network of each node.
+        row_weights: weights of the four families of rows.
+        weights: weights of the four terms.
+        arguments: banks, pos_idx, neg_idx, temperature, kl_temperature and backend.
+    """
+    term_weights = check_weights(weights)
     keys, settings, backend = _checked(nodes, networks, *arguments)
     with torch.autocast(nodes.device.type, enabled=False):
-        if backend == "reference":
-            all_rows = reference_banks.bank_mcl_rows(
-                nodes, networks, *keys, temperature=settings[1], kl_temperature=settings[2]
-            )
-            return plain_objective(row_weights, all_rows, coefficients)
+        if backend == "reference" or wants_gradient(*row_weights, *term_weights):
+            terms = weighted_terms(row_weights, _rows(nodes, networks, *arguments))
+            return terms.weighted_sum(*term_weights), lambda: detached(terms)
         loss, *rows = bank_ops.bank_mcl_objective(
-            *scaled(row_weights, coefficients), nodes, *keys, *settings, ops.ALL, backend
+            *scaled(row_weights, term_weights), nodes, *keys, *settings, ALL, backend
         )
-        return MCLObjective(loss, weighted_sums(row_weights, rows[:4]))
+        return loss, lambda: weighted_terms(row_weights, rows[:4])
 
 
 def _checked_nce(
@@ -350,6 +514,17 @@ def bank_nce_log_normalizer(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`bank_nce_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler, MemoryBank, bank_nce_log_normalizer, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> sampler = ContrastSampler(torch.arange(40) % 4, num_negatives=8, num_positives=0)
+        >>> contrast_idx = torch.cat(sampler.sample(torch.arange(6), step=0), 1)
+        >>> embeddings = unit_norm(torch.randn(2, 6, 16))
+        >>> bank_nce_log_normalizer(embeddings, bank.banks, contrast_idx).shape
+        torch.Size([2, 2])
     """
     checked = _checked_nce(embeddings, banks, contrast_idx, temperature, backend)
     nodes, contrast_idx, backend = checked
@@ -409,6 +584,18 @@ def bank_nce_loss(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`bank_mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import ContrastSampler, MemoryBank, bank_nce_loss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> sampler = ContrastSampler(torch.arange(40) % 4, num_negatives=8, num_positives=0)
+        >>> contrast_idx = torch.cat(sampler.sample(torch.arange(6), step=0), 1)
+        >>> features = torch.randn(2, 6, 16, requires_grad=True)
+        >>> bank_nce_loss(unit_norm(features), bank.banks, contrast_idx).backward()
+        >>> features.grad.shape
+        torch.Size([2, 6, 16])
 
     Source: MCL-OKD, arXiv 2006.04093, section 3.2; CRD, arXiv 1910.10699, equation 19.
     """

@@ -7,28 +7,29 @@ autocast too. Every function is differentiable to second order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from mclfast._base.checks import (
-    check_coefficients,
-    check_constant,
     check_embeddings,
     check_labels,
     check_pair_weights,
     check_rows,
     check_same,
     check_temperature,
+    check_weights,
     stack_nodes,
+    wants_gradient,
 )
 from mclfast._base.tensors import statistics_dtype
+from mclfast.kernels.families import ALL, SOFT_VCL, VCL
 from mclfast.losses import reference, weighting
-from mclfast.losses.results import MCLObjective, MCLRows, MCLTerms
-from mclfast.losses.weighting import plain_objective, scaled, weighted_sums
+from mclfast.losses.results import PUBLISHED_WEIGHTS, MCLObjective, MCLRows, MCLTerms, Weights
+from mclfast.losses.weighting import detached, scaled, weighted_terms
 from mclfast.ops import backends
 from mclfast.ops import in_batch as ops
 
@@ -76,7 +77,7 @@ def _rows(
             list(networks),
             temperature,
             kl_temperature,
-            ops.ALL,
+            ALL,
             row_start,
             row_count,
             backend,
@@ -109,6 +110,51 @@ def _objective(
         *row_weights, nodes, labels, list(networks), temperature, kl_temperature, families, backend
     )
     return loss, (vcl, soft_vcl, icl, soft_icl)
+
+
+def _weighted(
+    nodes: Tensor,
+    networks: tuple[int, ...],
+    labels: Tensor,
+    row_weights: tuple[Tensor, Tensor],
+    weights: Weights,
+    temperature: float,
+    kl_temperature: float,
+    backend: str,
+) -> tuple[Tensor, Callable[[], MCLTerms]]:
+    """The sum of the weighted terms, and a call that gives the terms without gradient.
+
+    Where no weight asks for a gradient, the loss and its gradient come from one sweep.
+
+    Args:
+        nodes: [N, B, D].
+        networks: network of each node.
+        labels: [B].
+        row_weights: weights of the vcl rows [N, B] and of the rows of pairs [N, N, B].
+        weights: weights of the four terms.
+        temperature, kl_temperature, backend: as in :func:`mcl_rows`.
+    """
+    term_weights = check_weights(weights)
+    backend = _checked(nodes, labels, temperature, kl_temperature, backend)
+    lone, pairs = row_weights
+    every = (lone, pairs, pairs, pairs)
+    with torch.autocast(nodes.device.type, enabled=False):
+        if backend == "reference" or wants_gradient(lone, pairs, *term_weights):
+            rows: Sequence[Tensor]
+            *rows, _ = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
+            terms = weighted_terms(every, rows)
+            return terms.weighted_sum(*term_weights), lambda: detached(terms)
+        loss, found = _objective(
+            nodes,
+            networks,
+            labels,
+            scaled(every, term_weights),
+            temperature,
+            kl_temperature,
+            ALL,
+            backend,
+        )
+        return loss, lambda: weighted_terms(every, found)
 
 
 def mcl_rows(
@@ -151,6 +197,15 @@ def mcl_rows(
         TypeError, ValueError: naming the argument that does not fit.
         RuntimeError: the backend asked for is not available here.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import mcl_rows, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> embeddings = unit_norm(torch.randn(2, 3, 8, 16))          # 2 networks of 3 stages
+        >>> rows = mcl_rows(embeddings, torch.arange(8) % 4)
+        >>> list(rows.vcl.shape), list(rows.icl.shape)
+        ([6, 8], [6, 6, 8])
+
     Source: MCL, arXiv 2104.12565, section 3; layer-wise, arXiv 2207.11518, section 3.
     """
     nodes, networks = stack_nodes(embeddings, stages=True)
@@ -159,73 +214,129 @@ def mcl_rows(
     )
 
 
-@overload
-def mcl_loss(
+def mcl_terms(
     embeddings: Networks,
     labels: Tensor,
     *,
     temperature: float = 0.1,
     kl_temperature: float = 3.0,
     backend: str = "auto",
-    coefficients: None = None,
-) -> MCLTerms: ...
-
-
-@overload
-def mcl_loss(
-    embeddings: Networks,
-    labels: Tensor,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float],
-) -> MCLObjective: ...
-
-
-def mcl_loss(
-    embeddings: Networks,
-    labels: Tensor,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float] | None = None,
-) -> MCLTerms | MCLObjective:
-    """Mutual contrastive learning between M networks, one embedding each.
+) -> MCLTerms:
+    """The four terms of mutual contrastive learning between M networks, one embedding each.
 
     Equals ``rows.mean(-1).sum()`` of each family of :func:`mcl_rows` with one stage per network:
-    sums over networks (vcl) and ordered pairs (the others), means over the batch.
+    sums over networks (vcl) and ordered pairs (the others), means over the batch. Terms can be
+    combined in any way; for a weighted sum, :func:`mcl_loss` is faster.
 
     Args:
         embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
         labels: [B] integers.
-        temperature, kl_temperature, backend: as in :func:`mcl_rows`.
-        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
-            let values and gradient be computed in one sweep: the fastest form.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: softens the distributions the soft terms compare, in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
-        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
-        MCLObjective(loss, terms), where only the loss gives a gradient.
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each, differentiable to second order.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import mcl_terms, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> embeddings = unit_norm(torch.randn(2, 8, 16))
+        >>> terms = mcl_terms(embeddings, torch.arange(8) % 4)
+        >>> terms.icl.shape, bool(terms.soft_vcl >= 0)
+        (torch.Size([]), True)
+
+    Source: arXiv 2104.12565, equations 4 to 9.
+    """
+    nodes, networks = stack_nodes(embeddings, stages=False)
+    return weighting.mcl_terms(_rows(nodes, networks, labels, temperature, kl_temperature, backend))
+
+
+def mcl_loss(
+    embeddings: Networks,
+    labels: Tensor,
+    *,
+    weights: Weights = PUBLISHED_WEIGHTS,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Mutual contrastive learning between M networks: the weighted sum of :func:`mcl_terms`.
+
+    Args:
+        embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
+        labels: [B] integers.
+        weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
+            [4]. Weights that require a gradient get it; where none does, the loss and its gradient
+            are computed in one sweep, the fastest form.
+        temperature, kl_temperature, backend: as in :func:`mcl_terms`.
+
+    Returns:
+        The loss, 0-dim, differentiable to second order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import mcl_loss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> features = torch.randn(2, 8, 16, requires_grad=True)
+        >>> loss = mcl_loss(unit_norm(features), torch.arange(8) % 4, weights=(0.1, 1, 0.1, 1))
+        >>> loss.backward()
+        >>> features.grad.shape
+        torch.Size([2, 8, 16])
+
     Source: arXiv 2104.12565, equations 4 to 9; published weights 0.1, 1, 0.1, 1.
     """
     nodes, networks = stack_nodes(embeddings, stages=False)
+    rows = weighting.equal_row_weights(networks, nodes)
     settings = temperature, kl_temperature, backend
-    if coefficients is None:
-        return weighting.mcl_terms(_rows(nodes, networks, labels, *settings))
-    batch = nodes.shape[1]
-    between = weighting.between_networks(networks, nodes).to(statistics_dtype(nodes))
-    pairs = (between / batch)[..., None].expand(-1, -1, batch)
-    lone = pairs.new_full((len(networks), batch), 1.0 / batch)
-    return _weighted_objective(nodes, networks, labels, lone, pairs, coefficients, *settings)
+    return _weighted(nodes, networks, labels, rows, weights, *settings)[0]
 
 
-@overload
-def layerwise_mcl_loss(
+def mcl_objective(
+    embeddings: Networks,
+    labels: Tensor,
+    *,
+    weights: Weights = PUBLISHED_WEIGHTS,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> MCLObjective:
+    """:func:`mcl_loss` together with its terms, for a log.
+
+    Args:
+        embeddings, labels, weights, temperature, kl_temperature, backend: as in :func:`mcl_loss`.
+
+    Returns:
+        MCLObjective(loss, terms); the loss is that of :func:`mcl_loss`, the terms give no gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import mcl_objective, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> features = torch.randn(2, 8, 16, requires_grad=True)
+        >>> loss, terms = mcl_objective(unit_norm(features), torch.arange(8) % 4)
+        >>> loss.backward()
+        >>> sorted(terms._asdict()), terms.vcl.requires_grad
+        (['icl', 'soft_icl', 'soft_vcl', 'vcl'], False)
+    """
+    nodes, networks = stack_nodes(embeddings, stages=False)
+    rows = weighting.equal_row_weights(networks, nodes)
+    settings = temperature, kl_temperature, backend
+    loss, terms = _weighted(nodes, networks, labels, rows, weights, *settings)
+    return MCLObjective(loss, terms())
+
+
+def layerwise_mcl_terms(
     embeddings: Nodes,
     labels: Tensor,
     pair_weights: Tensor | None = None,
@@ -233,34 +344,8 @@ def layerwise_mcl_loss(
     temperature: float = 0.1,
     kl_temperature: float = 3.0,
     backend: str = "auto",
-    coefficients: None = None,
-) -> MCLTerms: ...
-
-
-@overload
-def layerwise_mcl_loss(
-    embeddings: Nodes,
-    labels: Tensor,
-    pair_weights: Tensor | None = None,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float],
-) -> MCLObjective: ...
-
-
-def layerwise_mcl_loss(
-    embeddings: Nodes,
-    labels: Tensor,
-    pair_weights: Tensor | None = None,
-    *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
-    backend: str = "auto",
-    coefficients: Sequence[float] | None = None,
-) -> MCLTerms | MCLObjective:
-    """Layer-wise mutual contrastive learning: every stage with every stage of the peers.
+) -> MCLTerms:
+    """The four terms of layer-wise mutual contrastive learning: every stage with those of peers.
 
     With ``u = pair_weights + pair_weights.transpose(0, 1)``, zero inside one network, and the rows
     of :func:`mcl_rows`: ``icl = (u * rows.icl).sum() / B``, the soft terms alike, and
@@ -271,64 +356,122 @@ def layerwise_mcl_loss(
         labels: [B] integers.
         pair_weights: [N, N, B] weight of each pair of nodes for each sample (N = all stages of all
             networks, network-major), as a :class:`mclfast.LayerMatcher` gives; None for ones.
-        temperature, kl_temperature, backend: as in :func:`mcl_rows`.
-        coefficients: weights of (vcl, soft_vcl, icl, soft_icl) in one loss. Known in advance, they
-            let values and gradient be computed in one sweep: the fastest form. The pair weights
-            get no gradient then, and must not ask for one.
+        temperature, kl_temperature, backend: as in :func:`mcl_terms`.
 
     Returns:
-        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each; with ``coefficients``
-        MCLObjective(loss, terms), where only the loss gives a gradient.
+        MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each, differentiable to second order, also
+        with respect to the pair weights.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
 
-    Source: arXiv 2207.11518, section 3.3; published weights 0.1, 1, 0.1, 1 on CIFAR-100.
+    Examples:
+        >>> import torch
+        >>> from mclfast import layerwise_mcl_terms, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> embeddings = unit_norm(torch.randn(2, 3, 8, 16))          # 2 networks of 3 stages
+        >>> weights = torch.rand(6, 6, 8, requires_grad=True)
+        >>> layerwise_mcl_terms(embeddings, torch.arange(8) % 4, weights).icl.backward()
+        >>> weights.grad.shape
+        torch.Size([6, 6, 8])
+
+    Source: arXiv 2207.11518, section 3.3.
     """
     nodes, networks = stack_nodes(embeddings, stages=True)
-    weights = check_pair_weights(pair_weights, nodes)
-    settings = temperature, kl_temperature, backend
+    pairs = check_pair_weights(pair_weights, nodes)
     with torch.autocast(nodes.device.type, enabled=False):
-        if coefficients is None:
-            rows = _rows(nodes, networks, labels, *settings)
-            return weighting.layerwise_mcl_terms(rows, networks, weights)
-        check_constant(weights)
-        pairs = weighting.both_directions(weights, networks, nodes) / nodes.shape[1]
-        return _weighted_objective(
-            nodes, networks, labels, pairs.sum(1), pairs, coefficients, *settings
-        )
+        rows = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
+        return weighting.layerwise_mcl_terms(rows, networks, pairs)
 
 
-def _weighted_objective(
-    nodes: Tensor,
-    networks: tuple[int, ...],
+def layerwise_mcl_loss(
+    embeddings: Nodes,
     labels: Tensor,
-    lone: Tensor,
-    pairs: Tensor,
-    coefficients: Sequence[float],
-    temperature: float,
-    kl_temperature: float,
-    backend: str,
+    pair_weights: Tensor | None = None,
+    *,
+    weights: Weights = PUBLISHED_WEIGHTS,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Layer-wise mutual contrastive learning: the weighted sum of :func:`layerwise_mcl_terms`.
+
+    Args:
+        embeddings: [M, L, B, D] unit-norm, or networks of stages of [B, D].
+        labels: [B] integers.
+        pair_weights: [N, N, B] weight of each pair of nodes for each sample; None for ones.
+        weights: weights of vcl, soft_vcl, icl and soft_icl, as in :func:`mcl_loss`. Weights of
+            terms and of pairs that require a gradient get it; where none does, the loss and its
+            gradient are computed in one sweep, the fastest form.
+        temperature, kl_temperature, backend: as in :func:`mcl_terms`.
+
+    Returns:
+        The loss, 0-dim, differentiable to second order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import layerwise_mcl_loss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> features = torch.randn(2, 3, 8, 16, requires_grad=True)   # 2 networks of 3 stages
+        >>> layerwise_mcl_loss(unit_norm(features), torch.arange(8) % 4).backward()
+        >>> features.grad.shape
+        torch.Size([2, 3, 8, 16])
+
+    Source: arXiv 2207.11518, section 3.3; published weights 0.1, 1, 0.1, 1 on CIFAR-100.
+    """
+    settings = temperature, kl_temperature, backend
+    return _layerwise(embeddings, labels, pair_weights, weights, *settings)[0]
+
+
+def layerwise_mcl_objective(
+    embeddings: Nodes,
+    labels: Tensor,
+    pair_weights: Tensor | None = None,
+    *,
+    weights: Weights = PUBLISHED_WEIGHTS,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+    backend: str = "auto",
 ) -> MCLObjective:
-    """``coefficients`` times the terms; row weights ``lone`` [N, B] (vcl), ``pairs`` [N, N, B]."""
-    check_coefficients(coefficients)
-    backend = _checked(nodes, labels, temperature, kl_temperature, backend)
-    row_weights = (lone, pairs, pairs, pairs)
+    """:func:`layerwise_mcl_loss` together with its terms, for a log.
+
+    Args:
+        embeddings, labels, pair_weights, weights, temperature, kl_temperature, backend: as in
+            :func:`layerwise_mcl_loss`.
+
+    Returns:
+        MCLObjective(loss, terms); the loss is that of :func:`layerwise_mcl_loss`, the terms give no
+        gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import layerwise_mcl_objective, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> embeddings = unit_norm(torch.randn(2, 3, 8, 16))
+        >>> loss, terms = layerwise_mcl_objective(embeddings, torch.arange(8) % 4)
+        >>> torch.allclose(loss, terms.weighted_sum(0.1, 1, 0.1, 1))
+        True
+    """
+    settings = temperature, kl_temperature, backend
+    loss, terms = _layerwise(embeddings, labels, pair_weights, weights, *settings)
+    return MCLObjective(loss, terms())
+
+
+def _layerwise(
+    embeddings: Nodes, labels: Tensor, pair_weights: Tensor | None, weights: Weights, *settings: Any
+) -> tuple[Tensor, Callable[[], MCLTerms]]:
+    """The loss of all pairs of stages, and a call that gives its terms."""
+    nodes, networks = stack_nodes(embeddings, stages=True)
+    given = check_pair_weights(pair_weights, nodes)
     with torch.autocast(nodes.device.type, enabled=False):
-        if backend == "reference":
-            all_rows = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
-            return plain_objective(row_weights, all_rows[:4], coefficients)
-        loss, rows = _objective(
-            nodes,
-            networks,
-            labels,
-            scaled(row_weights, coefficients),
-            temperature,
-            kl_temperature,
-            ops.ALL,
-            backend,
-        )
-        return MCLObjective(loss, weighted_sums(row_weights, rows))
+        pairs = weighting.both_directions(given, networks, nodes) / nodes.shape[1]
+        return _weighted(nodes, networks, labels, (pairs.sum(1), pairs), weights, *settings)
 
 
 def supcon_loss(
@@ -351,6 +494,15 @@ def supcon_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import supcon_loss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> features = torch.randn(8, 16, requires_grad=True)
+        >>> supcon_loss(unit_norm(features), torch.arange(8) % 4, temperature=0.1).backward()
+        >>> features.grad.shape
+        torch.Size([8, 16])
+
     Source: arXiv 2004.11362, equation 2 (L_out).
     """
     nodes = check_embeddings("embeddings", embeddings, ["B", "D"])[None]
@@ -361,7 +513,7 @@ def supcon_loss(
         batch = embeddings.shape[0]
         mean = nodes.new_full((1, batch), 1.0 / batch, dtype=statistics_dtype(nodes))
         weights = (mean, *(mean.new_zeros(1, 1, batch) for _ in range(3)))
-        return _objective(nodes, (0,), labels, weights, temperature, 1.0, ops.VCL, backend)[0]
+        return _objective(nodes, (0,), labels, weights, temperature, 1.0, VCL, backend)[0]
 
 
 def info_nce_loss(
@@ -382,6 +534,18 @@ def info_nce_loss(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
+
+    Examples:
+        >>> import torch
+        >>> from mclfast import info_nce_loss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> images, texts = unit_norm(torch.randn(2, 8, 16))
+        >>> loss = info_nce_loss(images, texts, temperature=0.07)
+        >>> scores = images @ texts.T / 0.07
+        >>> cross_entropy, target = torch.nn.functional.cross_entropy, torch.arange(8)
+        >>> eager = (cross_entropy(scores, target) + cross_entropy(scores.T, target)) / 2
+        >>> torch.allclose(loss, eager)
+        True
 
     Source: arXiv 1807.03748, equation 4; symmetric form arXiv 2103.00020, figure 3.
     """
@@ -424,6 +588,16 @@ def similarity_kl_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mcl_rows`.
 
+    Examples:
+        >>> import torch
+        >>> from mclfast import similarity_kl_loss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> student = torch.randn(8, 16, requires_grad=True)
+        >>> teacher = unit_norm(torch.randn(8, 32))                   # may have another width
+        >>> similarity_kl_loss(unit_norm(student), teacher).backward()
+        >>> student.grad.shape
+        torch.Size([8, 16])
+
     Source: arXiv 2104.12565, equation 8 (soft VCL of one ordered pair).
     """
     check_embeddings("student", student, ["B", "D"])
@@ -450,6 +624,6 @@ def similarity_kl_loss(
             (pairs[0], weights, pairs, pairs),
             temperature,
             kl_temperature,
-            ops.SOFT_VCL,
+            SOFT_VCL,
             backend,
         )[0]

@@ -1,4 +1,4 @@
-"""The losses as modules, with the defaults of their functional twins."""
+"""The losses as modules, with the defaults of the functions of the same name."""
 
 from __future__ import annotations
 
@@ -8,167 +8,277 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mclfast._base.checks import check_temperature
-from mclfast.losses import banks as bank_functional
+from mclfast._base.checks import check_temperature, check_weights
+from mclfast.losses import banks as bank_losses
 from mclfast.losses import in_batch
-from mclfast.losses.results import MCLObjective, MCLTerms
+from mclfast.losses.results import PUBLISHED_WEIGHTS, MCLTerms, Weights
 
 
 class _Loss(nn.Module):
-    """What all losses keep."""
+    """A loss that keeps the settings of its function; parameters among the weights are its own."""
 
-    def __init__(self, temperature: float, backend: str) -> None:
+    def __init__(self, *, weights: Weights | None = None, **settings: Any) -> None:
         super().__init__()
-        self.temperature = check_temperature("temperature", temperature)
-        self.backend = backend
+        for name, value in settings.items():
+            if name.endswith("temperature"):
+                check_temperature(name, value)
+            setattr(self, name, value)
+        self._settings = tuple(settings)
+        self._weighted = weights is not None
+        if weights is not None:
+            self._keep_weights(weights)
+
+    def _keep_weights(self, weights: Weights) -> None:
+        entries = check_weights(weights)
+        # What is kept as a parameter or a buffer follows ``.to()`` and is found by optimisers.
+        if isinstance(weights, Tensor):
+            self._keep("weights", weights)
+            return
+        for term, weight in zip(MCLTerms._fields, entries, strict=True):
+            self._keep(f"{term}_weight", weight)
+
+    def _keep(self, name: str, value: float | Tensor) -> None:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value, persistent=False)
+        else:
+            setattr(self, name, value)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that the module passes to its function."""
+        found = {name: getattr(self, name) for name in self._settings}
+        if not self._weighted:
+            return found
+        if hasattr(self, "weights"):
+            return {"weights": self.weights, **found}
+        weights = tuple(getattr(self, f"{term}_weight") for term in MCLTerms._fields)
+        return {"weights": weights, **found}
 
     def extra_repr(self) -> str:
-        names = ("temperature", "kl_temperature", "backend", "coefficients")
-        return ", ".join(f"{n}={getattr(self, n)!r}" for n in names if hasattr(self, n))
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 
 
-class _KLLoss(_Loss):
-    """A loss that compares distributions."""
+class MCLLoss(_Loss):
+    """Module form of :func:`mclfast.mcl_loss`.
 
-    def __init__(self, temperature: float, kl_temperature: float, backend: str) -> None:
-        super().__init__(temperature, backend)
-        self.kl_temperature = check_temperature("kl_temperature", kl_temperature)
+    Args:
+        weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
+            [4]. An ``nn.Parameter`` among them is a parameter of the module and is trained.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
 
-
-class _ObjectiveLoss(_KLLoss):
-    """The four terms, or with coefficients their weighted sum."""
+    Examples:
+        >>> import torch
+        >>> from mclfast import MCLLoss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> loss = MCLLoss(weights=(0.1, 1.0, 0.1, 1.0))
+        >>> loss(unit_norm(torch.randn(2, 8, 16)), torch.arange(8) % 4).shape
+        torch.Size([])
+    """
 
     def __init__(
         self,
+        weights: Weights = PUBLISHED_WEIGHTS,
         temperature: float = 0.1,
         kl_temperature: float = 3.0,
         backend: str = "auto",
-        coefficients: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(temperature, kl_temperature, backend)
-        # Any: whether there are coefficients decides what the function returns.
-        self.coefficients: Any = coefficients
+        super().__init__(
+            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
+        )
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "temperature": self.temperature,
-            "kl_temperature": self.kl_temperature,
-            "backend": self.backend,
-            "coefficients": self.coefficients,
-        }
+    def forward(self, embeddings: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+        """The loss, 0-dim, for embeddings [M, B, D] and labels [B]."""
+        return in_batch.mcl_loss(embeddings, labels, **self.settings())
 
 
-class MCLLoss(_ObjectiveLoss):
-    """Module twin of :func:`mclfast.mcl_loss`.
+class LayerwiseMCLLoss(_Loss):
+    """Module form of :func:`mclfast.layerwise_mcl_loss`.
 
-    Examples:
-        >>> loss = MCLLoss(temperature=0.1)
-        >>> terms = loss(embeddings, labels)                       # [M, B, D], [B]
-        >>> terms.weighted_sum(vcl=0.1, soft_vcl=1.0, icl=0.1, soft_icl=1.0).backward()
-    """
-
-    def forward(
-        self, embeddings: Tensor | Sequence[Tensor], labels: Tensor
-    ) -> MCLTerms | MCLObjective:
-        return in_batch.mcl_loss(embeddings, labels, **self._settings())
-
-
-class LayerwiseMCLLoss(_ObjectiveLoss):
-    """Module twin of :func:`mclfast.layerwise_mcl_loss`.
+    Args:
+        weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
+            [4]. An ``nn.Parameter`` among them is a parameter of the module and is trained.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
-        >>> loss = LayerwiseMCLLoss(coefficients=(0.1, 1.0, 0.1, 1.0))
-        >>> loss(embeddings, labels, weights).loss.backward()      # [M, L, B, D], [B], [N, N, B]
+        >>> import torch
+        >>> from mclfast import LayerwiseMCLLoss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> loss = LayerwiseMCLLoss(weights=torch.nn.Parameter(torch.ones(4)))
+        >>> loss(unit_norm(torch.randn(2, 3, 8, 16)), torch.arange(8) % 4).backward()
+        >>> loss.weights.grad.shape
+        torch.Size([4])
     """
+
+    def __init__(
+        self,
+        weights: Weights = PUBLISHED_WEIGHTS,
+        temperature: float = 0.1,
+        kl_temperature: float = 3.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
+        )
 
     def forward(
         self,
         embeddings: Tensor | Sequence[Sequence[Tensor]],
         labels: Tensor,
         pair_weights: Tensor | None = None,
-    ) -> MCLTerms | MCLObjective:
-        return in_batch.layerwise_mcl_loss(embeddings, labels, pair_weights, **self._settings())
+    ) -> Tensor:
+        """The loss, 0-dim, for embeddings [M, L, B, D], labels [B], pair weights [N, N, B]."""
+        return in_batch.layerwise_mcl_loss(embeddings, labels, pair_weights, **self.settings())
 
 
 class SupConLoss(_Loss):
-    """Module twin of :func:`mclfast.supcon_loss`.
+    """Module form of :func:`mclfast.supcon_loss`.
+
+    Args:
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
-        >>> SupConLoss(temperature=0.1)(embeddings, labels).backward()  # [B, D], [B]
+        >>> import torch
+        >>> from mclfast import SupConLoss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> SupConLoss(temperature=0.1)(unit_norm(torch.randn(8, 16)), torch.arange(8) % 4).shape
+        torch.Size([])
     """
 
     def __init__(self, temperature: float = 0.1, backend: str = "auto") -> None:
-        super().__init__(temperature, backend)
+        super().__init__(temperature=temperature, backend=backend)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return in_batch.supcon_loss(
-            embeddings, labels, temperature=self.temperature, backend=self.backend
-        )
+        """The loss, 0-dim, for embeddings [B, D] and labels [B]."""
+        return in_batch.supcon_loss(embeddings, labels, **self.settings())
 
 
 class InfoNCELoss(_Loss):
-    """Module twin of :func:`mclfast.info_nce_loss`.
+    """Module form of :func:`mclfast.info_nce_loss`.
+
+    Args:
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
-        >>> InfoNCELoss(temperature=0.07)(images, texts).backward()     # [B, D] each
+        >>> import torch
+        >>> from mclfast import InfoNCELoss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> images, texts = unit_norm(torch.randn(2, 8, 16))
+        >>> InfoNCELoss(temperature=0.07)(images, texts).shape
+        torch.Size([])
     """
 
     def __init__(self, temperature: float = 0.1, backend: str = "auto") -> None:
-        super().__init__(temperature, backend)
+        super().__init__(temperature=temperature, backend=backend)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return in_batch.info_nce_loss(a, b, temperature=self.temperature, backend=self.backend)
+        """The loss, 0-dim, for two views [B, D] of the same samples."""
+        return in_batch.info_nce_loss(a, b, **self.settings())
 
 
-class SimilarityKLLoss(_KLLoss):
-    """Module twin of :func:`mclfast.similarity_kl_loss`.
+class SimilarityKLLoss(_Loss):
+    """Module form of :func:`mclfast.similarity_kl_loss`.
+
+    Args:
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
-        >>> SimilarityKLLoss()(student, teacher).backward()             # [B, D], [B, D']
+        >>> import torch
+        >>> from mclfast import SimilarityKLLoss, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> student, teacher = unit_norm(torch.randn(8, 16)), unit_norm(torch.randn(8, 32))
+        >>> SimilarityKLLoss()(student, teacher).shape
+        torch.Size([])
     """
 
     def __init__(
         self, temperature: float = 0.1, kl_temperature: float = 3.0, backend: str = "auto"
     ) -> None:
-        super().__init__(temperature, kl_temperature, backend)
+        super().__init__(temperature=temperature, kl_temperature=kl_temperature, backend=backend)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return in_batch.similarity_kl_loss(
-            student,
-            teacher,
-            temperature=self.temperature,
-            kl_temperature=self.kl_temperature,
-            backend=self.backend,
-        )
+        """The loss, 0-dim, for a student [B, D] and a teacher [B, D'] of the same samples."""
+        return in_batch.similarity_kl_loss(student, teacher, **self.settings())
 
 
-class BankMCLLoss(_ObjectiveLoss):
-    """Module twin of :func:`mclfast.bank_mcl_loss`.
+class BankMCLLoss(_Loss):
+    """Module form of :func:`mclfast.bank_mcl_loss`.
+
+    Args:
+        weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
+            [4]. An ``nn.Parameter`` among them is a parameter of the module and is trained.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
-        >>> bank = MemoryBank(2, len(labels), 128)
-        >>> sampler = ContrastSampler(labels, 8192)
-        >>> loss = BankMCLLoss(temperature=0.07, coefficients=(0.1, 1.0, 0.1, 1.0))
-        >>> loss(embeddings, bank.banks, *sampler.sample(index, step)).loss.backward()
-        >>> bank.update(index, embeddings.detach())                # [M, B, D]
+        >>> import torch
+        >>> from mclfast import BankMCLLoss, ContrastSampler, MemoryBank, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> sampler = ContrastSampler(torch.arange(40) % 4, num_negatives=8)
+        >>> indices = sampler.sample(torch.arange(6), step=0)
+        >>> loss = BankMCLLoss(temperature=0.07)
+        >>> loss(unit_norm(torch.randn(2, 6, 16)), bank.banks, *indices).shape
+        torch.Size([])
     """
+
+    def __init__(
+        self,
+        weights: Weights = PUBLISHED_WEIGHTS,
+        temperature: float = 0.1,
+        kl_temperature: float = 3.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
+        )
 
     def forward(
         self, embeddings: Tensor | Sequence[Tensor], banks: Tensor, pos_idx: Tensor, neg_idx: Tensor
-    ) -> MCLTerms | MCLObjective:
-        return bank_functional.bank_mcl_loss(
-            embeddings, banks, pos_idx, neg_idx, **self._settings()
-        )
+    ) -> Tensor:
+        """The loss, 0-dim, for embeddings [M, B, D], banks [M, n, D] and drawn sample numbers."""
+        return bank_losses.bank_mcl_loss(embeddings, banks, pos_idx, neg_idx, **self.settings())
 
 
-class LayerwiseBankMCLLoss(_ObjectiveLoss):
-    """Module twin of :func:`mclfast.layerwise_bank_mcl_loss`.
+class LayerwiseBankMCLLoss(_Loss):
+    """Module form of :func:`mclfast.layerwise_bank_mcl_loss`.
+
+    Args:
+        weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
+            [4]. An ``nn.Parameter`` among them is a parameter of the module and is trained.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
-        >>> loss = LayerwiseBankMCLLoss(temperature=0.07, coefficients=(0.01, 1.0, 0.01, 1.0))
-        >>> indices = sampler.sample(index, step)
-        >>> loss(embeddings, bank.banks, *indices, weights).loss.backward()  # [M, L, B, D]
+        >>> import torch
+        >>> from mclfast import LayerwiseBankMCLLoss, ContrastSampler, MemoryBank, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> sampler = ContrastSampler(torch.arange(40) % 4, num_negatives=8)
+        >>> indices = sampler.sample(torch.arange(6), step=0)
+        >>> loss = LayerwiseBankMCLLoss(weights=(0.01, 1.0, 0.01, 1.0), temperature=0.07)
+        >>> loss(unit_norm(torch.randn(2, 3, 6, 16)), bank.banks, *indices).shape
+        torch.Size([])
     """
+
+    def __init__(
+        self,
+        weights: Weights = PUBLISHED_WEIGHTS,
+        temperature: float = 0.1,
+        kl_temperature: float = 3.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
+        )
 
     def forward(
         self,
@@ -177,17 +287,18 @@ class LayerwiseBankMCLLoss(_ObjectiveLoss):
         pos_idx: Tensor,
         neg_idx: Tensor,
         pair_weights: Tensor | None = None,
-    ) -> MCLTerms | MCLObjective:
-        return bank_functional.layerwise_bank_mcl_loss(
-            embeddings, banks, pos_idx, neg_idx, pair_weights, **self._settings()
+    ) -> Tensor:
+        """The loss, 0-dim, for embeddings [M, L, B, D], banks [M, n, D], pair weights [N, N, B]."""
+        return bank_losses.layerwise_bank_mcl_loss(
+            embeddings, banks, pos_idx, neg_idx, pair_weights, **self.settings()
         )
 
 
 class BankNCELoss(_Loss):
-    """Module twin of :func:`mclfast.bank_nce_loss`.
+    """Module form of :func:`mclfast.bank_nce_loss`.
 
     Args:
-        temperature: divides the cosine similarities.
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
         backend: "auto" or a name that ``mclfast env`` lists.
         freeze_normalizer: keep the normalising constants of the first batch, as contrastive
             representation distillation does, instead of estimating them from every batch.
@@ -196,9 +307,16 @@ class BankNCELoss(_Loss):
         log_normalizer: [M, M] buffer once they are frozen, part of ``state_dict`` then.
 
     Examples:
+        >>> import torch
+        >>> from mclfast import BankNCELoss, ContrastSampler, MemoryBank, unit_norm
+        >>> _ = torch.manual_seed(0)
+        >>> bank = MemoryBank(num_networks=2, num_samples=40, dim=16)
+        >>> sampler = ContrastSampler(torch.arange(40) % 4, num_negatives=8, num_positives=0)
+        >>> indices = sampler.sample(torch.arange(6), step=0)
         >>> loss = BankNCELoss(temperature=0.07, freeze_normalizer=True)
-        >>> contrast_idx = torch.cat(sampler.sample(index, step), 1)   # of num_positives=0
-        >>> loss(torch.stack([student, teacher]), bank.banks, contrast_idx).backward()
+        >>> student_and_teacher = unit_norm(torch.randn(2, 6, 16))
+        >>> loss(student_and_teacher, bank.banks, torch.cat(indices, 1)).shape
+        torch.Size([])
     """
 
     log_normalizer: Tensor | None
@@ -206,22 +324,21 @@ class BankNCELoss(_Loss):
     def __init__(
         self, temperature: float = 0.1, backend: str = "auto", freeze_normalizer: bool = False
     ) -> None:
-        super().__init__(temperature, backend)
+        super().__init__(temperature=temperature, backend=backend)
         self.freeze_normalizer = freeze_normalizer
         self.register_buffer("log_normalizer", None)
 
     def forward(
         self, embeddings: Tensor | Sequence[Tensor], banks: Tensor, contrast_idx: Tensor
     ) -> Tensor:
-        settings: dict[str, Any] = {"temperature": self.temperature, "backend": self.backend}
+        """The loss, 0-dim, for embeddings [M, B, D], banks [M, n, D], sample numbers [B, 1 + K]."""
+        settings = self.settings()
         if self.freeze_normalizer and self.log_normalizer is None:
-            found = bank_functional.bank_nce_log_normalizer(
-                embeddings, banks, contrast_idx, **settings
-            )
+            found = bank_losses.bank_nce_log_normalizer(embeddings, banks, contrast_idx, **settings)
             # The first batch may be one of evaluation, those after it train.
             with torch.inference_mode(False):
                 self.log_normalizer = found.clone()
-        return bank_functional.bank_nce_loss(
+        return bank_losses.bank_nce_loss(
             embeddings, banks, contrast_idx, log_normalizer=self.log_normalizer, **settings
         )
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+#: Weight of a term: a number, or a 0-dim tensor that may ask for a gradient.
+Weight = float | Tensor
+#: Weights of vcl, soft_vcl, icl and soft_icl, or one tensor [4].
+Weights = Sequence[Weight] | Tensor
+#: The published weights of vcl, soft_vcl, icl and soft_icl on CIFAR-100.
+PUBLISHED_WEIGHTS = (0.1, 1.0, 0.1, 1.0)
 
 
 class MCLRows(NamedTuple):
@@ -63,9 +71,11 @@ class MCLTerms(NamedTuple):
     icl: Tensor
     soft_icl: Tensor
 
-    def weighted_sum(self, vcl: float, soft_vcl: float, icl: float, soft_icl: float) -> Tensor:
-        """The terms, each times its weight, added up; 0-dim."""
-        return vcl * self.vcl + soft_vcl * self.soft_vcl + icl * self.icl + soft_icl * self.soft_icl
+    def weighted_sum(self, vcl: Weight, soft_vcl: Weight, icl: Weight, soft_icl: Weight) -> Tensor:
+        """The terms, each times its weight, added up; 0-dim, in the dtype of the terms."""
+        pairs = zip((vcl, soft_vcl, icl, soft_icl), self, strict=True)
+        first, *rest = (w.to(t) * t if isinstance(w, Tensor) else w * t for w, t in pairs)
+        return sum(rest, start=first)
 
 
 class MCLObjective(NamedTuple):

@@ -8,8 +8,24 @@ import torch
 from torch import Tensor
 
 from mclfast._base.tensors import statistics_dtype
-from mclfast.losses.results import BankMCLRows, MCLObjective, MCLRows, MCLTerms
+from mclfast.losses.results import BankMCLRows, MCLRows, MCLTerms, Weight
 from mclfast.ops import in_batch as ops
+
+
+def equal_row_weights(networks: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Row weights that make every term a batch mean, summed over networks and ordered pairs.
+
+    Args:
+        networks: network of each node.
+        like: [N, B, ...], gives the batch size, dtype and device.
+
+    Returns:
+        For vcl [N, B]; for the families of pairs [N, N, B], zero inside a network.
+    """
+    batch = like.shape[1]
+    between = between_networks(networks, like).to(statistics_dtype(like))
+    pairs = (between / batch)[..., None].expand(-1, -1, batch)
+    return pairs.new_full((len(networks), batch), 1.0 / batch), pairs
 
 
 def mcl_terms(rows: MCLRows) -> MCLTerms:
@@ -107,20 +123,23 @@ def layerwise_bank_mcl_terms(
     )
 
 
-def scaled(row_weights: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
-    """The weights of each family times its coefficient."""
-    return [w if c == 1 else c * w for c, w in zip(coefficients, row_weights, strict=True)]
-
-
-def plain_objective(
-    row_weights: Sequence[Tensor], rows: Sequence[Tensor], coefficients: Sequence[float]
-) -> MCLObjective:
-    """The objective from differentiable rows."""
-    terms = weighted_sums(row_weights, rows)
-    detached = MCLTerms(*(term.detach() for term in terms))
-    return MCLObjective(terms.weighted_sum(*coefficients), detached)
-
-
-def weighted_sums(row_weights: Sequence[Tensor], rows: Sequence[Tensor]) -> MCLTerms:
-    """The terms as sums of weights times rows."""
+def weighted_terms(row_weights: Sequence[Tensor], rows: Sequence[Tensor]) -> MCLTerms:
+    """The four terms, each the sum of the weights of a family of rows times the rows."""
     return MCLTerms(*(ops.weighted_sum(w, r) for w, r in zip(row_weights, rows, strict=True)))
+
+
+def detached(terms: MCLTerms) -> MCLTerms:
+    """The same values, without gradient."""
+    return MCLTerms(*(term.detach() for term in terms))
+
+
+def scaled(row_weights: Sequence[Tensor], weights: Sequence[Weight]) -> list[Tensor]:
+    """The row weights of each family times the weight of its term."""
+    return [_scaled(w, c) for c, w in zip(weights, row_weights, strict=True)]
+
+
+def _scaled(row_weights: Tensor, weight: Weight) -> Tensor:
+    # The value of a tensor is not looked at: that would wait for its device.
+    if not isinstance(weight, Tensor):
+        return row_weights if weight == 1 else weight * row_weights
+    return weight.to(row_weights) * row_weights

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 from mclfast._base.checks import check_integer, check_temperature
 from mclfast._base.settings import setting
 from mclfast.cohort.outputs import Batch, PeerOutputs
-from mclfast.losses import banks as bank_functional
-from mclfast.losses import in_batch
+from mclfast.losses import banks, in_batch
 from mclfast.losses.results import MCLObjective, MCLTerms
 from mclfast.methods._banked import BankMethod
 from mclfast.methods._options import check_term_weights, term_weights
@@ -68,46 +67,50 @@ class ContrastiveMethod(BankMethod):
         self, outputs: PeerOutputs, batch: Batch, pair_weights: Tensor | None = None
     ) -> MCLTerms:
         """The four terms, each differentiable; layer-wise with pair weights."""
-        terms = self._call(outputs, batch, pair_weights, None)
-        assert isinstance(terms, MCLTerms)
+        terms: MCLTerms = self._call("terms", outputs, batch, pair_weights)
         return terms
 
     def contrastive_objective(
         self, outputs: PeerOutputs, batch: Batch, pair_weights: Tensor | None = None
     ) -> MCLObjective:
         """The weighted sum of the four terms, in the fastest form; layer-wise with pair weights."""
-        objective = self._call(outputs, batch, pair_weights, self.coefficients())
-        assert isinstance(objective, MCLObjective)
+        weights = self.weights()
+        objective: MCLObjective = self._call(
+            "objective", outputs, batch, pair_weights, weights=weights
+        )
         return objective
 
-    def coefficients(self) -> tuple[float, float, float, float]:
+    def weights(self) -> tuple[float, float, float, float]:
         """The weights of vcl, soft_vcl, icl, soft_icl, in this order."""
         return term_weights(self.options)
 
     def _call(
         self,
+        form: Literal["terms", "objective"],
         outputs: PeerOutputs,
         batch: Batch,
         pair_weights: Tensor | None,
-        coefficients: Sequence[float] | None,
-    ) -> MCLTerms | MCLObjective:
+        **settings: Any,
+    ) -> Any:
+        """A form of the loss of the options: in the batch or with banks, layer-wise or not."""
         o = self.options
-        settings: dict[str, Any] = {
-            "temperature": o.temperature,
-            "kl_temperature": o.kl_temperature,
-            "backend": o.backend,
-            "coefficients": coefficients,
-        }
-        layerwise = pair_weights is not None
         embeddings: Any = outputs.embeddings
-        if not layerwise:
-            embeddings = [stages[-1] for stages in outputs.embeddings]
-        weights = [pair_weights] if layerwise else []
+        module: ModuleType
         if o.loss == "batch":
-            loss = in_batch.layerwise_mcl_loss if layerwise else in_batch.mcl_loss
-            return loss(embeddings, batch.labels, *weights, **settings)
-        banks, indices = self.contrast(batch)
-        bank_loss = (
-            bank_functional.layerwise_bank_mcl_loss if layerwise else bank_functional.bank_mcl_loss
+            module, name, arguments = in_batch, "mcl", [batch.labels]
+        else:
+            stored, indices = self.contrast(batch)
+            module, name, arguments = banks, "bank_mcl", [stored, *indices]
+        if pair_weights is None:
+            embeddings = [stages[-1] for stages in outputs.embeddings]
+        else:
+            arguments.append(pair_weights)
+            name = f"layerwise_{name}"
+        return getattr(module, f"{name}_{form}")(
+            embeddings,
+            *arguments,
+            temperature=o.temperature,
+            kl_temperature=o.kl_temperature,
+            backend=o.backend,
+            **settings,
         )
-        return bank_loss(embeddings, banks, *indices, *weights, **settings)

@@ -79,7 +79,7 @@ class LayerwiseMCL(ContrastiveMethod):
 
     def inner_loss(self, outputs: PeerOutputs, batch: Batch) -> Tensor:
         terms = self.contrastive_terms(outputs, batch, self.matcher(outputs.features))
-        return terms.weighted_sum(*self.coefficients())
+        return terms.weighted_sum(*self.weights())
 
     def outer_loss(self, outputs: PeerOutputs, batch: Batch) -> Tensor:
         return sum_cross_entropy(outputs, batch.labels)

@@ -348,10 +348,6 @@ def staged(
     pools its last map by a global average whatever the module itself does there, and runs
     nothing between stages, tail and pooling that is not named here.
 
-    Example::
-
-        net = staged(torchvision.models.resnet18(), ["layer1", "layer2", "layer3", "layer4"])
-
     Args:
         module: network from [B, in_channels, H, W] to logits [B, C].
         stages: dotted names of the stages in the order they run; a stage of several modules that
@@ -367,6 +363,18 @@ def staged(
         ValueError: a name is not found, or the classifier is not linear. Later, ``forward_taps``
             raises it if the stages do not run once each in this order, do not feed each other,
             change a map in place, or give maps of the wrong shape.
+
+    Examples:
+        >>> from torch import nn
+        >>> from mclfast import staged
+        >>> network = nn.Sequential()
+        >>> for name, part in {
+        ...     "low": nn.Conv2d(3, 8, 3), "high": nn.Conv2d(8, 16, 3),
+        ...     "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(16, 10),
+        ... }.items():
+        ...     network.add_module(name, part)
+        >>> staged(network, ["low", "high"], classifier="fc").num_classes
+        10
     """
     for argument, names in (("stages", stages), ("tail", tail)):
         if isinstance(names, str):

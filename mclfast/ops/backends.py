@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -132,11 +134,56 @@ def check_name(backend: str) -> None:
         raise unknown_name("backend", backend, ["auto", *PROBES])
 
 
+_chosen: ContextVar[str] = ContextVar("backend", default="auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes losses that are called with ``backend="auto"`` in the block take a backend by name.
+
+    A call that names a backend keeps its own. A loss that the chosen backend cannot compute raises,
+    as if the call had named the backend. Functions compiled by ``torch.compile`` keep the backend
+    that they were traced with.
+
+    Args:
+        name: "auto" or a name that ``mclfast env`` lists.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Examples:
+        >>> import torch
+        >>> import mclfast
+        >>> embeddings, labels = mclfast.unit_norm(torch.randn(8, 16)), torch.arange(8) % 4
+        >>> with mclfast.use_backend("reference"):
+        ...     plain = mclfast.supcon_loss(embeddings, labels)
+        >>> torch.allclose(plain, mclfast.supcon_loss(embeddings, labels))
+        True
+    """
+    check_name(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def chosen() -> str:
+    """The name that :func:`use_backend` was called with; "auto" outside of its block."""
+    return _chosen.get()
+
+
+def available(name: str) -> bool:
+    """Whether a backend can be used here, and :func:`use_backend` has chosen no other one."""
+    return chosen() in ("auto", name) and status_of(name).available
+
+
 def resolve(backend: str, device: str, *, banks: bool = False) -> str:
     """Turns the argument ``backend`` of a loss into the name of a backend for a device.
 
     Args:
-        backend: "auto" for the best on the device, or the name of a backend.
+        backend: "auto" for the choice of :func:`use_backend` or else the best on the device, or the
+            name of a backend.
         device: device type of the embeddings, "cpu" or "cuda".
         banks: whether the loss is a memory-bank loss, not an in-batch one.
 
@@ -149,6 +196,8 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
         BackendUnavailableError: the backend is not available here; the text says why and what to
             do.
     """
+    if backend == "auto":
+        backend = chosen()
     if backend == "auto":
         names = _BEST | _BEST_FOR_BANKS if banks else _BEST
         best = names.get(device, "reference")
@@ -179,6 +228,7 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
 # With this mark torch.compile takes the answer as a constant instead of tracing the probes. The
 # public decorator does no more than this, but loads the whole compiler.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_for(backend: str, *tensors: torch.Tensor, banks: bool = False) -> str:
@@ -187,5 +237,6 @@ def resolve_for(backend: str, *tensors: torch.Tensor, banks: bool = False) -> st
     For "auto", a float64 tensor rules out the backends that do not take float64.
     """
     found = resolve(backend, tensors[0].device.type, banks=banks)
+    backend = backend if backend != "auto" else chosen()
     has_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     return "reference" if backend == "auto" and found in _WITHOUT_FLOAT64 and has_float64 else found

@@ -6,7 +6,7 @@ statistics from which its backward recomputes the similarities; no [B, B] matrix
 ``mclfast.kernels`` (on a GPU, or interpreted on a CPU), "cuda" for the extension's CUDA kernels.
 ``torch.compile`` sees one operator. Operators of the memory-bank losses are in ``banks.py``.
 
-``families`` is a bit mask of the rows asked for: 1 vcl, 2 soft_vcl, 4 icl, 8 soft_icl; the others
+``families`` is a bit mask of the rows asked for (``mclfast/kernels/families.py``); the other rows
 are zero and cost nothing. Teachers are constants in the first and in the second derivative, as in
 ``mclfast/losses/reference.py``; there is no third derivative.
 
@@ -24,10 +24,8 @@ import torch
 from torch import Tensor
 
 from mclfast._base.tensors import statistics_dtype
+from mclfast.kernels.families import EACH
 from mclfast.ops import backends
-
-VCL, SOFT_VCL, ICL, SOFT_ICL = 1, 2, 4, 8
-ALL = VCL | SOFT_VCL | ICL | SOFT_ICL
 
 _SETTINGS = "int[] networks, float temperature, float kl_temperature, int families"
 _COTANGENTS = "Tensor g_vcl, Tensor g_soft_vcl, Tensor g_icl, Tensor g_soft_icl"
@@ -91,7 +89,7 @@ def fused_objective(name: str) -> Callable[..., tuple[Tensor, ...]]:
         *rows, lse, kl_lse, grad = implementation(backend, name)(*values)
         first, *rest = (
             weighted_sum(g, row)
-            for bit, g, row in zip((VCL, SOFT_VCL, ICL, SOFT_ICL), values[:4], rows, strict=True)
+            for bit, g, row in zip(EACH, values[:4], rows, strict=True)
             if values[-1] & bit
         )
         return sum(rest, start=first), *rows, lse, kl_lse, grad

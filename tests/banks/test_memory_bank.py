@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import golden
-from mclfast import MemoryBank, bank_mcl_loss
+from mclfast import MemoryBank, bank_mcl_terms
 from mclfast._base.tensors import unit_norm
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -85,7 +85,7 @@ def test_an_update_between_loss_and_backward_is_an_error(backend):
     bank = MemoryBank(2, 30, 4)
     e = unit_norm(torch.randn(2, 3, 4)).requires_grad_()
     pos, neg = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.randint(30, (3, 4))
-    terms = bank_mcl_loss(e, bank.banks, pos, neg)
+    terms = bank_mcl_terms(e, bank.banks, pos, neg)
     bank.update(pos[:, 0].contiguous(), e.detach())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         terms.icl.backward()

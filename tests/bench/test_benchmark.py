@@ -50,7 +50,7 @@ def test_published_form_equals_the_loss(m, stages):
     nodes = torch.nn.functional.normalize(nodes, dim=-1).requires_grad_()
     shape = (m * stages, m * stages, 9)
     weights = torch.rand(shape, dtype=torch.float64, generator=generator).requires_grad_()
-    ours = mclfast.layerwise_mcl_loss(
+    ours = mclfast.layerwise_mcl_terms(
         nodes.unflatten(0, (m, stages)), labels, weights, temperature=0.2, kl_temperature=2.0
     )
     networks = [a // stages for a in range(m * stages)]
@@ -85,7 +85,7 @@ def test_published_bank_form_equals_the_loss(m, stages):
     inputs, keys, nodes = wide_leaves(case)
     weights = inputs.pair_weights.requires_grad_()
     settings = {"temperature": 0.2, "kl_temperature": 2.0}
-    ours = mclfast.layerwise_bank_mcl_loss(
+    ours = mclfast.layerwise_bank_mcl_terms(
         nodes.unflatten(0, (m, stages)),
         keys.banks,
         keys.pos_idx,
@@ -94,7 +94,7 @@ def test_published_bank_form_equals_the_loss(m, stages):
         backend="reference",
         **settings,
     )
-    theirs = published_bank.layerwise_bank_mcl_loss(
+    theirs = published_bank.layerwise_bank_mcl_terms(
         nodes, inputs.networks, keys.banks, keys.rows, 1, weights, **settings
     )
     for x, y in zip(ours, theirs, strict=True):

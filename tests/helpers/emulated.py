@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mclfast.kernels.families import ALL
+
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -110,7 +112,7 @@ class Kernels:
         networks: list[int],
         tau: float,
         t: float = 1.0,
-        families: int = 15,
+        families: int = ALL,
     ) -> Bank:
         for x in (nodes, banks):
             assert x.is_contiguous()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mclfast.kernels.families import ALL, ICL, SOFT_ICL, SOFT_VCL, VCL
+
 Rows = namedtuple("Rows", "vcl soft_vcl icl soft_icl lse kl_lse")
 
 
@@ -20,7 +22,7 @@ def bank_rows(
     networks: list[int],
     tau: float,
     t: float,
-    families: int = 15,
+    families: int = ALL,
 ) -> Rows:
     n_nodes, batch, _ = nodes.shape
     n_banks, positives = banks.shape[0], pos_idx.shape[1] - 1
@@ -43,19 +45,23 @@ def bank_rows(
     for e, own in enumerate(networks):
         for m in range(n_banks):
             intra = m == own
-            needed = families & (3 if intra else 12)
+            needed = families & (VCL | SOFT_VCL if intra else ICL | SOFT_ICL)
             lse[m, e] = z[m, e].logsumexp(1) if needed else zero
             kl_lse[m, e] = (z[m, e] / t).logsumexp(1) if needed else zero
             count = positives + (not intra)
             hard = lse[m, e] - z[m, e][:, :count].mean(1) if count else zero
             if intra:
-                vcl[e] = hard if families & 1 else zero
-            icl[m, e] = hard if families & 4 and not intra else zero
+                vcl[e] = hard if families & VCL else zero
+            icl[m, e] = hard if families & ICL and not intra else zero
     for a, net_a in enumerate(networks):
         for b, net_b in enumerate(networks):
             cross = net_a != net_b
-            soft_vcl[a, b] = teach(z[net_a, a], z[net_b, b]) if cross and families & 2 else zero
-            soft_icl[a, b] = teach(z[net_a, b], z[net_b, a]) if cross and families & 8 else zero
+            soft_vcl[a, b] = (
+                teach(z[net_a, a], z[net_b, b]) if cross and families & SOFT_VCL else zero
+            )
+            soft_icl[a, b] = (
+                teach(z[net_a, b], z[net_b, a]) if cross and families & SOFT_ICL else zero
+            )
 
     def stack(parts: dict, *shape: int) -> Tensor:
         keys = [()]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mclfast.kernels.families import ALL, ICL, SOFT_ICL, SOFT_VCL, VCL
+
 
 def logits(vector: Tensor, bank: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """[K1]: similarities of one embedding to the keys of one sample."""
@@ -32,7 +34,7 @@ def mcl_rows(
     networks: list[int],
     temperature: float,
     kl_temperature: float,
-    families: int = 15,
+    families: int = ALL,
 ) -> dict[str, Tensor]:
     """vcl [N, B], soft_vcl [N, N, B], icl [M, N, B], soft_icl [N, N, B], lse and kl_lse."""
     count, batch = nodes.shape[:2]
@@ -49,7 +51,7 @@ def mcl_rows(
                 z[m, e] = full[1:] if networks[e] == m else full
         for (m, e), row in z.items():
             own = networks[e] == m
-            hard, soft = (families & 1, families & 2) if own else (families & 4, families & 8)
+            hard, soft = (families & bit for bit in ((VCL, SOFT_VCL) if own else (ICL, SOFT_ICL)))
             if hard:
                 cells["lse"][m, e, r] = row.logsumexp(0)
                 n_pos = positives if own else positives + 1
@@ -63,9 +65,9 @@ def mcl_rows(
                 na, nb = networks[a], networks[b]
                 if na == nb:
                     continue
-                if families & 2:
+                if families & SOFT_VCL:
                     cells["soft_vcl"][a, b, r] = _soft(z[na, a], z[nb, b], kl_temperature)
-                if families & 8:
+                if families & SOFT_ICL:
                     cells["soft_icl"][a, b, r] = _soft(z[na, b], z[nb, a], kl_temperature)
     shapes = {
         "vcl": (count, batch),

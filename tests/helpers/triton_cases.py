@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mclfast.kernels.families import ALL, EACH, ICL, SOFT_ICL, SOFT_VCL, VCL
 from mclfast.kernels.info_nce import info_nce_backward, info_nce_double_backward, info_nce_forward
 from mclfast.kernels.mcl_backward import mcl_rows_backward
 from mclfast.kernels.mcl_double_backward import mcl_rows_double_backward
@@ -31,7 +32,7 @@ class Case(NamedTuple):
     d: int
     temperature: float
     kl_temperature: float
-    families: int = 15
+    families: int = ALL
     rows: tuple[int, int] | None = None  # row_start, row_count
     labels: str = "random"
     nodes: str = "random"
@@ -50,10 +51,10 @@ CASES = [
     Case((0, 1), 33, 16, 0.003, 3.0, labels="singletons"),
     Case((0, 1, 2), 1, 3, 0.1, 3.0),
     Case((0, 1, 2), 2, 3, 0.02, 3.0),
-    Case((0,), 33, 7, 0.07, 3.0, families=1),
-    Case((0, 1), 33, 7, 0.07, 3.0, families=2),
-    Case((0, 1), 33, 7, 0.07, 1.0, families=4),
-    Case((0, 1), 33, 7, 0.07, 2.0, families=8, rows=(30, 3)),
+    Case((0,), 33, 7, 0.07, 3.0, families=VCL),
+    Case((0, 1), 33, 7, 0.07, 3.0, families=SOFT_VCL),
+    Case((0, 1), 33, 7, 0.07, 1.0, families=ICL),
+    Case((0, 1), 33, 7, 0.07, 2.0, families=SOFT_ICL, rows=(30, 3)),
     Case((0, 1), 5, 150, 0.1, 3.0),
     Case((0, 1), 33, 16, 0.1, 3.0, nodes="equal"),
     Case((0, 1), 33, 16, 0.1, 3.0, nodes="unnormalised"),
@@ -88,7 +89,7 @@ def make_cotangents(case: Case, row_count: int) -> list[Tensor]:
         g = torch.randn(shape, generator=generator).to(DEVICE)
         # Not contiguous, as cotangents of transposed or expanded rows are.
         g = g if bit == 0 else g.permute(1, 2, 0)
-        cotangents.append(g if case.families >> bit & 1 else torch.full_like(g, float("nan")))
+        cotangents.append(g if case.families & EACH[bit] else torch.full_like(g, float("nan")))
     return cotangents
 
 
@@ -97,7 +98,7 @@ def reference(
 ) -> dict[str, Tensor]:
     """Rows, gradient and, for v_nodes, second-order gradients, in the dtype of ``nodes``."""
     names = ("vcl", "soft_vcl", "icl", "soft_icl")
-    wanted = [bit for bit in range(4) if case.families >> bit & 1]
+    wanted = [bit for bit in range(4) if case.families & EACH[bit]]
     x = nodes.clone().requires_grad_()
     g = [cotangents[bit].to(x.dtype).clone().requires_grad_() for bit in wanted]
     row_start, row_count = case.rows or (0, case.batch)
@@ -180,7 +181,7 @@ def test_rows_and_gradients(case):
     for name, expected in truth.items():
         assert_within_budget(name, ours[name], eager[name], expected, sizes[name], logit)
     for bit, name in enumerate(("vcl", "soft_vcl", "icl", "soft_icl")):
-        if not case.families >> bit & 1:
+        if not case.families & EACH[bit]:
             assert not ours[name].any(), name
             assert not ours[f"h_{name}"].any(), name
 

@@ -14,10 +14,14 @@ from mclfast import (
     BankNCELoss,
     LayerwiseBankMCLLoss,
     bank_mcl_loss,
+    bank_mcl_objective,
     bank_mcl_rows,
+    bank_mcl_terms,
     bank_nce_log_normalizer,
     bank_nce_loss,
     layerwise_bank_mcl_loss,
+    layerwise_bank_mcl_objective,
+    layerwise_bank_mcl_terms,
 )
 from mclfast._base.tensors import unit_norm
 
@@ -93,15 +97,15 @@ def test_layerwise_values_of_the_published_code_with_own_banks(golden_dir):
     e, w = g["embeddings"].requires_grad_(), g["weights"].requires_grad_()
     arguments = (g["bank"], g["pos_idx"], g["neg_idx"])
     settings = {"temperature": float(g["tau"]), "kl_temperature": float(g["kd_T"])}
-    terms = layerwise_bank_mcl_loss(e, *arguments, golden.pair_weights(w), **settings)
+    terms = layerwise_bank_mcl_terms(e, *arguments, golden.pair_weights(w), **settings)
     for name in golden.TERMS:
         assert golden.relative(getattr(terms, name), g[f"own_{name}"]) < TOLERANCE, name
     coefficients = g["coef"].tolist()
     grads = torch.autograd.grad(terms.weighted_sum(*coefficients), [e, w])
     assert golden.relative(grads[0], g["own_grad_embeddings"]) < TOLERANCE
     assert golden.relative(grads[1], g["own_grad_weights"]) < TOLERANCE
-    fused = layerwise_bank_mcl_loss(
-        e, *arguments, golden.pair_weights(w).detach(), coefficients=coefficients, **settings
+    fused = layerwise_bank_mcl_objective(
+        e, *arguments, golden.pair_weights(w).detach(), weights=coefficients, **settings
     )
     assert golden.relative(fused.loss, terms.weighted_sum(*coefficients).detach()) < TOLERANCE
     (grad,) = torch.autograd.grad(fused.loss, e)
@@ -113,12 +117,12 @@ def test_mcl_values_of_the_published_code(golden_dir):
     e = g["embeddings"].requires_grad_()
     arguments = (g["bank"], g["pos_idx"], g["neg_idx"])
     settings = {"temperature": float(g["tau"]), "kl_temperature": float(g["kd_T"])}
-    terms = bank_mcl_loss(e, *arguments, **settings)
+    terms = bank_mcl_terms(e, *arguments, **settings)
     for name in golden.TERMS:
         assert golden.relative(getattr(terms, name), g[name]) < TOLERANCE, name
     (grad,) = torch.autograd.grad(terms.weighted_sum(*g["coef"].tolist()), e)
     assert golden.relative(grad, g["grad_embeddings"]) < TOLERANCE
-    fused = bank_mcl_loss(e, *arguments, coefficients=g["coef"].tolist(), **settings)
+    fused = bank_mcl_objective(e, *arguments, weights=g["coef"].tolist(), **settings)
     (grad,) = torch.autograd.grad(fused.loss, e)
     assert golden.relative(grad, g["grad_embeddings"]) < TOLERANCE
 
@@ -167,7 +171,7 @@ def test_first_and_second_derivatives(shape):
 
     def hard(x: Tensor, weights: Tensor) -> Tensor:
         # The soft terms hold teachers constant, which numerical derivatives do not know.
-        terms = layerwise_bank_mcl_loss(x, banks, pos, neg, weights, **SETTINGS)
+        terms = layerwise_bank_mcl_terms(x, banks, pos, neg, weights, **SETTINGS)
         return torch.stack([terms.vcl, terms.icl])
 
     assert torch.autograd.gradcheck(hard, (e, w))
@@ -184,7 +188,7 @@ def test_all_terms_to_second_order_equal_the_plain_form(shape):
     direction = torch.randn(e.shape, dtype=torch.float64, generator=generator)
 
     def derivatives(backend: str) -> list[Tensor]:
-        terms = layerwise_bank_mcl_loss(e, banks, pos, neg, w, backend=backend, **SETTINGS)
+        terms = layerwise_bank_mcl_terms(e, banks, pos, neg, w, backend=backend, **SETTINGS)
         loss = terms.weighted_sum(0.3, 1.0, 0.5, 0.7)
         first = torch.autograd.grad(loss, [e, w], create_graph=True)
         product = (first[0] * direction).sum() + first[1].square().sum()
@@ -198,8 +202,8 @@ def test_objective_equals_terms_to_second_order():
     e, banks, pos, neg = sample(2, 2, 4, 6)
     w = torch.rand(4, 4, 4, dtype=torch.float64)
     coefficients = (0.3, 1.0, 0.5, 0.7)
-    terms = layerwise_bank_mcl_loss(e, banks, pos, neg, w, **SETTINGS)
-    fused = layerwise_bank_mcl_loss(e, banks, pos, neg, w, coefficients=coefficients, **SETTINGS)
+    terms = layerwise_bank_mcl_terms(e, banks, pos, neg, w, **SETTINGS)
+    fused = layerwise_bank_mcl_objective(e, banks, pos, neg, w, weights=coefficients, **SETTINGS)
     for a, b in zip(terms, fused.terms, strict=True):
         torch.testing.assert_close(a, b)
         assert not b.requires_grad
@@ -259,7 +263,7 @@ def test_shared_negatives_equal_repeated_ones():
     e, banks, pos, neg = sample(2, 2, 9, 6, k=70)
     shared = neg[0]
     loss = [
-        layerwise_bank_mcl_loss(e, banks, pos, indices, coefficients=(0.1, 1, 0.1, 1)).loss
+        layerwise_bank_mcl_loss(e, banks, pos, indices, weights=(0.1, 1, 0.1, 1))
         for indices in (shared, shared.repeat(9, 1))
     ]
     torch.testing.assert_close(*loss)
@@ -272,10 +276,10 @@ def test_dtypes_of_banks_and_embeddings(stored, given):
     e, banks, pos, neg = sample(2, 2, 6, 32, k=40)
     banks, x = banks.to(stored), e.detach().to(given).requires_grad_()
     exact = e.detach().to(given).double().requires_grad_()
-    got = layerwise_bank_mcl_loss(x, banks, pos, neg, coefficients=(0.1, 1, 0.1, 1)).loss
+    got = layerwise_bank_mcl_loss(x, banks, pos, neg, weights=(0.1, 1, 0.1, 1))
     want = layerwise_bank_mcl_loss(
-        exact, banks.double(), pos, neg, coefficients=(0.1, 1, 0.1, 1), backend="reference"
-    ).loss
+        exact, banks.double(), pos, neg, weights=(0.1, 1, 0.1, 1), backend="reference"
+    )
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     (a,), (b,) = torch.autograd.grad(got, x), torch.autograd.grad(want, exact)
@@ -287,7 +291,7 @@ def test_dtypes_of_banks_and_embeddings(stored, given):
 def test_sharp_temperatures_do_not_overflow():
     e, banks, pos, neg = sample(2, 2, 4, 8)
     x = e.detach().float().requires_grad_()
-    terms = layerwise_bank_mcl_loss(x, banks.float(), pos, neg, temperature=0.005)
+    terms = layerwise_bank_mcl_terms(x, banks.float(), pos, neg, temperature=0.005)
     (grad,) = torch.autograd.grad(terms.weighted_sum(0.1, 1, 0.1, 1), x)
     assert all(t.isfinite() for t in terms) and grad.isfinite().all()
 
@@ -305,7 +309,7 @@ def test_no_gathered_rows_are_kept(backend):
 
     banks = banks.float()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layerwise_bank_mcl_loss(x, banks, pos, neg).weighted_sum(0.1, 1, 0.1, 1)
+        layerwise_bank_mcl_terms(x, banks, pos, neg).weighted_sum(0.1, 1, 0.1, 1)
     inputs = x.nbytes + pos.nbytes + neg.nbytes
     rows = 4 * (4 * 8 + 3 * 4 * 4 * 8 + 4 * 2 * 4 * 8)
     assert sum(sizes) <= 4 * (inputs + rows) < 2 * 8 * 300 * 16 * 4
@@ -317,7 +321,7 @@ def test_compiles_as_one_graph(backend):
     e, banks, pos, neg = sample(2, 1, 4, 8)
 
     def loss(x: Tensor) -> Tensor:
-        return bank_mcl_loss(x[:, 0], banks, pos, neg, coefficients=(0.1, 1, 0.1, 1)).loss
+        return bank_mcl_loss(x[:, 0], banks, pos, neg, weights=(0.1, 1, 0.1, 1))
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     (want,) = torch.autograd.grad(loss(e), e)
@@ -341,7 +345,7 @@ def test_compiles_as_one_graph(backend):
         ({"neg_idx": torch.zeros(4, 0).long()}, ValueError, r"^neg_idx: expected shape \[4, K\]"),
         ({"neg_idx": torch.zeros(0).long()}, ValueError, r"^neg_idx: expected shape \[K\]"),
         ({"temperature": 0.0}, ValueError, "^temperature: expected a number in"),
-        ({"coefficients": (1, 2)}, ValueError, "^coefficients: expected 4"),
+        ({"weights": (1, 2)}, ValueError, "^weights: expected 4"),
         ({"backend": "triton"}, ValueError, "^backend: expected one with memory-bank losses"),
     ],
 )
@@ -360,7 +364,7 @@ def test_numbers_out_of_range(backend, name, wrong):
     indices = {"pos_idx": pos, "neg_idx": neg}
     indices[name][2, 0] = wrong
     with pytest.raises(RuntimeError, match=f"^{name} must be in 0 .. 59, got {wrong}"):
-        bank_mcl_loss(e[:, 0], banks, **indices)
+        bank_mcl_terms(e[:, 0], banks, **indices)
     with pytest.raises(RuntimeError, match=f"_idx must be in 0 .. 59, got {wrong}"):
         bank_nce_loss(e[:, 0], banks, torch.cat([pos[:, :1], neg], 1))
 
@@ -369,18 +373,11 @@ def test_indices_of_any_strides():
     e, banks, pos, neg = sample(2, 1, 4, 6)
     x, c = e[:, 0], torch.cat([pos[:, :1], neg], 1)
     by_column, every_other = (lambda i: i.t().contiguous().t()), neg.repeat_interleave(2, 1)[:, ::2]
-    want = bank_mcl_loss(x, banks, pos, neg)
-    assert bank_mcl_loss(x, banks, by_column(pos), every_other) == want
+    want = bank_mcl_terms(x, banks, pos, neg)
+    assert bank_mcl_terms(x, banks, by_column(pos), every_other) == want
     assert bank_nce_loss(x, banks, by_column(c)) == bank_nce_loss(x, banks, c)
-    shared = bank_mcl_loss(x, banks, pos, neg[0])
-    assert bank_mcl_loss(x, banks, pos, every_other[0]) == shared
-
-
-def test_live_pair_weights_need_terms():
-    e, banks, pos, neg = sample(2, 1, 4, 6)
-    w = torch.ones(2, 2, 4, requires_grad=True)
-    with pytest.raises(ValueError, match="^pair_weights: expected no requires_grad"):
-        layerwise_bank_mcl_loss(e, banks, pos, neg, w, coefficients=(1, 1, 1, 1))
+    shared = bank_mcl_terms(x, banks, pos, neg[0])
+    assert bank_mcl_terms(x, banks, pos, every_other[0]) == shared
 
 
 def test_nce_wrong_arguments():
@@ -401,10 +398,10 @@ def test_modules_equal_functions():
     settings = {"temperature": 0.3, "kl_temperature": 2.0}
     keys = (banks, pos, neg)
     assert BankMCLLoss(**settings)(e[:, 0], *keys) == bank_mcl_loss(e[:, 0], *keys, **settings)
-    coefficients = (0.1, 1, 0.1, 1)
+    coefficients = (0.3, 1, 0.2, 1)
     w = torch.rand(4, 4, 4, dtype=torch.float64)
-    got = LayerwiseBankMCLLoss(coefficients=coefficients, **settings)(e, *keys, w).loss
-    want = layerwise_bank_mcl_loss(e, *keys, w, coefficients=coefficients, **settings).loss
+    got = LayerwiseBankMCLLoss(weights=coefficients, **settings)(e, *keys, w)
+    want = layerwise_bank_mcl_loss(e, *keys, w, weights=coefficients, **settings)
     assert got == want
     contrast = torch.cat([pos[:, :1], neg], 1)
     assert BankNCELoss(0.3)(e[:, 0], banks, contrast) == bank_nce_loss(

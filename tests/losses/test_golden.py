@@ -8,8 +8,14 @@ from torch import nn
 from torch.func import functional_call
 
 from helpers import golden
-from mclfast import LayerMatcher, LogitAggregator, ProjectionHead, bilevel_gradient
-from mclfast.losses.in_batch import layerwise_mcl_loss, mcl_loss
+from mclfast import (
+    LayerMatcher,
+    LogitAggregator,
+    ProjectionHead,
+    bilevel_gradient,
+    layerwise_mcl_terms,
+    mcl_terms,
+)
 
 TOLERANCE = 1e-9
 
@@ -21,7 +27,7 @@ def test_layerwise_mcl_to_second_order(golden_dir, name):
     g = golden.load(golden_dir / f"lmcl_inbatch_{name}.npz")
     embeddings = g["embeddings"].requires_grad_()
     weights = g["weights"].requires_grad_()
-    terms = layerwise_mcl_loss(
+    terms = layerwise_mcl_terms(
         embeddings,
         g["labels"],
         golden.pair_weights(weights),
@@ -47,7 +53,7 @@ def test_layerwise_mcl_to_second_order(golden_dir, name):
 def test_mcl(golden_dir, name):
     g = golden.load(golden_dir / f"mcl_inbatch_{name}.npz")
     embeddings = g["embeddings"].requires_grad_()
-    terms = mcl_loss(
+    terms = mcl_terms(
         embeddings, g["labels"], temperature=float(g["tau"]), kl_temperature=float(g["kd_T"])
     )
     for term in golden.TERMS:
@@ -134,7 +140,7 @@ def test_bilevel_step_of_a_toy_cohort(golden_dir, split):
 
     def inner(outputs):
         features, _, embeddings = outputs
-        terms = layerwise_mcl_loss(
+        terms = layerwise_mcl_terms(
             embeddings,
             g["y"],
             matcher(features),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from helpers import literal_bank
+from mclfast.kernels.families import ALL, SOFT_ICL, SOFT_VCL
 
 if not hasattr(torch.ops.mclfast_cpu, "bank_mcl_forward"):
     pytest.importorskip("mclfast._C", reason="the C++ extension is not built")
@@ -91,7 +92,7 @@ def make_case(
     samples: int = 50,
     temperature: float = 0.1,
     kl_temperature: float = 3.0,
-    families: int = 15,
+    families: int = ALL,
     shared: bool = False,
     agreement: float = 0.0,
     dtype: torch.dtype = torch.float64,
@@ -236,7 +237,9 @@ def test_repeated_keys_are_ordinary_keys() -> None:
 
 
 def test_identical_networks_have_no_soft_rows_and_gradients() -> None:
-    case = make_case([0, 1], 3, 8, 2, 40, agreement=1.0, families=10, dtype=torch.float32)
+    case = make_case(
+        [0, 1], 3, 8, 2, 40, agreement=1.0, families=SOFT_VCL | SOFT_ICL, dtype=torch.float32
+    )
     got = op_results(case)
     for name in ("soft_vcl", "soft_icl", "grad"):
         assert got[name].abs().max() < 1e-5, name
@@ -644,7 +647,7 @@ def test_argument_errors(message: str) -> None:
         "networks": [0, 1],
         "temperature": 0.1,
         "kl_temperature": 3.0,
-        "families": 15,
+        "families": ALL,
     }
     ops.bank_mcl_forward(*arguments.values())
     with pytest.raises(RuntimeError) as error:

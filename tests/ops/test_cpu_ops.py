@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mclfast.kernels.families import ALL, EACH
 from mclfast.losses import reference
 
 if not hasattr(torch.ops.mclfast_cpu, "mcl_rows_forward"):
@@ -26,8 +27,6 @@ if not hasattr(torch.ops.mclfast_cpu, "mcl_rows_forward"):
 
 ops = torch.ops.mclfast_cpu
 
-ALL = 15
-VCL, SOFT_VCL, ICL, SOFT_ICL = 1, 2, 4, 8
 NAMES = ("vcl", "soft_vcl", "icl", "soft_icl")
 
 
@@ -132,8 +131,8 @@ def reference_rows(case: Case, nodes: Tensor) -> list[Tensor]:
         row_count=case.row_count,
     )
     return [
-        getattr(rows, name) if case.families >> k & 1 else torch.zeros_like(getattr(rows, name))
-        for k, name in enumerate(NAMES)
+        getattr(rows, name) if case.families & bit else torch.zeros_like(getattr(rows, name))
+        for bit, name in zip(EACH, NAMES, strict=True)
     ]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from helpers import emulated
 from helpers import emulated_reference as reference
 from helpers.emulated_reference import relative_error
+from mclfast.kernels.families import ALL, ICL, SOFT_ICL, SOFT_VCL, VCL
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux"
@@ -50,7 +51,7 @@ class Problem:
         node_type: torch.dtype = FP32,
         shared: bool = False,
         banks: int | None = None,
-        families: int = 15,
+        families: int = ALL,
     ) -> None:
         g = torch.Generator().manual_seed(len(networks) * 1000 + width)
         count = banks or max(networks) + 1
@@ -110,11 +111,11 @@ CASES = {
     "fp16_bank_of_odd_width": {"bank_type": FP16, "width": 7},
     "bf16_nodes": {"node_type": BF16, "bank_type": BF16, "width": 64},
     "fp16_nodes": {"node_type": FP16, "width": 64},
-    "vcl_alone": {"families": 1},
-    "soft_vcl_alone": {"families": 2},
-    "icl_alone": {"families": 4},
-    "soft_icl_alone": {"families": 8},
-    "intra_of_three": {"families": 3, "networks": (0, 1, 1, 2)},
+    "vcl_alone": {"families": VCL},
+    "soft_vcl_alone": {"families": SOFT_VCL},
+    "icl_alone": {"families": ICL},
+    "soft_icl_alone": {"families": SOFT_ICL},
+    "intra_of_three": {"families": VCL | SOFT_VCL, "networks": (0, 1, 1, 2)},
 }
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mclfast import info_nce_loss, layerwise_mcl_loss, mcl_loss, supcon_loss
+from mclfast import (
+    info_nce_loss,
+    layerwise_mcl_loss,
+    layerwise_mcl_terms,
+    mcl_loss,
+    mcl_terms,
+    supcon_loss,
+)
 from mclfast._base.tensors import unit_norm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -24,7 +31,7 @@ def sample(m: int, stages: int, batch: int, width: int, dtype: torch.dtype) -> t
 def derivatives(e: Tensor, labels: Tensor, weights: Tensor, backend: str) -> list[Tensor]:
     """Loss, gradient and a second-order gradient, in float64."""
     e = e.detach().requires_grad_()
-    terms = layerwise_mcl_loss(e, labels, weights, backend=backend)
+    terms = layerwise_mcl_terms(e, labels, weights, backend=backend)
     loss = terms.weighted_sum(*COEFFICIENTS)
     (first,) = torch.autograd.grad(loss, e, create_graph=True)
     (second,) = torch.autograd.grad((first.double() ** 2).sum(), e)
@@ -75,7 +82,7 @@ def test_auto_takes_triton_and_special_cases_agree():
     for call in (
         lambda backend: supcon_loss(a, labels, backend=backend),
         lambda backend: info_nce_loss(a, b, backend=backend),
-        lambda backend: mcl_loss(e[:, 0], labels, backend=backend).icl,
+        lambda backend: mcl_terms(e[:, 0], labels, backend=backend).icl,
     ):
         assert torch.equal(call("auto"), call("triton"))
         torch.testing.assert_close(call("triton"), call("reference"), rtol=1e-3, atol=1e-3)
@@ -87,7 +94,7 @@ def test_sixteen_networks_of_four_stages_fit_in_one_gibibyte():
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    layerwise_mcl_loss(e, labels, coefficients=COEFFICIENTS).loss.backward()
+    layerwise_mcl_loss(e, labels, weights=COEFFICIENTS).backward()
     assert torch.cuda.max_memory_allocated() - before < 2**30
 
 
@@ -96,7 +103,7 @@ def test_compiles_as_one_graph():
     e = e[:, 0].detach().requires_grad_()
 
     def loss(x: Tensor) -> Tensor:
-        return mcl_loss(x, labels, coefficients=COEFFICIENTS).loss
+        return mcl_loss(x, labels, weights=COEFFICIENTS)
 
     (want,) = torch.autograd.grad(loss(e), e)
     (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(e), e)

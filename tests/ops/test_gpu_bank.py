@@ -9,6 +9,7 @@ from torch import Tensor
 
 from helpers import emulated_reference as reference
 from helpers.emulated_reference import relative_error
+from mclfast.kernels.families import ALL, SOFT_VCL, VCL
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -38,7 +39,7 @@ class Problem:
         node_type=torch.float32,
         shared=False,
         pinned=False,
-        families=15,
+        families=ALL,
     ):
         g = torch.Generator().manual_seed(0)
         banks = F.normalize(torch.randn(max(networks) + 1, n, width, generator=g), dim=2)
@@ -94,7 +95,7 @@ CASES = {
     "bank_of_fp16": {"bank_type": FP16},
     "bank_in_host_memory": {"pinned": True},
     "odd_bank_in_host_memory": {"pinned": True, "width": 7, "bank_type": BF16},
-    "intra_alone": {"families": 3},
+    "intra_alone": {"families": VCL | SOFT_VCL},
 }
 
 

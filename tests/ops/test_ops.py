@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from mclfast import layerwise_mcl_objective, layerwise_mcl_terms, mcl_objective, mcl_terms
 from mclfast._base.tensors import unit_norm
+from mclfast.kernels.families import ALL
 from mclfast.losses import reference
 from mclfast.losses.in_batch import (
     has_positive,
@@ -40,7 +42,7 @@ def sample(dtype: torch.dtype = torch.float64, batch: int = 7, width: int = 5) -
 def test_opcheck(dtype):
     nodes, labels = sample(dtype)
     a, b = nodes.detach()[0].requires_grad_(), nodes.detach()[1].requires_grad_()
-    settings = (NETWORKS, 0.5, 3.0, ops.ALL)
+    settings = (NETWORKS, 0.5, 3.0, ALL)
     opcheck(ops.mcl_rows, (nodes, labels, *settings, 2, 4, "cpu"))
     for start, count in ((0, 7), (2, 4)):
         *rows, lse, kl_lse = ops.mcl_rows(nodes, labels, *settings, start, count, "cpu")
@@ -76,14 +78,13 @@ def test_opcheck(dtype):
 
 def objective_and_terms(backend: str, e: Tensor, labels: Tensor, weights: Tensor, kind: str):
     """The same loss by the one-sweep form ("fused") and by the general one ("rows")."""
-    coefficients = COEFFICIENTS if kind == "fused" else None
-    if weights is None:
-        found = mcl_loss(e, labels, backend=backend, coefficients=coefficients)
-    else:
-        found = layerwise_mcl_loss(e, labels, weights, backend=backend, coefficients=coefficients)
+    plain = weights is None
+    arguments = (e, labels) if plain else (e, labels, weights)
     if kind == "fused":
-        return found.loss, found.terms
-    return found.weighted_sum(*COEFFICIENTS), found
+        call = mcl_objective if plain else layerwise_mcl_objective
+        return call(*arguments, backend=backend, weights=COEFFICIENTS)
+    terms = (mcl_terms if plain else layerwise_mcl_terms)(*arguments, backend=backend)
+    return terms.weighted_sum(*COEFFICIENTS), terms
 
 
 @pytest.mark.parametrize("layerwise", [True, False])
@@ -113,7 +114,7 @@ def test_scaling_the_loss_scales_the_gradient(backend):
     for call in (
         lambda x: supcon_loss(x[0], labels),
         lambda x: info_nce_loss(x[0], x[1]),
-        lambda x: mcl_loss(x, labels, coefficients=COEFFICIENTS).loss,
+        lambda x: mcl_loss(x, labels, weights=COEFFICIENTS),
     ):
         (once,) = torch.autograd.grad(call(nodes), nodes)
         (twice,) = torch.autograd.grad(2.5 * call(nodes), nodes)
@@ -123,21 +124,11 @@ def test_scaling_the_loss_scales_the_gradient(backend):
 @needs_cpu
 def test_a_third_derivative_is_refused():
     nodes, labels = sample()
-    loss = mcl_loss(nodes, labels, backend="cpu").vcl
+    loss = mcl_terms(nodes, labels, backend="cpu").vcl
     (first,) = torch.autograd.grad(loss, nodes, create_graph=True)
     (second,) = torch.autograd.grad((first**2).sum(), nodes, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad((second**2).sum(), nodes)
-
-
-def test_errors_of_the_one_sweep_form(backend):
-    nodes, labels = sample()
-    weights = torch.ones(4, 4, 7, dtype=torch.float64, requires_grad=True)
-    embeddings = [[nodes[0], nodes[1]], [nodes[2], nodes[3]]]
-    with pytest.raises(ValueError, match="pair_weights: expected no requires_grad with coeff"):
-        layerwise_mcl_loss(embeddings, labels, weights, coefficients=COEFFICIENTS)
-    with pytest.raises(ValueError, match="coefficients: expected 4 .* got 2"):
-        mcl_loss(nodes, labels, coefficients=(1.0, 2.0))
 
 
 def test_has_positive():
@@ -163,15 +154,13 @@ def saved_bytes(call) -> int:
 def test_nothing_of_size_batch_squared_is_kept():
     """Twice the batch keeps at most about twice the bytes: inputs and row statistics."""
 
-    def kept(batch: int, coefficients) -> int:
+    def kept(batch: int, call) -> int:
         e = torch.randn(2, 2, batch, 8).requires_grad_()
         labels = torch.arange(batch) // 2
-        return saved_bytes(
-            lambda: layerwise_mcl_loss(e, labels, backend="cpu", coefficients=coefficients)
-        )
+        return saved_bytes(lambda: call(e, labels, backend="cpu"))
 
-    for coefficients in (None, COEFFICIENTS):
-        small, large = kept(512, coefficients), kept(1024, coefficients)
+    for call in (layerwise_mcl_terms, layerwise_mcl_loss):
+        small, large = kept(512, call), kept(1024, call)
         assert large < 2.1 * small
         assert large < 1024 * 1024 * 4  # one float32 [B, B]
 
@@ -193,13 +182,14 @@ def test_equal_bits_from_run_to_run():
 
 
 @needs_cpu
-@pytest.mark.parametrize("coefficients", [None, COEFFICIENTS])
-def test_compiles_as_one_graph_with_its_backward(coefficients):
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_as_one_graph_with_its_backward(fused):
     nodes, labels = sample(torch.float32)
 
     def loss(x: Tensor) -> Tensor:
-        found = mcl_loss(x, labels, backend="cpu", coefficients=coefficients)
-        return found.loss if coefficients else found.weighted_sum(*COEFFICIENTS)
+        if fused:
+            return mcl_loss(x, labels, backend="cpu", weights=COEFFICIENTS)
+        return mcl_terms(x, labels, backend="cpu").weighted_sum(*COEFFICIENTS)
 
     (want,) = torch.autograd.grad(loss(nodes), nodes)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 PROGRAM = """
 import torch
-from mclfast import info_nce_loss, layerwise_mcl_loss, mcl_rows, similarity_kl_loss, supcon_loss
-from mclfast import unit_norm
+from mclfast import info_nce_loss, layerwise_mcl_loss, layerwise_mcl_terms, mcl_rows
+from mclfast import similarity_kl_loss, supcon_loss, unit_norm
 
 torch.manual_seed(0)
 e = unit_norm(torch.randn(3, 1, 9, 5)).requires_grad_()
@@ -37,10 +37,10 @@ def derivatives(call):
 
 def losses(backend):
     kw = {"backend": backend}
-    yield lambda: layerwise_mcl_loss(e, labels, weights, **kw).weighted_sum(*coefficients)
+    yield lambda: layerwise_mcl_terms(e, labels, weights, **kw).weighted_sum(*coefficients)
     yield lambda: layerwise_mcl_loss(
-        e, labels, weights, backend=backend, coefficients=coefficients
-    ).loss
+        e, labels, weights, backend=backend, weights=coefficients
+    )
     yield lambda: supcon_loss(e[0, 0], labels, backend=backend)
     yield lambda: info_nce_loss(e[0, 0], e[1, 0], backend=backend)
     yield lambda: similarity_kl_loss(e[0, 0], e[1, 0, :, :4].detach(), backend=backend)

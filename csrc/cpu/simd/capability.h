@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-// Undefined only where a header is opened alone, by an editor or by tests/test_csrc_headers.py.
+// Undefined only where a header is opened alone, by an editor or by tests/ops/test_csrc_headers.py.
 #ifndef MCLFAST_CAPABILITY
 #define MCLFAST_CAPABILITY baseline
 #define MCLFAST_VECTOR_BYTES 16

@@ -96,7 +96,7 @@ class Cohort(nn.Module):
 
     @property
     def peers(self) -> list[PeerNetwork]:
-        """The networks."""
+        """The peer networks, in the order of their numbers."""
         return [n for n in self.networks if isinstance(n, PeerNetwork)]
 
     @property

@@ -4,7 +4,7 @@
 
 Times images/s of an ordinary step for cohorts of two and four ResNet-32 with auxiliary heads at
 CIFAR shapes, and of the bilevel step for two of them; peak memory comes from a process of its own
-for each. What a bilevel step at every 50th step costs is computed from the two measured times.
+for each. The cost of a bilevel step at every 50th step is computed from the two measured times.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can be measured: the providers of every operation, the goals, and the presets."""
+"""The cases that can be measured: the providers of every operation, the goals, and the presets."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def truth(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
-    """What the measured call must give, from the reference in float64."""
+    """The result that the measured call must give, from the reference in float64."""
     return (banks if case.k else in_batch).truth(case, inputs)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a fast path must reach at a shape (forward + backward, float32, CPU, two threads).
+    """The goal of a fast path at a shape (forward + backward, float32, CPU, two threads).
 
     Attributes:
         eager: times as fast as the eager baseline.
@@ -79,7 +79,7 @@ BANK_MEMORY_TARGET = 0.02
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """What a fast path must reach on an NVIDIA H200 (forward + backward, float32).
+    """The goal of a fast path on an NVIDIA H200 (forward + backward, float32).
 
     Attributes:
         ms: milliseconds at most.
@@ -97,7 +97,7 @@ BANK_GPU_TARGETS = {("bank_layerwise_mcl", 2, 4, 256, 8192): GpuTarget(2.0, 0.6,
 
 
 def _bank_point(case: Case, device: str) -> tuple[str, int, int, int, int] | None:
-    """What a goal of the memory-bank operations is found by; None for a case without one."""
+    """The key of a goal of the memory-bank operations; None for a case without one."""
     plain = not case.shared_negatives and case.n >= BANK_ROWS[device] and case.mode == BOTH
     if not plain or case.device != device or case.d != 128:
         return None
@@ -162,8 +162,8 @@ def _bank_cases(device: str) -> list[Case]:
     ]
 
 
-#: What :func:`preset` knows: seconds, minutes, the shapes with a goal, against M and B, all of
-#: these; memory banks on a CPU and on a GPU; everything on a GPU.
+#: Names that :func:`preset` knows: seconds, minutes, the shapes with a goal, against M and B, all
+#: of these; memory banks on a CPU and on a GPU; everything on a GPU.
 PRESETS = ("smoke", "small", "targets", "sweeps", "paper", "bank", "bank-gpu", "gpu")
 
 

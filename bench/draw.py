@@ -38,8 +38,8 @@ def draw(rows: Sequence[Row], folder: Path, about: dict[str, Any]) -> list[Path]
     """Draws what the rows allow.
 
     Args:
-        rows: of a run.
-        folder: where the PNG files go.
+        rows: the rows of a run's results.
+        folder: the folder that the PNG files are written into.
         about: the environment of the run.
 
     Returns:

@@ -24,7 +24,7 @@ def draw(rows: Sequence[Row], about: Mapping[str, Any], path: Path) -> None:
     """Draws one line per variant in two panels.
 
     Args:
-        rows: of :func:`mclfast.bench.train_step.run_cases`, of one network and batch.
+        rows: results of :func:`mclfast.bench.train_step.run_cases` for one network and batch.
         about: the environment of the run.
         path: PNG file.
     """

@@ -1,7 +1,7 @@
 """The arithmetic floor of a case: its matrix products and exponentials at this machine's own rates.
 
-The unit is one product of [B, D] with [D, B], 2 B^2 D floating point operations. What a schedule
-that shares everything must do, with N nodes and X unordered pairs of nodes between networks:
+The unit is one product of [B, D] with [D, B], 2 B^2 D floating point operations. A schedule that
+shares everything needs, with N nodes and X unordered pairs of nodes between networks:
 
     forward            X            S_ab; S_ba is its transpose
                        N / 2        S_aa, symmetric
@@ -62,7 +62,7 @@ class Rates:
         gemm: operations per second, by layout: "nt" [B, D] [D, B], "nn" [B, B] [B, D], "tn" the
             transposed [B, B] [B, D].
         exp: exponentials per second; infinite on a GPU, where ``torch.exp`` measures memory.
-        ways: how each GEMM rate was reached.
+        ways: the library and layout that reached each GEMM rate.
     """
 
     gemm: dict[str, float]

@@ -65,7 +65,7 @@ class BankRates:
         gather: bytes per second of random bank rows.
         gemm: operations per second.
         exp: exponentials per second; infinite on a GPU.
-        ways: how the rates of gather and gemm were reached.
+        ways: the library and layout that reached the rates of gather and gemm.
     """
 
     gather: float

@@ -80,8 +80,8 @@ def interleaved(
     runs several times, up to a tenth of the slowest call's time; a slow one runs once.
 
     Args:
-        calls: by name; each has run before (compilers, caches, thread pools) and runs once or
-            twice more here before the rounds.
+        calls: the calls by name; each has run before (compilers, caches, thread pools) and runs
+            once or twice more here before the rounds.
         device: "cpu" or "cuda".
         budget: seconds after which no further round begins.
         min_rounds, max_rounds: bounds of the number of rounds; the first holds past the budget.
@@ -170,7 +170,7 @@ def process_peak(case: Case, provider: str, timeout: float = 900) -> int:
 
 
 def probe_peak(size: int) -> int:
-    """What the same probe reports for a call that fills ``size`` bytes: a test of the probe."""
+    """The figure of the same probe for a call that fills ``size`` bytes: a test of the probe."""
     return child_peak({"fill": size}, 120)
 
 

@@ -2,9 +2,9 @@
 
 Reads a task as JSON from stdin, runs the call twice and prints how far the resident memory rose
 above the level before. The high-water mark is reset just before the calls, after a call at a tiny
-shape has loaded libraries and started threads. What an implementation keeps between calls (buffers
-of its threads at the real shape, say) therefore counts. A compiled baseline runs once at the real
-shape first, or the compiler's own memory would count.
+shape has loaded libraries and started threads. Memory that an implementation keeps between calls
+(buffers of its threads at the real shape, say) therefore counts. A compiled baseline runs once at
+the real shape first, or the compiler's own memory would count.
 
 The mark is VmHWM and not ``ru_maxrss``: a process starts with the ``ru_maxrss`` of its parent.
 """

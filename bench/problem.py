@@ -1,4 +1,4 @@
-"""What a measurement is about: case, inputs, implementations, and the check of a result.
+"""The subject of a measurement: case, inputs, implementations, and the check of a result.
 
 A provider builds a function from leaves to a scalar loss. One that cannot run here raises
 :class:`Unavailable` with the reason, which the report lists.
@@ -104,7 +104,7 @@ class Case:
 
     @property
     def kind(self) -> list[str]:
-        """What a table calls a case beside operation, mode and shape."""
+        """The words of a table for a case, beside operation, mode and shape."""
         words = [self.dtype, self.device]
         if self.k:
             words += [f"n={self.n}", f"{self.bank_dtype} bank"]
@@ -130,7 +130,7 @@ class Keys:
     rows: Tensor
 
     def block(self, start: int, count: int) -> Keys:
-        """Those of the anchors from ``start`` on, at most ``count``."""
+        """The inputs of the anchors from ``start`` on, at most ``count`` of them."""
         chosen = slice(start, start + count)
         shared = self.neg_idx.dim() == 1
         negatives = self.neg_idx if shared else self.neg_idx[chosen]
@@ -142,13 +142,13 @@ class Inputs:
     """The tensors of a case.
 
     Attributes:
-        leaves: what is differentiated: nodes [N, B, D] and perhaps the pair weights [N, N, B], or
-            views of [B, D].
+        leaves: tensors that are differentiated: nodes [N, B, D] and perhaps the pair weights
+            [N, N, B], or views of [B, D].
         networks: the network of each node.
-        labels: [B]; with memory banks, the numbers of the samples.
+        labels: [B] classes; with memory banks, the numbers of the samples.
         pair_weights: [N, N, B], or None for the other operations.
-        direction: what the gradient is multiplied by for the second order, like the first leaves.
-        keys: of the operations with memory banks.
+        direction: factor of the gradient for the second order, shaped like the first leaf.
+        keys: banks and drawn numbers, for operations with memory banks.
     """
 
     leaves: tuple[Tensor, ...]
@@ -183,12 +183,12 @@ class Provider:
     """An implementation of an operation.
 
     Attributes:
-        name: how the report calls it.
-        build: from a case and its inputs to the loss; may raise :class:`Unavailable`.
+        name: name in the report.
+        build: makes the loss from a case and its inputs; may raise :class:`Unavailable`.
         kept: bytes it is expected to need, to refuse what does not fit into memory.
         ours: whether it is to be judged by the targets.
-        tangent: it normalises its inputs itself, so the part of its gradient along an embedding
-            is zero; the gradients are compared without that part.
+        tangent: whether it normalises its inputs itself, so the part of its gradient along an
+            embedding is zero; the gradients are compared without that part.
         rounding: relative error that its way of writing the loss is known for in float32, where
             that is more than :data:`TOLERANCE`.
     """

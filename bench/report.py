@@ -180,7 +180,7 @@ def verdicts(row: Row, rows: Sequence[Row], threads: int) -> list[tuple[str, boo
     Args:
         row: a row of metric "time"; other metrics have their goals judged with it.
         rows: all rows.
-        threads: of the run; the targets of the shapes hold for two.
+        threads: number of threads of the run; the targets of the shapes hold for two.
     """
     if not row["ours"] or row["metric"] != "time":
         return []
@@ -315,7 +315,7 @@ def skipped_table(outcome: Outcome) -> str:
 
 
 def legend(threads: int) -> str:
-    """What the columns of the table mean."""
+    """The meaning of the table's columns."""
     judged = (
         ""
         if threads == TARGET_THREADS

@@ -54,8 +54,8 @@ class Skip:
     Attributes:
         case: name of the case.
         provider: name of the provider.
-        reason: in words.
-        red: its result is wrong or it failed, as opposed to not being there.
+        reason: why the case was skipped, in words.
+        red: whether its result is wrong or it failed, as opposed to not being available.
     """
 
     case: str
@@ -143,7 +143,7 @@ def run_case(
     """Measures one case and adds to ``outcome``.
 
     Args:
-        case: what to measure.
+        case: the case to measure.
         outcome: gets the rows, the skipped providers and the rates behind the floor.
         wanted: names of providers; all without any.
         budget: seconds for the timing of the case (never fewer than the least rounds).

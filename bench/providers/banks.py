@@ -101,7 +101,7 @@ def _pair_weights(case: Case, inputs: Inputs, leaves: Sequence[Tensor]) -> Tenso
 
 
 def truth(case: Case, inputs: Inputs, rows: int | None = None) -> tuple[Tensor, ...]:
-    """What the measured call must give, from the reference in float64.
+    """The result that the measured call must give, from the reference in float64.
 
     The losses are means over anchors (the normalising constants of noise-contrastive estimation,
     which are not, get no gradient): they and their derivatives are added up over blocks of ``rows``
@@ -144,7 +144,7 @@ def _mcl_block(
 
 
 def _log_normalizer(case: Case, inputs: Inputs, blocks: Sequence[Keys]) -> Tensor:
-    """Of the whole batch: the mean of the blocks' normalising constants."""
+    """The normalising constants of the whole batch: the mean of those of its blocks."""
     found, start = [], 0
     for keys in blocks:
         count = len(keys.pos_idx)
@@ -281,7 +281,7 @@ def _gathers(per_ordered_pair: float, per_matrix: float = 0.0) -> Callable[[Case
 _NCE_ROUNDING = 5e-4
 
 #: The providers of each operation. Layer-wise MCL has two paths of ours: "rows" gives the four
-#: terms and takes any weights of them afterwards; "fused" knows the coefficients beforehand.
+#: terms and takes any weights of them afterwards; "fused" knows the weights beforehand.
 PROVIDERS: dict[str, list[Provider]] = {
     "bank_layerwise_mcl": [
         Provider("eager", functools.partial(_published, compiled=False), _gathers(4)),

@@ -72,7 +72,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def truth(case: Case, inputs: Inputs, rows: int = 64) -> tuple[Tensor, ...]:
-    """What the measured call must give, from the reference in float64.
+    """The result that the measured call must give, from the reference in float64.
 
     The layer-wise loss is a sum over anchors, and so are its derivatives: they are added up over
     blocks of ``rows`` anchors, which keeps float64 within memory at every shape.
@@ -267,7 +267,7 @@ _SPECIAL = [
 ]
 
 #: The providers of each operation. Layer-wise MCL has two paths of ours: "rows" gives the four
-#: terms and takes any weights of them afterwards; "fused" knows the coefficients beforehand.
+#: terms and takes any weights of them afterwards; "fused" knows the weights beforehand.
 PROVIDERS: dict[str, list[Provider]] = {
     "layerwise_mcl": [
         Provider("eager", _eager, _matrices(52)),

@@ -64,7 +64,7 @@ def pair_terms(
         keys: [B, 1 + P + K], the anchor's own row first, then positives.
         positives: P, at least 1.
         weights: [B], one weight per anchor.
-        temperature, kl_temperature: as in :func:`mclfast.layerwise_bank_mcl_loss`.
+        temperature, kl_temperature: the temperatures of :func:`mclfast.layerwise_bank_mcl_loss`.
 
     Returns:
         vcl, soft_vcl, icl, soft_icl; 0-dim.
@@ -112,7 +112,7 @@ def layerwise_bank_mcl_loss(
         keys: [B, 1 + P + K].
         positives: P.
         pair_weights: [N, N, B].
-        temperature, kl_temperature: as in :func:`mclfast.layerwise_bank_mcl_loss`.
+        temperature, kl_temperature: the temperatures of :func:`mclfast.layerwise_bank_mcl_loss`.
         pair: the function of one pair: :func:`pair_terms`, or that function compiled.
     """
     embeddings, stored = nodes.unbind(0), banks.unbind(0)
@@ -142,7 +142,7 @@ def nce_term(bank: Tensor, keys: Tensor, anchors: Tensor, temperature: float, ep
         bank: [n, D].
         keys: [B, 1 + K], the anchor's own row first.
         anchors: [B, D].
-        temperature, eps: as in :func:`mclfast.bank_nce_loss`.
+        temperature, eps: the arguments of :func:`mclfast.bank_nce_loss`.
 
     Returns:
         0-dim.
@@ -170,7 +170,7 @@ def bank_nce_loss(
         nodes: [M, B, D] unit-norm.
         banks: [M, n, D].
         keys: [B, 1 + K].
-        temperature, eps: as in :func:`mclfast.bank_nce_loss`.
+        temperature, eps: the arguments of :func:`mclfast.bank_nce_loss`.
         term: the function of one pair: :func:`nce_term`, or that function compiled.
     """
     total = nodes.new_zeros(())

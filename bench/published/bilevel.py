@@ -3,9 +3,9 @@
 Networks are trained for real: every SGD step is taken by an optimiser, copies of the whole state of
 networks and optimiser are kept before each, loaded again for the reverse sweep, and at last rolled
 back. Every product in the reverse sweep is the gradient of a gradient, also for the first step and
-for the outer one. Pairs of stages compute their own similarity matrices. What differs from the
-published code: the factor of the weight decay that it leaves off the adjoint of the momentum stands
-here, so that results equal those of :func:`mclfast.bilevel_gradient`.
+for the outer one. Pairs of stages compute their own similarity matrices. One thing differs from the
+published code: it leaves a factor of the weight decay off the adjoint of the momentum, which stands
+here so that results equal those of :func:`mclfast.bilevel_gradient`.
 
 Source: arXiv 2207.11518, section 3.4; the code published with it.
 """
@@ -32,8 +32,8 @@ class PublishedBilevel:
 
     Args:
         cohort: peers with auxiliary heads and projection heads; as before after every call.
-        method: has the matcher.
-        lr, momentum, weight_decay: of the SGD steps differentiated through.
+        method: the method whose matcher is trained.
+        lr, momentum, weight_decay: settings of the SGD steps differentiated through.
         inner_steps: steps on the layer-wise loss; one on the cross entropy follows.
     """
 

@@ -57,7 +57,7 @@ def pair_terms(
         a, b: [B, D] unit-norm.
         labels: [B].
         weights: [B], one weight per anchor.
-        temperature, kl_temperature: as in :func:`mclfast.layerwise_mcl_loss`.
+        temperature, kl_temperature: the temperatures of :func:`mclfast.layerwise_mcl_loss`.
 
     Returns:
         vcl, soft_vcl, icl, soft_icl; 0-dim.
@@ -98,7 +98,7 @@ def layerwise_mcl_loss(
         networks: the network of each node.
         labels: [B].
         pair_weights: [N, N, B].
-        temperature, kl_temperature: as in :func:`mclfast.layerwise_mcl_loss`.
+        temperature, kl_temperature: the temperatures of :func:`mclfast.layerwise_mcl_loss`.
         pair: the function of one pair: :func:`pair_terms`, or that function compiled. (The loop
             itself is not compiled: that would unroll every pair into one graph.)
     """

@@ -29,7 +29,7 @@ class PublishedStep:
 
     Args:
         cohort: independent peers with auxiliary heads and projection heads; trained in place.
-        method: its matcher weights the pairs, its aggregator is trained.
+        method: the method whose matcher weights the pairs and whose aggregator is trained.
         config: settings of SGD and of the bilevel step. Temperatures and weights are among the
             method's options.
     """

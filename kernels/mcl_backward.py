@@ -390,7 +390,7 @@ def _mcl_intra_bwd_kernel(
 
 
 class Coefficients(NamedTuple):
-    """What ``_mcl_prepare_bwd_kernel`` writes."""
+    """The tensors that ``_mcl_prepare_bwd_kernel`` writes."""
 
     classes: Tensor  # [B] int32
     inv_count: Tensor  # [B]
@@ -544,9 +544,9 @@ def mcl_rows_backward(
     """Gradient of ``mcl_rows_forward`` with respect to the nodes, at most four launches.
 
     Args:
-        g_vcl: [N, R] cotangent; g_soft_vcl, g_icl, g_soft_icl: [N, N, R]; any strides. Those of
-            families not asked for are ignored.
-        lse, kl_lse: [N, N, R], as the forward returned them.
+        g_vcl: [N, R] cotangent; g_soft_vcl, g_icl, g_soft_icl: [N, N, R]; any strides.
+            Cotangents of families not asked for are ignored.
+        lse, kl_lse: log-partitions [N, N, R] that the forward returned.
 
     Returns:
         [N, B, D] in the dtype of ``nodes``.

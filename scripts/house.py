@@ -44,7 +44,7 @@ def imported(tree: ast.AST, files: dict[str, Path]) -> Iterator[str]:
 
 
 def graph_of(files: dict[str, Path]) -> Graph:
-    """What each module imports; the package's own list of names is left out."""
+    """The imports of each module; the package's own list of names is left out."""
     graph = {
         name: set(imported(ast.parse(path.read_text(encoding="utf-8")), files)) - {name}
         for name, path in files.items()
@@ -61,7 +61,7 @@ def circles_of(graph: Graph) -> list[list[str]]:
 
 
 def reached(graph: Graph, start: str) -> set[str]:
-    """What one reaches along imports."""
+    """All modules that a module reaches along imports."""
     found: set[str] = set()
     todo = [start]
     while todo:

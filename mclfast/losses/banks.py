@@ -247,8 +247,8 @@ def bank_mcl_objective(
     """:func:`bank_mcl_loss` together with its terms, for a log.
 
     Args:
-        embeddings, banks, pos_idx, neg_idx, weights, temperature, kl_temperature, backend: arguments of
-            :func:`bank_mcl_loss`.
+        embeddings, banks, pos_idx, neg_idx, weights, temperature, kl_temperature,
+            backend: arguments of :func:`bank_mcl_loss`.
 
     Returns:
         MCLObjective(loss, terms); the loss is that of :func:`bank_mcl_loss`, the terms give no

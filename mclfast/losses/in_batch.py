@@ -440,8 +440,8 @@ def layerwise_mcl_objective(
     """:func:`layerwise_mcl_loss` together with its terms, for a log.
 
     Args:
-        embeddings, labels, pair_weights, weights, temperature, kl_temperature, backend: arguments of
-            :func:`layerwise_mcl_loss`.
+        embeddings, labels, pair_weights, weights, temperature, kl_temperature,
+            backend: arguments of :func:`layerwise_mcl_loss`.
 
     Returns:
         MCLObjective(loss, terms); the loss is that of :func:`layerwise_mcl_loss`, the terms give no

@@ -21,7 +21,7 @@ from mclfast.kernels._tl import (
     load_tile,
     output_tile,
 )
-from mclfast.kernels.reduce import sum_parts_kernel
+from mclfast.kernels._reduce import sum_parts_kernel
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from mclfast.kernels._tl import (
     output_tile,
 )
 from mclfast.kernels.families import ICL, SOFT_ICL, SOFT_VCL, VCL
-from mclfast.kernels.reduce import sum_parts_kernel
+from mclfast.kernels._reduce import sum_parts_kernel
 
 
 @triton.jit

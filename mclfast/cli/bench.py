@@ -130,18 +130,16 @@ def _measure_loader(known: argparse.Namespace) -> int:
     side = train.image_shape[1]
     print(f"{known.data}: {len(train)} training images; listing all took {seconds:.1f} s")
     found = measure_loader(train, batch_size=known.batch_size, budget=known.budget)
-    t = found.times
     print(
         f"arriving    {found.images_per_s:.1f} images/s of {side} x {side}, batches of "
         f"{known.batch_size}, {train.workers} workers, {found.images} images in "
         f"{found.seconds:.1f} s"
     )
-    print(f"workers     {t.images_per_s:.1f} images/s if nothing made them wait")
-    per_image = (1000 * seconds / t.images for seconds in (t.read, t.decode, t.transform, t.cpu))
     print(
-        "one image   {:.2f} ms reading, {:.2f} decoding, {:.2f} cropping and resizing; "
-        "{:.2f} ms of a core".format(*per_image)
+        f"one image   {1000 * found.read:.2f} ms reading, {1000 * found.view:.2f} ms decoding, "
+        "cropping and resizing, alone in one process"
     )
+    print(f"workers     {found.possible_images_per_s:.1f} images/s if each keeps that pace")
     print(f"bound by    {found.bound}")
     return 0
 

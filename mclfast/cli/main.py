@@ -1,4 +1,4 @@
-"""``mclfast train | plan | compare | eval | linear | export | transfer | bench | env``."""
+"""The parser of ``mclfast train | plan | compare | eval | export | transfer | bench | env``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mclfast._version import __version__
-from mclfast.cli import bench, compare, env, eval, export, linear, plan, train, transfer
+from mclfast.cli import bench, compare, env, eval, export, plan, train, transfer
 from mclfast.cli.settings import OneLineParser
 from mclfast.ops.backends import BackendUnavailableError
 
@@ -18,7 +18,6 @@ _COMMANDS: dict[str, ModuleType] = {
     "plan": plan,
     "compare": compare,
     "eval": eval,
-    "linear": linear,
     "export": export,
     "transfer": transfer,
     "bench": bench,

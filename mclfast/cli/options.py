@@ -74,10 +74,16 @@ def cohort_name(cohort: Sequence[str]) -> str:
 
 
 def fit(known: argparse.Namespace, trainer: Trainer) -> RunResult | None:
-    """Trains a run to its end; None where it was interrupted, after saying how to go on."""
+    """Trains a run to its end; None if it was interrupted, after saying how to go on.
+
+    Raises:
+        KeyboardInterrupt: a run without a folder was interrupted: there is nothing to go on from.
+    """
     try:
         return trainer.fit(progress=not known.no_progress)
     except KeyboardInterrupt:
+        if trainer.run_dir is None:
+            raise
         print(
             f"\ninterrupted; go on with: mclfast {known.command} --resume {trainer.run_dir}",
             file=sys.stderr,

@@ -92,7 +92,7 @@ def _report(trainer: Trainer, result: RunResult, run_dir: Path) -> None:
     if not trainer.method.supervised:
         print(
             "labels were not used in training: the classifiers are class means of features; "
-            f"for a trained one: mclfast linear {run_dir / 'peer0'}"
+            f"for a trained one: mclfast transfer {run_dir / 'peer0'} --published"
         )
     if summary := _throughput(result.history[-1]):
         print(summary)
@@ -103,12 +103,11 @@ def _report(trainer: Trainer, result: RunResult, run_dir: Path) -> None:
 
 
 def _throughput(row: Mapping[str, float]) -> str:
-    """Loader and steps of an epoch side by side; empty for a set in memory."""
-    if "data_images_per_s" not in row:
+    """Speed of the steps of an epoch, and the time spent waiting; empty for a set in memory."""
+    if "data_wait_seconds" not in row:
         return ""
     wait, steps = row["data_wait_seconds"], row["step_seconds"]
     return (
-        f"last epoch  data {row['data_images_per_s']:.1f} images/s, "
-        f"steps {row['step_images_per_s']:.1f} images/s; "
+        f"last epoch  steps {row['step_images_per_s']:.1f} images/s; "
         f"waited {wait:.1f} s for data beside {steps:.1f} s of steps"
     )

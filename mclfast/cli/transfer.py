@@ -1,20 +1,27 @@
-"""``mclfast transfer``: an exported backbone on another data set."""
+"""``mclfast transfer``: trains an exported backbone, or a classifier on it, on a data set.
+
+``--published`` scores frozen features by the published protocol of linear evaluation.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mclfast.cli.options import (
     add_run_options,
     cohort_name,
+    exports_in,
     fit,
     one_export_in,
     run_folder_of,
     settings_to_resume,
 )
 from mclfast.cli.settings import dashed, shown, value_shape
+
+if TYPE_CHECKING:
+    from mclfast.config import TrainConfig
 
 HELP = "fine-tune an exported backbone on another data set, or train a linear classifier on it"
 
@@ -45,6 +52,7 @@ _SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``mclfast transfer``."""
     parser.add_argument(
         "path",
         type=Path,
@@ -55,6 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         metavar="{linear,finetune}",
         help="linear: only a new classifier learns; finetune: all weights do (default: linear)",
+    )
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="linear evaluation with published settings: 100 epochs, batches of 256, learning "
+        "rate 30, ten times smaller after 60 and 80 %% of the epochs, no weight decay; add "
+        "--augment true for the published crops and flips. The data set defaults to that of the "
+        "export. PATH may be a run, whose peers are all scored. Nothing is written unless "
+        "--run-dir is given",
     )
     add_run_options(
         parser,
@@ -78,7 +95,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             default = values["linear"]
         text = f"{meaning[name]} (default: {default})"
         if name == "data":
-            text = "data set to transfer to, which must be named"
+            text = "data set to train and test on, which must be named unless --published is given"
         group.add_argument(
             f"--{dashed(name)}",
             metavar=value_shape(name, kinds[name]),
@@ -88,16 +105,63 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
-    from mclfast.train.folder import CURVES, METRICS, remove_old_run
-    from mclfast.train.transfer import build_transfer, transfer_config
+    """Runs the command.
 
-    path, mode, values = _what(known)
-    values |= {name: getattr(known, name) for name in _SETTINGS if name in known}
-    config = transfer_config(path, mode, values)
+    Returns:
+        130 if the run was interrupted, else 0.
+    """
+    from mclfast.train.transfer import transfer_config
+
+    given = {name: getattr(known, name) for name in _SETTINGS if name in known}
+    if known.published and not known.resume:
+        return _score(known, given)
+    path, mode, values = _backbone_and_mode(known)
+    config = transfer_config(path, mode, values | given)
     name = f"{config.data}-{mode}-{cohort_name(config.cohort)}-seed{config.seed}"
-    run_dir = run_folder_of(known, name)
+    return _train(known, path, mode, config, run_folder_of(known, name))
+
+
+def _score(known: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Linear evaluation of each backbone by the published protocol.
+
+    Args:
+        known: arguments of the command.
+        given: settings given on the command line, as text.
+    """
+    from mclfast.train.transfer import published_config
+
+    if known.mode not in (None, "linear"):
+        raise ValueError(f"mode: expected linear with --published, got {known.mode}")
+    if known.path is None:
+        raise _no_path()
+    if known.run_dir is None:
+        for folder in exports_in(known.path):
+            _train(known, folder, "linear", published_config(folder, given), None)
+        return 0
+    # One folder holds one run.
+    folder = one_export_in(known.path)
+    config = published_config(folder, given)
+    return _train(known, folder, "linear", config, run_folder_of(known, ""))
+
+
+def _train(
+    known: argparse.Namespace, path: Path, mode: Any, config: TrainConfig, run_dir: Path | None
+) -> int:
+    """Trains one backbone and prints the accuracy that it reached.
+
+    Args:
+        known: arguments of the command.
+        path: folder of the exported backbone.
+        mode: "linear" or "finetune".
+        config: settings of the run.
+        run_dir: folder that the run is written into; None writes nothing.
+    """
+    from mclfast.train.folder import CURVES, METRICS, remove_old_run
+    from mclfast.train.transfer import build_transfer
+
     trainer = build_transfer(path, mode, config, run_dir)
-    if not known.resume:
+    if run_dir is not None and not known.resume:
+        # Removed only now, so that settings that cannot work cost no old run.
         remove_old_run(run_dir)
     data = trainer.data
     print(
@@ -109,25 +173,27 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
         return 130
     print(
         f"{config.cohort[0]} of {path}, {mode}: {result.peers[0]:.2f} % of "
-        f"{len(data.test)} test images, last epoch"
+        f"{len(data.test)} test images, last epoch",
+        flush=True,
     )
-    print(f"curves    {run_dir / CURVES}")
-    print(f"metrics   {run_dir / METRICS}")
-    print(f"backbone  {run_dir / 'peer0'}")
+    if run_dir is not None:
+        print(f"curves    {run_dir / CURVES}")
+        print(f"metrics   {run_dir / METRICS}")
+        print(f"backbone  {run_dir / 'peer0'}")
     return 0
 
 
-def _what(known: argparse.Namespace) -> tuple[Path, Any, dict[str, Any]]:
-    """Exported backbone, mode and settings so far, given or of the run to resume."""
+def _backbone_and_mode(known: argparse.Namespace) -> tuple[Path, Any, dict[str, Any]]:
+    """Folder of the backbone, mode, and settings: as given, or as recorded in a run to resume."""
     from mclfast.train.transfer import split_origin
 
     if not known.resume:
         if known.path is None:
-            raise ValueError("path: expected the folder of an exported backbone, got none")
+            raise _no_path()
         if "data" not in known:
             raise ValueError("data: expected the set to transfer to (--data), got none")
         return one_export_in(known.path), known.mode or "linear", {}
-    values = settings_to_resume(known, ("path", "mode"))
+    values = settings_to_resume(known, ("path", "mode", "published"))
     origin = split_origin(values)
     if origin is None:
         raise ValueError(
@@ -135,3 +201,7 @@ def _what(known: argparse.Namespace) -> tuple[Path, Any, dict[str, Any]]:
             "mclfast train"
         )
     return *origin, values
+
+
+def _no_path() -> ValueError:
+    return ValueError("path: expected the folder of an exported backbone, got none")

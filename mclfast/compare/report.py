@@ -219,7 +219,8 @@ def _accuracies(plan: Plan, summaries: Sequence[Summary]) -> Table:
     if unlabelled := [s.label for s in summaries if not method_class(s.config.method).supervised]:
         notes.append(
             f"{', '.join(unlabelled)}: trained without labels. The classifiers are class means of "
-            "features of labelled images; `mclfast linear` trains one on an exported backbone."
+            "features of labelled images; `mclfast transfer --published` trains one on an exported "
+            "backbone."
         )
     if known:
         notes += _sources(known)

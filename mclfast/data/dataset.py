@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mclfast.data.augment import Augmentation
-from mclfast.data.source import ImageSource, LoaderTimes, Views
+from mclfast.data.source import ImageSource, Views
 
 
 # eq=False: comparing tensors element by element has no truth value; identity is what is left.
@@ -83,11 +83,10 @@ class ImageSet:
         device: torch.device | str,
         *,
         views: Views | None = None,
-        times: LoaderTimes | None = None,
     ) -> Iterator[Tensor]:
-        """Yields uint8 [B, C, H, W] for each row of numbers, see `ImageSource.pixels`.
+        """Yields uint8 [B, C, H, W] for each row of numbers, see ``ImageSource.pixels``.
 
-        There is one view of an image, and no time to speak of: views and times stay unused.
+        ``views`` stays unused, as an image in memory has only one view.
         """
         if isinstance(rows, Tensor):
             # At once: a copy to a GPU in every step would make the host wait for it.

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation from any `ImageSource`, and the two clocks of a run.
+"""Batches for training and evaluation, made of the images of any ``ImageSource``.
 
     feed = TrainingFeed(data, device=device, seed=0)
     for images, labels, index in feed.batches(sampler.epoch(0), first_step=0):
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mclfast.data.augment import Augmentation, augment, prepare
 from mclfast.data.augment_contrastive import ContrastiveAugmentation, augment_contrastive
-from mclfast.data.dataset import Dataset
-from mclfast.data.source import ImageSource, LoaderTimes, Views
+from mclfast.data.dataset import Dataset, ImageSet
+from mclfast.data.source import ImageSource, Views
 
 
 class TrainingFeed:
@@ -50,8 +50,9 @@ class TrainingFeed:
         self._seeds = [seed, *(_view_seed(seed, v) for v in range(1, views))]
         self._augmented = augmented
         self._contrastive = contrastive if augmented else None
-        self._loader = LoaderTimes()
-        self._steps = StepClock(device)
+        self._started = 0.0
+        self._waited = 0.0
+        self._delivered = 0
 
     def batches(
         self, rows: Tensor, *, first_step: int
@@ -71,7 +72,7 @@ class TrainingFeed:
             ValueError: an image that cannot be read; the text names its file.
         """
         train = self._data.train
-        self._loader, self._steps = LoaderTimes(), StepClock(self._device)
+        self._started, self._waited, self._delivered = time.perf_counter(), 0.0, 0
         asked = None
         if self._augmented:
             asked = Views(self._seeds[0], first_step, tuple(self._seeds[1:]))
@@ -79,16 +80,19 @@ class TrainingFeed:
                 asked = asked._replace(min_area=self._contrastive.min_area)
         # One pass over the set, with the views of a step one after the other.
         repeated = rows.repeat_interleave(len(self._seeds), dim=0)
-        arriving = train.pixels(repeated, self._device, views=asked, times=self._loader)
+        arriving = train.pixels(repeated, self._device, views=asked)
         on_device = rows.to(self._device)
         for step, index in enumerate(on_device, first_step):
-            views = [self._augment(next(arriving), seed, step) for seed in self._seeds]
-            images = views[0] if len(views) == 1 else views
-            self._steps.start()
-            try:
-                yield images, train.labels[index], index
-            finally:
-                self._steps.stop()
+            views = [self._augment(self._next(arriving), seed, step) for seed in self._seeds]
+            self._delivered += len(index)
+            yield views[0] if len(views) == 1 else views, train.labels[index], index
+
+    def _next(self, arriving: Iterator[Tensor]) -> Tensor:
+        """The next pixels; the time until they arrive counts as waiting."""
+        asked = time.perf_counter()
+        pixels = next(arriving)
+        self._waited += time.perf_counter() - asked
+        return pixels
 
     def _augment(self, pixels: Tensor, seed: int, step: int) -> Tensor:
         data, number = self._data, _step_seed(seed, step)
@@ -111,64 +115,25 @@ class TrainingFeed:
         )
 
     def throughput(self) -> dict[str, float]:
-        """What the last pass over streamed images took; empty for images in memory.
+        """How long the last pass over streamed images waited for them; empty for images in memory.
 
-        Waits for the device.
+        Call it at the end of the pass, after waiting for the device: what has passed since the
+        pass began, and was not waiting for images, counts as time of the steps.
 
         Returns:
-            data_images_per_s: images/s that the workers deliver when nobody makes them wait,
-                see `LoaderTimes.images_per_s`.
             step_images_per_s: images/s of the steps alone, without waiting for data.
-            data_wait_seconds: seconds in which the training loop waited for a batch. On a GPU
-                the loop runs ahead of the device, so that the device may have been at work.
-            step_seconds: seconds of the steps; on a GPU those of the device.
+            data_wait_seconds: seconds in which the training loop waited for images. On a GPU the
+                loop runs ahead of the device, which may have been at work meanwhile.
+            step_seconds: all other seconds of the pass.
         """
-        loader = self._loader
-        if loader.images == 0:
+        if self._delivered == 0 or isinstance(self._data.train, ImageSet):
             return {}
-        seconds = self._steps.seconds()
+        steps = time.perf_counter() - self._started - self._waited
         return {
-            "data_images_per_s": loader.images_per_s,
-            "step_images_per_s": loader.images / seconds if seconds > 0 else 0.0,
-            "data_wait_seconds": loader.wait,
-            "step_seconds": seconds,
+            "step_images_per_s": self._delivered / steps,
+            "data_wait_seconds": self._waited,
+            "step_seconds": steps,
         }
-
-
-class StepClock:
-    """Seconds between `start` and `stop`, summed; on a GPU those of the device's own clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._is_cuda = device.type == "cuda"
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._sum = 0.0
-        self._started = 0.0
-
-    def start(self) -> None:
-        """A step begins: its batch is there."""
-        if self._is_cuda:
-            self._spans.append((self._event(), torch.cuda.Event(enable_timing=True)))
-        else:
-            self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        """The step ends."""
-        if self._is_cuda:
-            self._spans[-1][1].record(torch.cuda.current_stream(self._device))
-        else:
-            self._sum += time.perf_counter() - self._started
-
-    def seconds(self) -> float:
-        """The sum; waits for the device."""
-        if self._spans:
-            torch.cuda.synchronize(self._device)
-        return self._sum + sum(a.elapsed_time(b) for a, b in self._spans) / 1000
-
-    def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
 
 
 def evaluation_batches(

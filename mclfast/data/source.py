@@ -7,7 +7,6 @@ needs the members of `ImageSource` to be the train or test part of a `Dataset`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -37,40 +36,6 @@ class Views(NamedTuple):
         """Seed and step of a row of the pass."""
         seeds = (self.seed, *self.more_seeds)
         return seeds[row % len(seeds)], self.first_step + row // len(seeds)
-
-
-@dataclass
-class LoaderTimes:
-    """Where the time of reading and decoding went, summed over images and worker processes.
-
-    Attributes:
-        images: images delivered.
-        wait: seconds in which whoever asked for a batch waited for it.
-        read: seconds of reading files.
-        decode: seconds of decoding them.
-        transform: seconds of cropping and resizing, and of everything after it.
-        cpu: seconds of processor time in the three; less than their sum where a worker waited
-            for the storage or for a free core.
-        workers: processes that worked side by side, at least 1.
-    """
-
-    images: int = 0
-    wait: float = 0.0
-    read: float = 0.0
-    decode: float = 0.0
-    transform: float = 0.0
-    cpu: float = 0.0
-    workers: int = 1
-
-    @property
-    def images_per_s(self) -> float:
-        """Images/s that the workers deliver when nobody makes them wait: images * workers / busy.
-
-        Busy is the sum of read, decode and transform. Handing batches over to the process that
-        trains is not in it.
-        """
-        busy = self.read + self.decode + self.transform
-        return self.images * self.workers / busy if busy > 0 else 0.0
 
 
 class ImageSource(Protocol):
@@ -107,7 +72,6 @@ class ImageSource(Protocol):
         device: torch.device | str,
         *,
         views: Views | None = None,
-        times: LoaderTimes | None = None,
     ) -> Iterator[Tensor]:
         """Yields the images of each row of numbers.
 
@@ -116,7 +80,6 @@ class ImageSource(Protocol):
             device: where the batches shall be.
             views: random crops and flips, where it is the source that makes them: a pure
                 function of (seed, step, image number). None for the view of evaluation.
-            times: gets what the pass takes added, where reading takes time.
 
         Yields:
             uint8 [B, C, H, W].

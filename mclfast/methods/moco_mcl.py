@@ -41,7 +41,7 @@ class MomentumMCL(Method):
     shuffling has no effect. The published queue holds 65536 keys; the default is for small data.
 
     Labels are not used in training. In evaluation the classifiers hold the class means of training
-    features; ``mclfast linear`` trains a classifier on a finished network.
+    features; ``mclfast transfer --published`` trains a classifier on a finished network.
     """
 
     views = "query_key"

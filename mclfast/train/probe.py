@@ -1,7 +1,7 @@
-"""Linear evaluation: a classifier trained on what a frozen network gives.
+"""Linear evaluation: a linear classifier trained on the features of a frozen network.
 
-Both commands that do it train here: ``mclfast linear`` says how good the features of a network are
-under published settings, ``mclfast transfer --mode linear`` makes a run of it that is kept.
+``mclfast transfer --mode linear`` trains here, with its own settings or, with ``--published``,
+with those of ``published_settings``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ from mclfast.train.trainer import Trainer
 
 
 def published_settings(epochs: int = 100) -> dict[str, Any]:
-    """Fields of `TrainConfig` as momentum contrast is evaluated (arXiv 1911.05722, section 4.1).
+    """Fields of ``TrainConfig`` as momentum contrast is evaluated (arXiv 1911.05722, section 4.1).
 
-    The rate falls tenfold after 60 and 80 % of the epochs. Published runs draw crops and flips in
-    every epoch (``augment=True``); without, the network runs once.
+    The learning rate falls tenfold after 60 and 80 % of the epochs. Published runs draw crops and
+    flips in every epoch (``augment=True``); without augmentation the network runs only once, and
+    all epochs train on stored features.
+
+    Args:
+        epochs: passes over the training images.
     """
     return {
         "epochs": epochs,
@@ -55,18 +59,20 @@ def linear_probe(
 ) -> Trainer:
     """The trainer of a linear classifier on the pooled features of a frozen network.
 
-    The features are taken in evaluation mode, with augmentation in every epoch, without it once.
+    The network runs in evaluation mode: once, before the first epoch, or in every epoch if
+    ``config.augment`` is set.
 
     Args:
-        network: its classifier is drawn anew, with weights of standard deviation 0.01, and learns;
-            all else stays as it is. Give a copy where the old classifier is still wanted.
-        data: its training images are learned from, its test images judged.
-        config: settings of the loop, of the method baseline.
-        run_dir: as of `Trainer`.
+        network: network whose features are scored. Its classifier is replaced in place by random
+            weights of standard deviation 0.01, and trained; nothing else changes. Give a copy if
+            the old classifier is still wanted.
+        data: data set whose training images teach the classifier, and whose test images score it.
+        config: settings of the run; the method must be baseline.
+        run_dir: folder that the run is written into, see ``Trainer``; None writes nothing.
         network_name: name in ``mclfast.models`` that the network was built from, if any.
 
     Raises:
-        ValueError: see `Trainer`.
+        ValueError: see ``Trainer``.
     """
     generator = torch.Generator().manual_seed(config.seed)
     classifier = network.classifier
@@ -82,7 +88,7 @@ def linear_probe(
 
 
 class _FrozenCohort(Cohort):
-    """A network whose classifier alone learns; all else is fixed, batch statistics too.
+    """A network of which only the classifier learns; batch norm statistics are fixed too.
 
     Takes images [B, C, H, W], or pooled features [B, D] that were computed before.
     """
@@ -108,7 +114,7 @@ class _FrozenCohort(Cohort):
 
 @dataclass(frozen=True)
 class _Features:
-    """Pooled features [N, D] with labels [N], in the place of a feed of images."""
+    """Pooled features [N, D] with labels [N], used like a feed of images."""
 
     features: Tensor
     labels: Tensor
@@ -122,7 +128,7 @@ class _Features:
 
 
 class _FeatureTrainer(Trainer):
-    """Trains a `_FrozenCohort` on features that are computed once, before the first epoch."""
+    """Trains a ``_FrozenCohort`` on features that are computed once, before the first epoch."""
 
     def __init__(self, *arguments: Any, **names: Any) -> None:
         super().__init__(*arguments, **names)
@@ -130,7 +136,7 @@ class _FeatureTrainer(Trainer):
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        # The backbone is now that of the checkpoint.
+        # The checkpoint has replaced the backbone.
         self._compute_features()
 
     def _compute_features(self) -> None:

@@ -3,8 +3,8 @@
     config = transfer_config("runs/mine/peer0", "linear", {"data": "digits-full"})
     result = transfer("runs/mine/peer0", "linear", config, "runs/mine-on-digits")
 
-Both are runs of the ordinary `Trainer` with the method baseline on a cohort of one network; for a
-score of the features alone, under published settings, there is ``mclfast linear``.
+Both modes are runs of the ordinary ``Trainer`` with the method baseline on a cohort of one
+network. ``published_config`` gives the settings of published linear evaluations.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import torch
 
 from mclfast import models
 from mclfast._base.checks import unknown_name
+from mclfast._base.settings import coerce
 from mclfast.cohort.cohort import Cohort
 from mclfast.config import TrainConfig
+from mclfast.data import has_image_size
 from mclfast.data.dataset import with_channels
 from mclfast.execution.parts import load_images
 from mclfast.methods import method_class
 from mclfast.models.staged import StagedNetwork
 from mclfast.train.export import load_backbone
 from mclfast.train.history import RunResult
-from mclfast.train.probe import linear_probe
+from mclfast.train.probe import linear_probe, published_settings
 from mclfast.train.trainer import Trainer
 
 Mode = Literal["linear", "finetune"]
@@ -41,7 +43,11 @@ _COMMON = {"sampler": "shuffle", "batch_size": 64}
 
 
 def default_settings(mode: str) -> dict[str, Any]:
-    """Fields of `TrainConfig` that a mode sets where nothing else is said."""
+    """Fields of ``TrainConfig`` that a mode sets unless a value is given.
+
+    Args:
+        mode: "linear" or "finetune".
+    """
     _check_mode(mode)
     return {**_COMMON, **DEFAULTS[mode], "method": "baseline"}
 
@@ -49,21 +55,50 @@ def default_settings(mode: str) -> dict[str, Any]:
 def transfer_config(
     folder: Path | str, mode: str, values: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """The settings of a transfer: those of the mode, and `values` over them.
+    """The settings of a transfer: the defaults of the mode, replaced by ``values``.
 
     Args:
-        folder: of an exported backbone.
+        folder: folder of an exported backbone.
         mode: "linear" or "finetune".
-        values: fields of `TrainConfig`; cohort and method are given by the transfer.
+        values: fields of ``TrainConfig``; cohort and method are always those of the transfer.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_backbone` and `TrainConfig.from_values`.
+        FileNotFoundError, ValueError: see ``load_backbone`` and ``TrainConfig.from_values``.
     """
     usual = default_settings(mode)
     network = load_backbone(folder).description["network"]
     return TrainConfig.from_values(
         {**usual, **(values or {}), "method": "baseline", "cohort": [network]}
     )
+
+
+def published_config(folder: Path | str, values: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The settings of a published linear evaluation, replaced by ``values``.
+
+    Features are scored on the data set that the backbone was trained on, unless ``values`` name
+    another one.
+
+    Args:
+        folder: folder of an exported backbone.
+        values: fields of ``TrainConfig``. The milestones follow from ``epochs``, see
+            ``published_settings``.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``transfer_config``; ValueError also if neither the
+            values nor the export name a data set.
+    """
+    values = dict(values or {})
+    about = load_backbone(folder).description
+    name = values.setdefault("data", about.get("data"))
+    if name is None:
+        raise ValueError(f"data: expected --data, as {folder} names no data set, got none")
+    if name == about.get("data"):
+        for key in ("data_root", "train_per_class"):
+            values.setdefault(key, about.get(key))
+    if has_image_size(name):
+        values.setdefault("image_size", about.get("image_size"))
+    epochs = coerce("epochs", int, values.get("epochs", 100))
+    return transfer_config(folder, "linear", published_settings(epochs) | values)
 
 
 def transfer(
@@ -74,7 +109,7 @@ def transfer(
     *,
     progress: bool = True,
 ) -> RunResult:
-    """Trains an exported backbone on the data set of a config, see `build_transfer`."""
+    """Trains an exported backbone on the data set of a config, see ``build_transfer``."""
     return build_transfer(folder, mode, config, run_dir).fit(progress=progress)
 
 
@@ -83,18 +118,19 @@ def build_transfer(
 ) -> Trainer:
     """The trainer of a transfer; the seed fixes the new classifier.
 
-    Images are normalised by the statistics of their own set, and grey ones are repeated for a
-    backbone of several channels.
+    Images are normalised by the statistics of their own set. Grey images are repeated in every
+    channel of a backbone that takes several.
 
     Args:
-        folder: of an exported backbone; its classifier is replaced by a new one.
-        mode: "finetune" trains all weights, "linear" the classifier alone, see `linear_probe`.
-        config: as of `transfer_config`. A set with fewer images than a batch makes one batch.
-        run_dir: as of `Trainer`.
+        folder: folder of an exported backbone; its classifier is replaced by a new one.
+        mode: "finetune" trains all weights, "linear" only the classifier, see ``linear_probe``.
+        config: settings made by ``transfer_config`` or ``published_config``. A training set
+            smaller than a batch makes one batch.
+        run_dir: folder that the run is written into, see ``Trainer``; None writes nothing.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_backbone`; images whose channels do not fit the
-            backbone; an unknown mode.
+        FileNotFoundError, ValueError: see ``load_backbone``; ValueError also for images whose
+            channels do not fit the backbone, and for an unknown mode.
     """
     _check_mode(mode)
     exported = load_backbone(folder)
@@ -115,14 +151,21 @@ def build_transfer(
 
 
 def split_origin(values: dict[str, Any]) -> tuple[Path, Any] | None:
-    """Takes backbone and mode of a transfer out of the settings of a run; None for other runs."""
+    """Removes backbone and mode of a transfer from a run's settings, and returns both.
+
+    Args:
+        values: settings of a run, as read from its folder.
+
+    Returns:
+        Folder of the backbone and mode; None if the run is not a transfer.
+    """
     if not {"transfer_from", "transfer_mode"} <= values.keys():
         return None
     return Path(values.pop("transfer_from")), values.pop("transfer_mode")
 
 
 def copy_backbone(source: StagedNetwork, target: StagedNetwork) -> None:
-    """Copies all weights and statistics but those of the classifier."""
+    """Copies all weights and statistics except the classifier's."""
     own = {id(value) for value in target.classifier.state_dict(keep_vars=True).values()}
     kept = {k for k, value in target.state_dict(keep_vars=True).items() if id(value) in own}
     state = {k: v for k, v in source.state_dict().items() if k not in kept}

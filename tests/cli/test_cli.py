@@ -449,8 +449,16 @@ def test_overwrite_with_a_mistake_costs_nothing(run_dir, capsys, wrong):
         (["train", "--resume", "no", "--overwrite"], "resume: expected no --overwrite beside"),
         (["eval", "no"], "path: expected backbone.json in no"),
         (["eval"], ".*path"),
-        (["linear", "no"], "path: expected backbone.json in no or in its peer folders"),
-        (["linear", "no", "--lr", "x"], "--lr: expected a number, got 'x'"),
+        (["transfer", "--published"], "path: expected the folder of an exported backbone"),
+        (
+            ["transfer", "no", "--published"],
+            "path: expected backbone.json in no or in its peer folders",
+        ),
+        (
+            ["transfer", "no", "--published", "--mode", "finetune"],
+            "mode: expected linear with --published, got finetune",
+        ),
+        (["linear", "no"], ".*invalid choice: 'linear'"),
         (["bench", "--budget", "x"], "--budget: expected a number, got 'x'"),
         (["eval", "no", "--device", "tpu"], "device: .*'tpu'"),
         (["eval", "no", "--fast"], "--fast: unknown argument"),
@@ -474,8 +482,8 @@ def test_export_of_a_peer_that_is_not_there(finished, capsys, peer):
 def test_eval_of_a_run_without_exports(run_dir, capsys):
     for peer in ("peer0", "peer1"):
         shutil.rmtree(run_dir / peer)
-    for command in ("eval", "linear"):
-        message = error_of(capsys, command, run_dir)
+    for command in (["eval"], ["transfer", "--published"]):
+        message = error_of(capsys, *command, run_dir)
         assert message.endswith(f"; mclfast export {run_dir} writes one from the checkpoint there")
 
 
@@ -527,10 +535,12 @@ def test_run_dir_that_is_a_file(tmp_path, capsys):
         assert message == "run_dir: expected a folder, got the file a"
 
 
-@pytest.mark.parametrize("command", ["eval", "linear", "transfer"])
+@pytest.mark.parametrize(
+    "command", [["eval"], ["transfer", "--published"], ["transfer", "--data=digits"]], ids=str
+)
 def test_a_file_in_the_place_of_an_export(finished, capsys, command):
     weights = finished[0] / "peer0" / "backbone.safetensors"
-    message = error_of(capsys, command, weights, *(["--data=digits"] if command[0] == "t" else []))
+    message = error_of(capsys, *command, weights)
     assert message == f"path: expected a folder with backbone.json, got the file {weights}"
 
 

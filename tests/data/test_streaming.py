@@ -26,8 +26,8 @@ from mclfast.bench.loader import LoaderRate, measure_loader
 from mclfast.cli.main import main
 from mclfast.config import TrainConfig
 from mclfast.data import Augmentation, BalancedSampler
-from mclfast.data.feed import StepClock, TrainingFeed, evaluation_batches
-from mclfast.data.source import LoaderTimes, Views
+from mclfast.data.feed import TrainingFeed, evaluation_batches
+from mclfast.data.source import Views
 from mclfast.data.stream import decode
 from mclfast.data.stream.imagefolder import Files, list_files
 from mclfast.data.stream.streamed import StreamedSet, core_count
@@ -35,7 +35,7 @@ from mclfast.train.builder import build
 from mclfast.train.trainer import Trainer
 
 CPU = torch.device("cpu")
-TIMES = ("seconds", "data_images_per_s", "step_images_per_s", "data_wait_seconds", "step_seconds")
+TIMES = ("seconds", "step_images_per_s", "data_wait_seconds", "step_seconds")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -459,26 +459,25 @@ class SlowReader:
         return self.content
 
 
-def test_times_of_loader_and_steps():
+@pytest.mark.parametrize("views", [1, 2])
+def test_waiting_for_data_and_steps(views):
     slow = StreamedSet(SlowReader(12), torch.zeros(12).long(), size=8, workers=0)
     split = data.Dataset("slow", slow, slow, 1, ("a",), (0.5,) * 3, (0.5,) * 3)
-    feed = TrainingFeed(split, device=CPU, seed=0)
+    feed = TrainingFeed(split, device=CPU, seed=0, views=views)
     assert feed.throughput() == {}
-    for _ in feed.batches(torch.arange(12).view(3, 4), first_step=0):
-        time.sleep(0.02)
-    found = feed.throughput()
-    assert set(found) == set(TIMES[1:])
-    assert 0.12 <= found["data_wait_seconds"] < 2
-    assert 0.06 <= found["step_seconds"] < 2
-    assert found["step_images_per_s"] == pytest.approx(12 / found["step_seconds"])
-    # At most the 100 images/s of the reader, at least the share of it that decoding leaves.
-    assert 12 / found["data_wait_seconds"] <= found["data_images_per_s"] * 1.001 <= 100.2
-
-
-def test_loader_times_count_workers():
-    times = LoaderTimes(images=100, read=1, decode=2, transform=2, workers=4)
-    assert times.images_per_s == 80
-    assert LoaderTimes().images_per_s == 0
+    for _ in range(2):
+        started = time.perf_counter()
+        for _ in feed.batches(torch.arange(12).view(3, 4), first_step=0):
+            time.sleep(0.02)
+        found = feed.throughput()
+        passed = time.perf_counter() - started
+        assert set(found) == set(TIMES[1:])
+        assert found["data_wait_seconds"] >= 0.12 * views
+        assert found["step_seconds"] >= 0.06
+        # Each pass is counted by itself.
+        total = found["data_wait_seconds"] + found["step_seconds"]
+        assert total == pytest.approx(passed, abs=0.01)
+        assert found["step_images_per_s"] == pytest.approx(12 / found["step_seconds"])
 
 
 def test_a_step_left_by_an_exception_is_timed(folder):
@@ -486,20 +485,9 @@ def test_a_step_left_by_an_exception_is_timed(folder):
     for _ in feed.batches(torch.arange(8).view(2, 4), first_step=0):
         time.sleep(0.01)
         break
-    assert feed.throughput()["step_seconds"] >= 0.01
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_step_clock_of_a_gpu():
-    device = torch.device("cuda")
-    clock = StepClock(device)
-    x = torch.rand(2048, 2048, device=device)
-    clock.start()
-    for _ in range(20):
-        x = x @ x
-    clock.stop()
-    time.sleep(0.5)
-    assert 0 < clock.seconds() < 0.5
+    found = feed.throughput()
+    assert found["step_seconds"] >= 0.01
+    assert found["step_images_per_s"] == pytest.approx(4 / found["step_seconds"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -516,26 +504,20 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(folder):
     assert labels.is_cuda and index.is_cuda
 
 
-def rate(**values: Any) -> LoaderRate:
-    fields = dict(images=1000, seconds=10.0, workers=4, cores=8)
-    times = dict(images=1000, read=1.0, decode=20.0, transform=15.0, cpu=35.0, workers=4)
-    for name, value in values.items():
-        (fields if name in fields else times)[name] = value
-    return LoaderRate(times=LoaderTimes(**times), **fields)
-
-
 @pytest.mark.parametrize(
     ("values", "bound"),
     [
         ({}, "workers: 4 workers on 8 cores, more of them help"),
         ({"cores": 4}, "cores: 4 workers on 4 cores, all at work"),
-        ({"cpu": 14.0}, "cores: 4 workers on 8 cores, which gave them 40%"),
-        ({"read": 60.0, "seconds": 25.0}, "storage: 63% of the workers' time is reading"),
-        ({"seconds": 20.0}, "handing over: the workers could deliver 111 images/s"),
+        ({"cores": 2, "seconds": 20.0}, "cores: 4 workers on 2 cores, all at work"),
+        ({"workers": 0, "seconds": 40.0}, "workers: 0 workers on 8 cores, more of them help"),
+        ({"read": 0.06}, "storage: 63% of an image's time is reading"),
+        ({"seconds": 20.0}, "sharing: 4 workers on 8 cores could make 111 images/s"),
     ],
 )
 def test_what_bound_the_loader(values, bound):
-    found = rate(**values)
+    usual = dict(images=1000, seconds=10.0, read=0.001, view=0.035, workers=4, cores=8)
+    found = LoaderRate(**usual | values)
     assert found.bound.startswith(bound)
     assert found.images_per_s == 1000 / values.get("seconds", 10)
 
@@ -544,9 +526,20 @@ def test_measure_loader(folder):
     found = measure_loader(loaded(folder).train, batch_size=5, budget=0.2)
     assert found.seconds >= 0.2
     assert found.images % 5 == 0 and found.images > 0
-    assert found.images <= found.times.images
+    assert found.read > 0 and found.view > 0
     with pytest.raises(ValueError, match=r"batch_size: expected a value in \[1, 24\], got 25"):
         measure_loader(loaded(folder).train, batch_size=25, budget=0.1)
+
+
+def test_measure_loader_tells_slow_files_and_damaged_ones():
+    reader = SlowReader(12)
+    slow = StreamedSet(reader, torch.zeros(12).long(), size=8, workers=0)
+    found = measure_loader(slow, batch_size=4, budget=0.2)
+    assert 0.01 <= found.read < 1 and found.bound.startswith("storage: ")
+    reader.content = b"no image"
+    with pytest.raises(ValueError, match="^file 3: expected a readable image"):
+        reader.describe = lambda index: "file 3"
+        measure_loader(slow, batch_size=4, budget=0.2)
 
 
 # ---------------------------------------------------------------- training
@@ -654,14 +647,13 @@ def test_command_line(kind, workers, roots, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{kind}: 24 training and 12 test images, 3 classes, 3 x 16 x 16" in printed
     assert re.search(
-        r"last epoch  data [\d.]+ images/s, steps [\d.]+ images/s; "
+        r"last epoch  steps [\d.]+ images/s; "
         r"waited [\d.]+ s for data beside [\d.]+ s of steps",
         printed,
     )
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     assert len(rows) == 2
     for row in rows:
-        assert float(row["data_images_per_s"]) > 0 and float(row["step_images_per_s"]) > 0
         waited, steps = float(row["data_wait_seconds"]), float(row["step_seconds"])
         assert waited >= 0 and steps > 0
         assert float(row["step_images_per_s"]) == pytest.approx(24 / steps)
@@ -682,9 +674,9 @@ def test_bench_loader(roots, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith(f"{kind}: 24 training images")
         assert re.match(r"arriving +[\d.]+ images/s of 16 x 16, batches of 8, 0 workers", lines[1])
-        assert re.match(r"workers +[\d.]+ images/s", lines[2])
-        assert re.match(r"one image +[\d.]+ ms reading, [\d.]+ decoding", lines[3])
-        assert re.match(r"bound by +(workers|cores|storage|handing over): ", lines[4])
+        assert re.match(r"one image +[\d.]+ ms reading, [\d.]+ ms decoding", lines[2])
+        assert re.match(r"workers +[\d.]+ images/s", lines[3])
+        assert re.match(r"bound by +(workers|cores|storage|sharing): ", lines[4])
     assert call("bench", "--loader") == 2
     assert "data: expected imagefolder or webdataset" in capsys.readouterr().err
     assert call("bench", "--loader", "--data", "digits") == 2

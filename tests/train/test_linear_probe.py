@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -19,7 +20,9 @@ from mclfast.models import StagedNetwork
 from mclfast.train.builder import build
 from mclfast.train.class_means import class_mean_images, set_class_means
 from mclfast.train.evaluation import accuracy
+from mclfast.train.export import export_backbone
 from mclfast.train.probe import linear_probe, published_settings
+from mclfast.train.trainer import Trainer
 
 MOCO = {
     "method": "moco-mcl",
@@ -184,29 +187,69 @@ def test_the_commands(tmp_path, capsys):
     more = ["--cohort=resnet8", "--epochs=1", "--train-per-class=8", "--no-progress"]
     assert main(["train", *flags, *more, "--run-dir", str(run)]) == 0
     shown = capsys.readouterr().out
-    assert "labels were not used in training" in shown and f"mclfast linear {run}" in shown
+    assert (
+        "labels were not used in training" in shown
+        and f"mclfast transfer {run}/peer0 --published" in shown
+    )
     # The exported classifier is that of the class means, so that eval finds what was recorded.
     assert main(["eval", str(run), "--device", "cpu"]) == 0
     line = capsys.readouterr().out
     assert line.split("peer0: ")[1].split(": ")[1].split(" %")[0] in line.split("recorded")[1]
-    arguments = ["linear", str(run / "peer0"), "--device=cpu", "--epochs=5", "--batch-size=16"]
-    arguments.append("--lr=0.1")
+    arguments = ["transfer", str(run / "peer0"), "--published", "--device=cpu", "--no-progress"]
+    arguments += ["--epochs=5", "--batch-size=16", "--lr=0.1"]
     assert main(arguments) == 0
     line = capsys.readouterr().out
-    assert "resnet8 on digits-full: top-1 " in line and "of 359 test images" in line
+    assert line.startswith("digits-full: 80 training and 359 test images")
+    assert f"resnet8 of {run}/peer0, linear: " in line and "of 359 test images" in line
+    # A score, not a run: nothing is written.
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert main([*arguments, "--data", "digits", "--batch-size", "256"]) == 0
-    assert "on digits: top-1 " in capsys.readouterr().out
-    assert main([*arguments, "--augment"]) == 0
+    assert capsys.readouterr().out.startswith("digits: 100 training")
+    assert main([*arguments, "--augment", "true"]) == 0
     assert capsys.readouterr().out != line
     # Of a run: all its peers, each as alone.
-    assert main(["linear", str(run), *arguments[2:]]) == 0
+    assert main(["transfer", str(run), *arguments[2:]]) == 0
     assert capsys.readouterr().out == line
     assert main([*arguments, "--train-per-class=8"]) == 0
     assert capsys.readouterr().out == line
     assert main([*arguments, "--train-per-class=40"]) == 0
     assert capsys.readouterr().out != line
     assert main([*arguments, "--data", "cifar10", "--data-root", str(tmp_path)]) == 2
-    assert "mclfast linear: error: " in capsys.readouterr().err
+    assert "mclfast transfer: error: " in capsys.readouterr().err
+
+
+def test_a_published_evaluation_can_be_kept_and_resumed(tmp_path, monkeypatch, capsys):
+    config = TrainConfig(
+        method="baseline", cohort=("resnet8",), epochs=1, data="digits", device="cpu"
+    )
+    folder, kept = build(config).export(0, tmp_path / "peer0"), tmp_path / "kept"
+    arguments = ["transfer", str(folder), "--published", "--epochs=5", "--no-progress"]
+    assert main(arguments) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert main([*arguments, "--run-dir", str(kept)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == line
+    settings = yaml.safe_load((kept / "config.yaml").read_text())
+    assert (settings["lr"], settings["milestones"], settings["batch_size"]) == (30.0, [3, 4], 100)
+    (kept / "result.json").unlink()
+    assert main(["transfer", "--resume", str(kept), "--no-progress"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == line
+    assert main(["transfer", "--resume", str(kept), "--published"]) == 2
+    assert "resume: expected no --published beside --resume" in capsys.readouterr().err
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    # Without a folder there is nothing to resume.
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == "\nmclfast transfer: interrupted\n"
+
+
+def test_a_published_evaluation_needs_a_data_set(tmp_path, capsys):
+    about = {"num_classes": 3, "in_channels": 1}
+    folder = export_backbone(network(), tmp_path, network="resnet8", description=about)
+    assert main(["transfer", str(folder), "--published"]) == 2
+    assert f"data: expected --data, as {folder} names no data set" in capsys.readouterr().err
 
 
 def test_a_network_of_other_channels_is_refused(tmp_path, capsys):
@@ -222,7 +265,8 @@ def test_a_network_of_other_channels_is_refused(tmp_path, capsys):
     )
     folder = build(config).export(0, tmp_path / "peer0")
     root = str(tmp_path / "images")
-    assert main(["linear", str(folder), "--data", "folder", "--data-root", root]) == 2
+    arguments = ["transfer", str(folder), "--published", "--data", "folder", "--data-root", root]
+    assert main(arguments) == 2
     assert "data: expected in_channels=1" in capsys.readouterr().err
 
 

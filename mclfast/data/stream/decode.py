@@ -6,8 +6,6 @@ import hashlib
 import io
 import math
 import random
-import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,14 +24,6 @@ EVALUATION_MARGIN = 256 / 224
 _ATTEMPTS = 10
 
 Box = tuple[int, int, int, int]
-
-
-@dataclass
-class Stages:
-    """Seconds of one view's stages."""
-
-    decode: float = 0.0
-    transform: float = 0.0
 
 
 def view_generator(seed: int, step: int, index: int) -> random.Random:
@@ -70,11 +60,7 @@ def random_box(
 
 
 def training_view(
-    data: bytes,
-    size: int,
-    generator: random.Random,
-    stages: Stages | None = None,
-    min_area: float = SCALE[0],
+    data: bytes, size: int, generator: random.Random, min_area: float = SCALE[0]
 ) -> Tensor:
     """A random crop resized to [3, size, size], mirrored with probability 1/2.
 
@@ -82,7 +68,6 @@ def training_view(
         data: content of an image file.
         size: side of the result in pixels.
         generator: the only source of randomness.
-        stages: gets the seconds added.
         min_area: see `random_box`.
 
     Returns:
@@ -91,27 +76,22 @@ def training_view(
     Raises:
         Exception: whatever Pillow raises for a file that it cannot read.
     """
-    clock = _Clock(stages)
     with _opened(data) as image:
         is_mirrored = generator.random() < 0.5
         width, height = image.size
         left, top, right, bottom = random_box(width, height, generator, min_area)
         shrink = _draft(image, (right - left) // size, (bottom - top) // size)
         rgb = _rgb(image)
-    clock.decoded()
     box = (left / shrink, top / shrink, right / shrink, bottom / shrink)
-    view = _tensor(rgb.resize((size, size), _bilinear(), box=box), is_mirrored)
-    clock.transformed()
-    return view
+    return _tensor(rgb.resize((size, size), _bilinear(), box=box), is_mirrored)
 
 
-def evaluation_view(data: bytes, size: int, stages: Stages | None = None) -> Tensor:
+def evaluation_view(data: bytes, size: int) -> Tensor:
     """The centre of the image, after its shorter side became `size` * 256 / 224.
 
     Args:
         data: content of an image file.
         size: side of the result in pixels.
-        stages: gets the seconds added.
 
     Returns:
         uint8 [3, size, size].
@@ -119,21 +99,17 @@ def evaluation_view(data: bytes, size: int, stages: Stages | None = None) -> Ten
     Raises:
         Exception: whatever Pillow raises for a file that it cannot read.
     """
-    clock = _Clock(stages)
     with _opened(data) as image:
         full = image.size
         target = round(size * EVALUATION_MARGIN)
         width, height = (target * side // min(full) for side in full)
         shrink = _draft(image, full[0] // width, full[1] // height)
         rgb = _rgb(image)
-    clock.decoded()
     # Not the whole draft: its sides are rounded up.
     box = (0, 0, full[0] / shrink, full[1] / shrink)
     resized = rgb.resize((width, height), _bilinear(), box=box)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    view = _tensor(resized.crop((left, top, left + size, top + size)), False)
-    clock.transformed()
-    return view
+    return _tensor(resized.crop((left, top, left + size, top + size)), False)
 
 
 def require_pillow() -> None:
@@ -143,22 +119,6 @@ def require_pillow() -> None:
 
 def _pillow() -> Any:
     return optional_import("PIL.Image", extra="train")
-
-
-class _Clock:
-    def __init__(self, stages: Stages | None) -> None:
-        self._stages = Stages() if stages is None else stages
-        self._at = time.perf_counter()
-
-    def decoded(self) -> None:
-        self._stages.decode += self._lap()
-
-    def transformed(self) -> None:
-        self._stages.transform += self._lap()
-
-    def _lap(self) -> float:
-        before, self._at = self._at, time.perf_counter()
-        return self._at - before
 
 
 def _uniform(generator: random.Random, low: float, high: float) -> float:

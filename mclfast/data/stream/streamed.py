@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mclfast.data.source import LoaderTimes, Views
+from mclfast.data.source import Views
 from mclfast.data.stream import decode
 
 
@@ -85,7 +84,7 @@ class StreamedSet:
         self.labels = labels
         self.image_shape = (3, size, size)
         self.workers = core_count() if workers is None else workers
-        self._reader = reader
+        self.reader = reader
         self._loader = _Loader(_Decoder(reader, size), self.workers)
 
     @property
@@ -96,7 +95,7 @@ class StreamedSet:
     @property
     def fingerprint(self) -> str:
         """Tells one numbering of the files from another."""
-        return self._reader.fingerprint
+        return self.reader.fingerprint
 
     def __len__(self) -> int:
         """Number of images N."""
@@ -112,7 +111,7 @@ class StreamedSet:
     def subset(self, index: Tensor) -> StreamedSet:
         """The images with these numbers, int64 [n], in that order."""
         return StreamedSet(
-            self._reader.subset(index.cpu()),
+            self.reader.subset(index.cpu()),
             self.labels[index.to(self.labels.device)],
             size=self.image_shape[1],
             workers=self.workers,
@@ -124,7 +123,6 @@ class StreamedSet:
         device: torch.device | str,
         *,
         views: Views | None = None,
-        times: LoaderTimes | None = None,
     ) -> Iterator[Tensor]:
         """Yields uint8 [B, 3, S, S] for each row of numbers, see `ImageSource.pixels`.
 
@@ -134,8 +132,6 @@ class StreamedSet:
             ValueError: a file that cannot be read or decoded; the text names it.
         """
         device = torch.device(device)
-        times = LoaderTimes() if times is None else times
-        times.workers = max(1, self.workers)
         jobs = [
             _Job(
                 row.cpu().numpy(),
@@ -144,20 +140,9 @@ class StreamedSet:
             )
             for i, row in enumerate(rows)
         ]
-        arriving = self._loader.run(jobs, pin=device.type == "cuda")
-        while True:
-            started = time.perf_counter()
-            batch = next(arriving, None)
-            if batch is None:
-                return
-            times.wait += time.perf_counter() - started
+        for batch in self._loader.run(jobs, pin=device.type == "cuda"):
             if batch.error:
                 raise ValueError(batch.error)
-            times.images += len(batch.pixels)
-            times.read += batch.read
-            times.decode += batch.decode
-            times.transform += batch.transform
-            times.cpu += batch.cpu
             yield batch.pixels.to(device, non_blocking=True)
 
 
@@ -177,14 +162,10 @@ class _Job(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """One batch uint8 [B, 3, S, S], or an error, with the seconds it took."""
+    """One batch uint8 [B, 3, S, S]; if ``error`` is not empty, the batch is incomplete."""
 
     pixels: Tensor
     error: str
-    read: float
-    decode: float
-    transform: float
-    cpu: float
 
 
 class _Decoder(Dataset[_Decoded]):
@@ -195,30 +176,22 @@ class _Decoder(Dataset[_Decoded]):
         self._size = size
 
     def __getitem__(self, job: _Job) -> _Decoded:
-        started, cpu = time.perf_counter(), time.thread_time()
         pixels = torch.empty(len(job.numbers), 3, self._size, self._size, dtype=torch.uint8)
-        stages, read, error = decode.Stages(), 0.0, ""
         for row, index in enumerate(job.numbers.tolist()):
             try:
-                before = time.perf_counter()
-                data = self._reader.read(index)
-                read += time.perf_counter() - before
-                pixels[row] = self._view(data, index, job, stages)
+                pixels[row] = self._view(self._reader.read(index), index, job)
             # The decoders raise many types on damaged files, some of them their own. Handed over
             # as text: an exception that crosses processes brings its traceback in its message.
             except Exception as problem:
                 where = self._reader.describe(index)
-                error = f"{where}: expected a readable image, got {problem!r}"
-                break
-        # What is neither reading nor decoding is making the batch.
-        transform = time.perf_counter() - started - read - stages.decode
-        return _Decoded(pixels, error, read, stages.decode, transform, time.thread_time() - cpu)
+                return _Decoded(pixels, f"{where}: expected a readable image, got {problem!r}")
+        return _Decoded(pixels, "")
 
-    def _view(self, data: bytes, index: int, job: _Job, stages: decode.Stages) -> Tensor:
+    def _view(self, data: bytes, index: int, job: _Job) -> Tensor:
         if job.views is None:
-            return decode.evaluation_view(data, self._size, stages)
+            return decode.evaluation_view(data, self._size)
         generator = decode.view_generator(*job.views, index)
-        return decode.training_view(data, self._size, generator, stages, job.min_area)
+        return decode.training_view(data, self._size, generator, job.min_area)
 
 
 class _Jobs:

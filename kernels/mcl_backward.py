@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mclfast.kernels import _launch
+from mclfast.kernels._reduce import sum_parts_kernel
 from mclfast.kernels._tl import (
     LOG2E,
     NEVER,
@@ -25,7 +26,6 @@ from mclfast.kernels._tl import (
     output_tile,
 )
 from mclfast.kernels.families import ICL, SOFT_ICL, SOFT_VCL, VCL
-from mclfast.kernels._reduce import sum_parts_kernel
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from mclfast._base.optional import optional_import
 from mclfast.cohort.cohort import Cohort
 from mclfast.config import TrainConfig
-from mclfast.execution.parallel import runner
+from mclfast.execution.parallel import way_to_run
 from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 
 
@@ -47,7 +47,7 @@ def arrange(cohort: Cohort, config: TrainConfig, device: torch.device) -> None:
         cohort.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile_peers:
         cohort.run_alone = compiled_call(device)
-    cohort.run_together = runner(config.peers_parallel, cohort.peers, device, report=_tell)
+    cohort.run_together = way_to_run(config.peers_parallel, cohort.peers, device, report=_tell)
 
 
 def wants_channels_last(config: TrainConfig, device: torch.device) -> bool:

@@ -33,7 +33,7 @@ def separate(peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> list[Stag
     return [peer(view) for peer, view in zip(peers, views, strict=True)]
 
 
-def runner(
+def way_to_run(
     way: Way, peers: Sequence[PeerNetwork], device: torch.device, *, report: Callable[[str], None]
 ) -> RunPeers | None:
     """A way to run peers, by name.

@@ -76,7 +76,7 @@ def predicted(step: TrainStep) -> tuple[int, int]:
 def allocated(call: Callable[[], Any]) -> int:
     """Most bytes that the allocator had given out at a time, beyond those from before the call.
 
-    What the call frees of those from before is not seen.
+    Memory from before that the call frees is not seen.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()
@@ -102,8 +102,8 @@ def in_child(
     """Bytes of a kind in :data:`KINDS`, from a process of its own.
 
     Args:
-        kind: what to measure.
-        values, side: as in :func:`make_step`.
+        kind: the figure to measure.
+        values, side: the arguments of :func:`make_step`.
         environment: variables of the process, all of them.
 
     Raises:

@@ -48,14 +48,14 @@ BILEVEL_EVERY = 50
 
 @dataclass(frozen=True)
 class StepCase:
-    """What is trained, and how.
+    """A cohort, its data and the way it is trained.
 
     Attributes:
         variant: a name in :data:`PLAIN` or :data:`OURS`.
         network: every peer.
         peers: number of networks M.
         batch: images B, two of each class.
-        side: of the images, in pixels.
+        side: height and width of the images, in pixels.
         classes: number of logits.
         device: "cpu" or "cuda".
         bilevel: the bilevel step in place of the ordinary one.
@@ -145,7 +145,7 @@ class Steps:
         return self._steps[self.case.bilevel]()
 
     def whole(self) -> None:
-        """What training does: an ordinary step, and the bilevel step where there is one."""
+        """A whole step of training: an ordinary step, and the bilevel step if the case has one."""
         for step in self._steps[: self.case.bilevel + 1]:
             step()
 
@@ -157,7 +157,7 @@ def tiny(case: StepCase) -> StepCase:
 
 def peak(case: StepCase, timeout: float = 900) -> int:
     """Bytes that training needs at most, in a process of its own: networks, gradients, optimiser,
-    activations and loss. Of the process on a CPU, of torch's allocator on a GPU.
+    activations and loss. Measured on the process on a CPU, by torch's allocator on a GPU.
 
     Raises:
         Unavailable: the process failed, or this system does not tell.
@@ -171,7 +171,7 @@ def run_cases(
     """Times cases in turn.
 
     Args:
-        cases: that differ in the variant alone.
+        cases: cases that differ in the variant alone.
         budget: seconds of timing, after the least rounds.
         rounds: least and most rounds.
         memory: measure peak memory as well, first.
@@ -212,7 +212,7 @@ def with_bilevel(rows: Sequence[Row], every: int = BILEVEL_EVERY) -> list[Row]:
     """Images/s with a bilevel step at every 50th: computed from the two measured step times.
 
     Args:
-        rows: of :func:`run_cases`.
+        rows: results of :func:`run_cases`.
         every: steps from one bilevel step to the next.
 
     Returns:

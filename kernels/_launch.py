@@ -1,4 +1,4 @@
-"""What the launchers share: tile sizes, launch shapes, cached index tables, argument checks."""
+"""Helpers of the launchers: tile sizes, launch shapes, cached index tables, argument checks."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mclfast.kernels import _launch
+from mclfast.kernels._reduce import sum_parts_kernel
 from mclfast.kernels._tl import (
     LN2,
     LOG2E,
@@ -21,7 +22,6 @@ from mclfast.kernels._tl import (
     load_tile,
     output_tile,
 )
-from mclfast.kernels.reduce import sum_parts_kernel
 
 
 @triton.jit

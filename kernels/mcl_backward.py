@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mclfast.kernels import _launch
+from mclfast.kernels._reduce import sum_parts_kernel
 from mclfast.kernels._tl import (
     LOG2E,
     NEVER,
@@ -25,7 +26,6 @@ from mclfast.kernels._tl import (
     output_tile,
 )
 from mclfast.kernels.families import ICL, SOFT_ICL, SOFT_VCL, VCL
-from mclfast.kernels.reduce import sum_parts_kernel
 
 
 @triton.jit
@@ -390,7 +390,7 @@ def _mcl_intra_bwd_kernel(
 
 
 class Coefficients(NamedTuple):
-    """What ``_mcl_prepare_bwd_kernel`` writes."""
+    """The tensors that ``_mcl_prepare_bwd_kernel`` writes."""
 
     classes: Tensor  # [B] int32
     inv_count: Tensor  # [B]
@@ -544,9 +544,9 @@ def mcl_rows_backward(
     """Gradient of ``mcl_rows_forward`` with respect to the nodes, at most four launches.
 
     Args:
-        g_vcl: [N, R] cotangent; g_soft_vcl, g_icl, g_soft_icl: [N, N, R]; any strides. Those of
-            families not asked for are ignored.
-        lse, kl_lse: [N, N, R], as the forward returned them.
+        g_vcl: [N, R] cotangent; g_soft_vcl, g_icl, g_soft_icl: [N, N, R]; any strides.
+            Cotangents of families not asked for are ignored.
+        lse, kl_lse: log-partitions [N, N, R] that the forward returned.
 
     Returns:
         [N, B, D] in the dtype of ``nodes``.

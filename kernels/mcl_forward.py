@@ -280,7 +280,7 @@ def mcl_rows_forward(
         networks: the network of each node.
         families: bits of the rows asked for, see ``families.py``; the others come back as 0.
         row_start, row_count: the anchors computed (R = row_count).
-        precision: how float32 products are formed: "tf32", "tf32x3" or "ieee".
+        precision: form of the float32 products: "tf32", "tf32x3" or "ieee".
 
     Returns:
         (vcl [N, R], soft_vcl [N, N, R], icl [N, N, R], soft_icl [N, N, R], lse [N, N, R],

@@ -212,7 +212,9 @@ def check_banks(banks: Any, nodes: Tensor, networks: int) -> Tensor:
     if not banks.is_contiguous():
         raise ValueError(f"banks: expected a contiguous tensor, got strides {banks.stride()}")
     if banks.requires_grad:
-        raise ValueError("banks: expected no requires_grad, got a tensor with; banks are constants")
+        raise ValueError(
+            "banks: expected a tensor without requires_grad, got one with it; banks are constants"
+        )
     # A GPU reads pinned host memory in place.
     if banks.device != nodes.device and not (nodes.is_cuda and banks.is_pinned()):
         raise ValueError(
@@ -257,14 +259,14 @@ def check_range(argument: str, index: Tensor, samples: int) -> None:
 
 
 def check_weights(weights: Any) -> tuple[float | Tensor, ...]:
-    """Weights of the terms vcl, soft_vcl, icl and soft_icl as numbers or 0-dim tensors.
+    """Accepts the weights of vcl, soft_vcl, icl and soft_icl, as numbers or 0-dim tensors.
 
     Args:
-        weights: four numbers, four 0-dim tensors or a mixture of them, or one tensor [4].
+        weights: four numbers, four 0-dim tensors or a mixture of both, or one tensor [4].
 
     Raises:
-        TypeError: an entry that is neither a number nor a floating-point tensor.
-        ValueError: another number of them, or a tensor of another shape.
+        TypeError: an entry is neither a number nor a floating-point tensor.
+        ValueError: there are not four weights, or a tensor has another shape.
     """
     if isinstance(weights, Tensor):
         if weights.shape != (4,):

@@ -66,13 +66,18 @@ def dual_batch_norm(
     return y, y_t
 
 
-@functools.cache
 def fused_available() -> bool:
     """Whether the CPU operators of :class:`FusedBatchNorm` can be used here."""
-    if not backends.available("cpu"):
-        return False
+    available = backends.available("cpu")
+    if available:
+        _register_fakes()
+    return available
 
-    # The memory planner runs a training step on tensors without data.
+
+@functools.cache
+def _register_fakes() -> None:
+    """Defines the operators on tensors without data, which the memory planner runs a step on."""
+
     @torch.library.register_fake("mclfast_cpu::dual_batch_norm")
     def _(x: Tensor, *_: object) -> tuple[Tensor, ...]:
         return torch.empty_like(x), torch.empty_like(x), *x.new_empty(4, x.shape[1]).unbind()
@@ -80,8 +85,6 @@ def fused_available() -> bool:
     @torch.library.register_fake("mclfast_cpu::dual_batch_norm_backward")
     def _(g: Tensor, g_t: Tensor, x: Tensor, *_: object) -> tuple[Tensor, ...]:
         return torch.empty_like(x), torch.empty_like(x), *x.new_empty(2, x.shape[1]).unbind()
-
-    return True
 
 
 class FusedBatchNorm(torch.autograd.Function):

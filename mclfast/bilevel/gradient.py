@@ -182,7 +182,9 @@ def _checked_hyperparams(hyperparams: Iterable[Tensor]) -> list[Tensor]:
         if not isinstance(hyperparam, Tensor):
             raise TypeError(f"hyperparams[{i}]: expected a tensor, got {describe(hyperparam)}")
         if not hyperparam.requires_grad:
-            raise ValueError(f"hyperparams[{i}]: expected requires_grad=True, got a tensor without")
+            raise ValueError(
+                f"hyperparams[{i}]: expected a tensor with requires_grad, got one without it"
+            )
     return found
 
 

@@ -38,8 +38,8 @@ class Cohort(nn.Module):
 
     Raises:
         TypeError: ``networks`` is not a sequence.
-        ValueError: no networks, one network twice, networks that differ in their number of
-            classes, a projection_dim below 1, or an unknown projection.
+        ValueError: there are no networks, one occurs twice, they differ in their number of classes,
+            projection_dim is below 1, or the projection is unknown.
 
     Examples:
         >>> import torch
@@ -96,7 +96,7 @@ class Cohort(nn.Module):
 
     @property
     def peers(self) -> list[PeerNetwork]:
-        """The networks."""
+        """The peer networks, in the order of their numbers."""
         return [n for n in self.networks if isinstance(n, PeerNetwork)]
 
     @property

@@ -34,7 +34,7 @@ def forward_in_parts(
 
     Args:
         cohort: run once for each part.
-        images: what the cohort takes.
+        images: one tensor [B, C, H, W] for all peers, or a list with a view for each.
         parts: number of parts, consecutive and of equal size.
         order: int64 [B], the images in the order they are dealt to the parts; the outputs are in
             that of the images.

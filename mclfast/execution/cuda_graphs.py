@@ -1,7 +1,7 @@
 """The ordinary step as one CUDA graph: forward, loss and backward, recorded once and replayed.
 
 Small networks on a GPU wait for the host, which launches a thousand kernels a step. A replay
-launches them all at once. What a graph holds is fixed: memory, shapes and every number that the
+launches them all at once. A graph holds fixed things: memory, shapes and every number that the
 host computed, so the loss must be the same function in every step. Clipping and SGD stay outside,
 for the learning rate changes.
 """
@@ -46,10 +46,10 @@ class GraphedStep:
 
     Args:
         gradients: the step without the optimiser; begins with gradients of None.
-        parameters: what is differentiated.
-        modules: those with buffers that a forward run changes.
+        parameters: the parameters that get gradients.
+        modules: the modules whose buffers a forward run changes.
         device: a CUDA device.
-        record: how kernels are recorded.
+        record: records the kernels of a call; CUDA graphs if None.
     """
 
     def __init__(

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from mclfast._base.optional import optional_import
 from mclfast.cohort.cohort import Cohort
 from mclfast.config import TrainConfig
-from mclfast.execution.parallel import runner
+from mclfast.execution.parallel import way_to_run
 from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 
 
@@ -25,7 +26,7 @@ def arrange(cohort: Cohort, config: TrainConfig, device: torch.device) -> None:
     Args:
         cohort: on the device; parameters and names stay what they are.
         config: read are ``channels_last``, ``compile_peers`` and ``peers_parallel``.
-        device: of the run.
+        device: the device that the networks run on.
 
     Raises:
         ValueError: a setting that does not go with this cohort or device.
@@ -46,7 +47,7 @@ def arrange(cohort: Cohort, config: TrainConfig, device: torch.device) -> None:
         cohort.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile_peers:
         cohort.run_alone = compiled_call(device)
-    cohort.run_together = runner(config.peers_parallel, cohort.peers, device, report=_tell)
+    cohort.run_together = way_to_run(config.peers_parallel, cohort.peers, device, report=_tell)
 
 
 def wants_channels_last(config: TrainConfig, device: torch.device) -> bool:
@@ -87,7 +88,7 @@ def compiled_call(device: torch.device) -> Callable[[PeerNetwork, Tensor], Stage
     try:
         # A Python without support, no C++ compiler, no Triton: known before the first step.
         torch.compile(_trial)(torch.ones(8, device=device))
-    # What a compiler raises has no common type.
+    # Compilers raise errors of no common type.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise RuntimeError(
@@ -107,7 +108,6 @@ def _call(network: PeerNetwork, view: Tensor) -> StageOutputs:
 
 
 def _tell(text: str) -> None:
-    from tqdm import tqdm
-
+    tqdm = optional_import("tqdm", extra="train").tqdm
     # Beside a progress bar, and not into it.
     tqdm.write(text, file=sys.stderr)

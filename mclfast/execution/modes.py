@@ -72,7 +72,7 @@ def make_runner(
     autocast: Callable[[], AbstractContextManager[Any]],
     optimizer: torch.optim.Optimizer,
 ) -> PeerRunner:
-    """What runs the peers in a memory mode.
+    """The runner of the peers in a memory mode.
 
     Args:
         memory: a name of :data:`RUNNERS`.

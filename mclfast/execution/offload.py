@@ -31,8 +31,8 @@ class PeerOffload:
 
     Args:
         cohort: independent peers, in host memory.
-        device: where they run. Where that is the CPU, a turn works on copies all the same.
-        host: where they wait.
+        device: the device that a peer runs on in its turn; on a CPU a turn works on copies too.
+        host: the device whose memory the peers wait in.
 
     Raises:
         ValueError: peers that share a module.
@@ -51,7 +51,7 @@ class PeerOffload:
         if len({id(p) for p in every}) < len(every):
             raise ValueError("offload: expected none for peers that share modules, got peers")
         self._present: int | None = None
-        #: Of each peer: its parameters at home, and its optimiser state.
+        #: Parameters at home and optimiser state of each peer.
         self._homes: list[ParamVector] = []
         self._states = [ParamVector([]) for _ in self._parameters]
         #: The parameters of the peer that has its turn, on the device.
@@ -66,7 +66,7 @@ class PeerOffload:
         self.wait()
 
     def wait(self) -> None:
-        """Until the device has written what it writes to host memory."""
+        """Returns when the device has written what it writes to host memory."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -79,7 +79,7 @@ class PeerOffload:
         assert self._present is None, f"peer {self._present} has its turn"
         own, home = self._parameters[peer], self._homes[peer]
         if not _lie_in(home, own):
-            # What changes the layout of a module, or its dtype, gives it other memory.
+            # A change of a module's layout or dtype gives it other memory.
             home = self._homes[peer] = self._gathered(p.data for p in own)
         self._present = peer
         try:
@@ -104,8 +104,8 @@ class PeerOffload:
         """A step of an optimiser for the present peer, whose gradients it uses up.
 
         Args:
-            peer: its number.
-            optimizer: of all peers; no other parameter of it has a gradient now.
+            peer: number of the peer that has its turn.
+            optimizer: the optimiser of all peers; only this peer's parameters have a gradient now.
         """
         own = self._parameters[peer]
         home, state = self._states[peer], _state(optimizer, own)
@@ -205,10 +205,10 @@ class OffloadedPeers(SequentialPeers):
     """Peer-sequential training of peers in host memory; it steps each peer in its second turn.
 
     Args:
-        cohort: with a :class:`PeerOffload`.
-        method: see :class:`mclfast.execution.runner.PeerRunner`.
-        autocast: the same.
-        optimizer: of all parameters.
+        cohort: peers that wait in a :class:`PeerOffload`.
+        method: says in how many parts the peers run a batch.
+        autocast: gives the context of a forward run.
+        optimizer: the optimiser of all parameters.
     """
 
     keeps_last = False
@@ -226,7 +226,7 @@ class OffloadedPeers(SequentialPeers):
         self._optimizer = optimizer
 
     def backward(self, outputs: PeerOutputs) -> None:
-        # What the loss itself gave gradients to: the method's own parameters.
+        # The loss itself has given gradients to the method's own parameters.
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         super().backward(outputs)

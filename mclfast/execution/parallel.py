@@ -33,7 +33,7 @@ def separate(peers: Sequence[PeerNetwork], views: Sequence[Tensor]) -> list[Stag
     return [peer(view) for peer, view in zip(peers, views, strict=True)]
 
 
-def runner(
+def way_to_run(
     way: Way, peers: Sequence[PeerNetwork], device: torch.device, *, report: Callable[[str], None]
 ) -> RunPeers | None:
     """A way to run peers, by name.
@@ -42,9 +42,9 @@ def runner(
         way: "off": one after another; "stack": equal networks as one; "streams": each on a CUDA
             stream of its own; "auto": each way is timed on the first training batch, and the
             fastest of those that work is kept.
-        peers: those that will run; they share no modules.
-        device: of their parameters.
-        report: is told what "auto" chose, in words.
+        peers: the networks that will run; they share no modules.
+        device: the device that their parameters lie on.
+        report: called with a sentence about the choice of "auto".
 
     Raises:
         ValueError: "stack" without two equal networks, "streams" without a CUDA device.
@@ -100,7 +100,7 @@ def equal_groups(peers: Sequence[PeerNetwork]) -> list[list[int]]:
 
 
 def _structure(peer: PeerNetwork) -> object:
-    """What networks must have in common to run as one."""
+    """The structure that networks must have in common to run as one."""
     modules = tuple(
         (name, type(m), m.training, m.extra_repr(), *_plain_values(m))
         for name, m in peer.named_modules(remove_duplicate=False)

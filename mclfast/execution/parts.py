@@ -54,7 +54,7 @@ def make_parts(config: TrainConfig, num_classes: int, in_channels: int) -> tuple
 def make_sampler(
     config: TrainConfig, images: ImageSource, num_classes: int
 ) -> BalancedSampler | ShuffleSampler:
-    """What deals the training images of a data set to batches."""
+    """The sampler that deals the training images of a data set to batches."""
     if config.sampler == "shuffle":
         return ShuffleSampler(len(images), batch_size=config.batch_size, seed=config.seed)
     return BalancedSampler(

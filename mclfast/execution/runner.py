@@ -40,5 +40,5 @@ class PeerRunner:
         """Called after the backward of the loss: brings its gradient to all parameters.
 
         Args:
-            outputs: what :meth:`forward` gave.
+            outputs: the outputs that :meth:`forward` gave.
         """

@@ -22,12 +22,12 @@ from mclfast.execution.runner import PeerRunner
 
 
 class _PartRun(NamedTuple):
-    """What it takes to run the peers on a part of a batch once more.
+    """Inputs and random states from which the peers run on a part of a batch once more.
 
     Attributes:
         views: images [b, C, H, W] of each peer.
-        random: by the key of each thing run (see ``Cohort.peer_forward``), the random numbers that
-            it started from.
+        random: state of the generators that each part of a peer started from, by its key (see
+            ``Cohort.peer_forward``).
     """
 
     views: list[Tensor]

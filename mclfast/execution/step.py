@@ -42,17 +42,17 @@ class TrainStep:
         memory: memory mode in place of the config's.
 
     Attributes:
-        config: as given.
+        config: settings of the step.
         device: the device that the step computes on.
-        cohort: as given.
-        method: as given.
+        cohort: the peers.
+        method: the method, with what it built for these peers and labels.
         average: moving average of the cohort, None for a method without a teacher.
         parameters: all parameters that ``optimizer`` trains.
         optimizer: SGD on the networks and on the method's own parameters.
         meta_optimizer: SGD on the parameters that the bilevel step trains, None without any.
         scaler: gradient scaler, enabled in fp16.
         num_samples: number n of training images.
-        image_shape: as given.
+        image_shape: channels, height and width of an image.
         memory: name of the memory mode.
         runner: runs the peers in that mode.
         compute: forward, loss and backward, as they are or as a CUDA graph.
@@ -231,7 +231,7 @@ class TrainStep:
         not the ordinary one, activations of one peer live at a time.
 
         Args:
-            images, batch: as for an ordinary step.
+            images, batch: arguments of an ordinary step.
             lr: learning rate of the unrolled steps; the one set for the epoch if None.
 
         Raises:

@@ -2,8 +2,7 @@
 
 For data sets whose batches hold too few samples of a class to contrast: each anchor is compared
 with stored embeddings, a few positives and thousands of negatives, gathered once and never kept.
-What :mod:`mclfast.losses.in_batch` says of embeddings, dtypes and derivatives holds here too;
-banks get no gradient.
+Embeddings, dtypes and derivatives are as in :mod:`mclfast.losses.in_batch`; banks get no gradient.
 """
 
 from __future__ import annotations
@@ -159,7 +158,7 @@ def bank_mcl_terms(
 
     Args:
         embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
-        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: as in
+        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: arguments of
             :func:`bank_mcl_rows`.
 
     Returns:
@@ -202,7 +201,7 @@ def bank_mcl_loss(
 
     Args:
         embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
-        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: as in
+        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: arguments of
             :func:`bank_mcl_rows`.
         weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
             [4]. Weights that require a gradient get it; where none does, the loss and its gradient
@@ -248,8 +247,8 @@ def bank_mcl_objective(
     """:func:`bank_mcl_loss` together with its terms, for a log.
 
     Args:
-        embeddings, banks, pos_idx, neg_idx, weights, temperature, kl_temperature, backend: as in
-            :func:`bank_mcl_loss`.
+        embeddings, banks, pos_idx, neg_idx, weights, temperature, kl_temperature,
+            backend: arguments of :func:`bank_mcl_loss`.
 
     Returns:
         MCLObjective(loss, terms); the loss is that of :func:`bank_mcl_loss`, the terms give no
@@ -296,7 +295,7 @@ def layerwise_bank_mcl_terms(
 
     Args:
         embeddings: [M, L, B, D] unit-norm, or networks of stages of [B, D].
-        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: as in
+        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: arguments of
             :func:`bank_mcl_rows`. A bank holds embeddings of its network's last stage; every stage
             is compared with it.
         pair_weights: [N, N, B] weight of each pair of nodes for each sample, as a
@@ -348,7 +347,7 @@ def layerwise_bank_mcl_loss(
 
     Args:
         embeddings: [M, L, B, D] unit-norm, or networks of stages of [B, D].
-        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: as in
+        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: arguments of
             :func:`bank_mcl_rows`.
         pair_weights: [N, N, B] weight of each pair of nodes for each sample; None for ones.
         weights: weights of vcl, soft_vcl, icl and soft_icl, as in :func:`bank_mcl_loss`. Weights of
@@ -395,7 +394,7 @@ def layerwise_bank_mcl_objective(
 
     Args:
         embeddings, banks, pos_idx, neg_idx, pair_weights, weights, temperature, kl_temperature,
-            backend: as in :func:`layerwise_bank_mcl_loss`.
+            backend: arguments of :func:`layerwise_bank_mcl_loss`.
 
     Returns:
         MCLObjective(loss, terms); the loss is that of :func:`layerwise_bank_mcl_loss`, the terms
@@ -507,7 +506,7 @@ def bank_nce_log_normalizer(
     anchors of network j. Contrastive representation distillation keeps those of its first batch.
 
     Args:
-        embeddings, banks, contrast_idx, temperature, backend: as in :func:`bank_nce_loss`.
+        embeddings, banks, contrast_idx, temperature, backend: arguments of :func:`bank_nce_loss`.
 
     Returns:
         [M, M], 0 on the diagonal; no gradient.
@@ -570,7 +569,7 @@ def bank_nce_loss(
 
     Args:
         embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
-        banks: [M, n, D] as in :func:`bank_mcl_rows`.
+        banks: [M, n, D], one bank for each network, see :func:`bank_mcl_rows`.
         contrast_idx: [B, 1 + K] int64, first the anchor's own number (or that of another sample of
             its class), then K noise samples of other classes.
         temperature: divides the cosine similarities, in [1e-6, 1e6].

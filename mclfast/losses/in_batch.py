@@ -132,7 +132,7 @@ def _weighted(
         labels: [B].
         row_weights: weights of the vcl rows [N, B] and of the rows of pairs [N, N, B].
         weights: weights of the four terms.
-        temperature, kl_temperature, backend: as in :func:`mcl_rows`.
+        temperature, kl_temperature, backend: arguments of :func:`mcl_rows`.
     """
     term_weights = check_weights(weights)
     backend = _checked(nodes, labels, temperature, kl_temperature, backend)
@@ -273,7 +273,7 @@ def mcl_loss(
         weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
             [4]. Weights that require a gradient get it; where none does, the loss and its gradient
             are computed in one sweep, the fastest form.
-        temperature, kl_temperature, backend: as in :func:`mcl_terms`.
+        temperature, kl_temperature, backend: arguments of :func:`mcl_terms`.
 
     Returns:
         The loss, 0-dim, differentiable to second order.
@@ -311,7 +311,8 @@ def mcl_objective(
     """:func:`mcl_loss` together with its terms, for a log.
 
     Args:
-        embeddings, labels, weights, temperature, kl_temperature, backend: as in :func:`mcl_loss`.
+        embeddings, labels, weights, temperature, kl_temperature,
+            backend: arguments of :func:`mcl_loss`.
 
     Returns:
         MCLObjective(loss, terms); the loss is that of :func:`mcl_loss`, the terms give no gradient.
@@ -356,7 +357,7 @@ def layerwise_mcl_terms(
         labels: [B] integers.
         pair_weights: [N, N, B] weight of each pair of nodes for each sample (N = all stages of all
             networks, network-major), as a :class:`mclfast.LayerMatcher` gives; None for ones.
-        temperature, kl_temperature, backend: as in :func:`mcl_terms`.
+        temperature, kl_temperature, backend: arguments of :func:`mcl_terms`.
 
     Returns:
         MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each, differentiable to second order, also
@@ -403,7 +404,7 @@ def layerwise_mcl_loss(
         weights: weights of vcl, soft_vcl, icl and soft_icl, as in :func:`mcl_loss`. Weights of
             terms and of pairs that require a gradient get it; where none does, the loss and its
             gradient are computed in one sweep, the fastest form.
-        temperature, kl_temperature, backend: as in :func:`mcl_terms`.
+        temperature, kl_temperature, backend: arguments of :func:`mcl_terms`.
 
     Returns:
         The loss, 0-dim, differentiable to second order.
@@ -439,8 +440,8 @@ def layerwise_mcl_objective(
     """:func:`layerwise_mcl_loss` together with its terms, for a log.
 
     Args:
-        embeddings, labels, pair_weights, weights, temperature, kl_temperature, backend: as in
-            :func:`layerwise_mcl_loss`.
+        embeddings, labels, pair_weights, weights, temperature, kl_temperature,
+            backend: arguments of :func:`layerwise_mcl_loss`.
 
     Returns:
         MCLObjective(loss, terms); the loss is that of :func:`layerwise_mcl_loss`, the terms give no
@@ -485,7 +486,7 @@ def supcon_loss(
     Args:
         embeddings: [B, D] unit-norm.
         labels: [B] integers.
-        temperature: in [1e-6, 1e6].
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -526,7 +527,7 @@ def info_nce_loss(
 
     Args:
         a, b: [B, D] unit-norm; row r of ``b`` is the positive of row r of ``a``.
-        temperature: in [1e-6, 1e6].
+        temperature: divides the cosine similarities, in [1e-6, 1e6].
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -579,7 +580,7 @@ def similarity_kl_loss(
         student: [B, D] unit-norm.
         teacher: [B, D'] unit-norm; its width may differ.
         temperature: divides the cosine similarities, in [1e-6, 1e6].
-        kl_temperature: in [1e-6, 1e6].
+        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:

@@ -30,7 +30,7 @@ class _Loss(nn.Module):
 
     def _keep_weights(self, weights: Weights) -> None:
         entries = check_weights(weights)
-        # What is kept as a parameter or a buffer follows ``.to()`` and is found by optimisers.
+        # Parameters and buffers follow ``.to()``, and optimisers find the parameters.
         if isinstance(weights, Tensor):
             self._keep("weights", weights)
             return

@@ -87,8 +87,8 @@ class BankMethod(Method):
         backends.resolve(self.options.backend, device.type, banks=self.uses_banks)
         if self.options.bank_storage == "pinned" and device.type != "cuda":
             raise ValueError(
-                f"bank_storage: expected device on a {device.type} device, got pinned, which is "
-                "for GPUs"
+                f"bank_storage: expected 'device' on a {device.type} device, got 'pinned', which "
+                "only GPUs can read"
             )
 
     def after_step(self, outputs: PeerOutputs, batch: Batch) -> None:

@@ -66,14 +66,14 @@ class ContrastiveMethod(BankMethod):
     def contrastive_terms(
         self, outputs: PeerOutputs, batch: Batch, pair_weights: Tensor | None = None
     ) -> MCLTerms:
-        """The four terms, each differentiable; layer-wise where pair weights are given."""
+        """The four terms, each differentiable; layer-wise with pair weights."""
         terms: MCLTerms = self._call("terms", outputs, batch, pair_weights)
         return terms
 
     def contrastive_objective(
         self, outputs: PeerOutputs, batch: Batch, pair_weights: Tensor | None = None
     ) -> MCLObjective:
-        """Their weighted sum, in the fastest form; layer-wise where pair weights are given."""
+        """The weighted sum of the four terms, in the fastest form; layer-wise with pair weights."""
         weights = self.weights()
         objective: MCLObjective = self._call(
             "objective", outputs, batch, pair_weights, weights=weights
@@ -81,7 +81,7 @@ class ContrastiveMethod(BankMethod):
         return objective
 
     def weights(self) -> tuple[float, float, float, float]:
-        """Weights of vcl, soft_vcl, icl, soft_icl."""
+        """The weights of vcl, soft_vcl, icl, soft_icl, in this order."""
         return term_weights(self.options)
 
     def _call(

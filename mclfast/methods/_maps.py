@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 
-def transfer(channels: int, wanted: int) -> nn.Module:
+def convolution_to_width(channels: int, wanted: int) -> nn.Module:
     """A 1x1 convolution [B, channels, h, w] -> [B, wanted, h, w]; the identity for equal widths."""
     return nn.Identity() if channels == wanted else nn.Conv2d(channels, wanted, 1)
 

@@ -14,7 +14,7 @@ from mclfast._base.settings import setting
 from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.losses.distillation import mutual_kd_loss
-from mclfast.methods._maps import to_smallest, transfer
+from mclfast.methods._maps import convolution_to_width, to_smallest
 from mclfast.methods._options import DistillOptions
 from mclfast.methods.base import Method, check_peers, prepared
 from mclfast.methods.baseline import sum_cross_entropy
@@ -84,7 +84,7 @@ class AFD(Method):
         real = [widths[a - 1] for a in range(len(widths))]
         self.discriminators = nn.ModuleList(Discriminator(c) for c in real)
         self.transfers = nn.ModuleList(
-            transfer(own, wanted) for own, wanted in zip(widths, real, strict=True)
+            convolution_to_width(own, wanted) for own, wanted in zip(widths, real, strict=True)
         )
         self.optimizer = torch.optim.AdamW(
             self.discriminators.parameters(),

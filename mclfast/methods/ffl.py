@@ -15,7 +15,7 @@ from mclfast._base.settings import setting
 from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, mean_logits
 from mclfast.losses.distillation import kd_loss
-from mclfast.methods._maps import to_smallest, transfer
+from mclfast.methods._maps import convolution_to_width, to_smallest
 from mclfast.methods._options import RampedDistillOptions
 from mclfast.methods.base import Method, check_peers, prepared
 from mclfast.methods.baseline import sum_cross_entropy
@@ -40,7 +40,7 @@ class FusionModule(nn.Module):
         super().__init__()
         width = max(channels)
         both = width * len(channels)
-        self.transfers = nn.ModuleList(transfer(c, width) for c in channels)
+        self.transfers = nn.ModuleList(convolution_to_width(c, width) for c in channels)
         self.layers = nn.Sequential(
             nn.Conv2d(both, both, 3, padding=1, groups=both, bias=False),
             nn.BatchNorm2d(both),

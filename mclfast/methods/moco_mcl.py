@@ -121,7 +121,10 @@ class MomentumMCL(Method):
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         o = self.options
         if self.queue is None or outputs.teacher is None:
-            raise RuntimeError("loss: expected prepare() and the outputs of key networks before it")
+            raise RuntimeError(
+                "loss: expected prepare() to be called before and outputs of key networks, "
+                "got a method or outputs without"
+            )
         queries, keys = _stacked(outputs), _stacked(outputs.teacher)
         sums = momentum_mcl_sums(queries, keys, self.queue.keys, o.temperature, o.kl_temperature)
         terms = MCLTerms(*(sums / queries.shape[1]))

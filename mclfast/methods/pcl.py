@@ -73,7 +73,7 @@ class PCL(Method):
     def loss(self, outputs: PeerOutputs, batch: Batch) -> dict[str, Tensor]:
         o, logits = self.options, outputs.final_logits
         if outputs.teacher is None:
-            raise ValueError("outputs: expected those of the moving average as teacher, got None")
+            raise ValueError("outputs: expected outputs of the moving average as teacher, got None")
         together = wide(self.ensemble(outputs))
         ce = sum_cross_entropy(outputs, batch.labels)
         ensemble_ce = cross_entropy(together, batch.labels)

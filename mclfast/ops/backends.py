@@ -139,16 +139,17 @@ _chosen: ContextVar[str] = ContextVar("backend", default="auto")
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within it, losses called with ``backend="auto"`` take a backend by name.
+    """Makes losses that are called with ``backend="auto"`` in the block take a backend by name.
 
-    A call that names a backend keeps its own. What the backend cannot do raises as if the call had
-    named it. Functions compiled by ``torch.compile`` keep the backend they were traced with.
+    A call that names a backend keeps its own. A loss that the chosen backend cannot compute raises,
+    as if the call had named the backend. Functions compiled by ``torch.compile`` keep the backend
+    that they were traced with.
 
     Args:
         name: "auto" or a name that ``mclfast env`` lists.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: the name is unknown.
 
     Examples:
         >>> import torch
@@ -168,7 +169,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def chosen() -> str:
-    """The name given to :func:`use_backend`, "auto" outside of it."""
+    """The name that :func:`use_backend` was called with; "auto" outside of its block."""
     return _chosen.get()
 
 
@@ -181,7 +182,8 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
     """Turns the argument ``backend`` of a loss into the name of a backend for a device.
 
     Args:
-        backend: "auto" (the choice of :func:`use_backend`, else the best for the device) or a name.
+        backend: "auto" for the choice of :func:`use_backend` or else the best on the device, or the
+            name of a backend.
         device: device type of the embeddings, "cpu" or "cuda".
         banks: whether the loss is a memory-bank loss, not an in-batch one.
 

@@ -4,6 +4,8 @@ A rehearsal runs the true training step on tensors that have a shape and no valu
 (:mod:`mclfast.plan.rehearsal`), so that nothing is computed and nothing large is allocated.
 """
 
-from mclfast._base.sizes import format_bytes, parse_bytes
+from mclfast.plan.choose import Chosen
+from mclfast.plan.estimate import Choice, Estimate
+from mclfast.plan.planner import Plan, choices, make_plan
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["Choice", "Chosen", "Estimate", "Plan", "choices", "make_plan"]

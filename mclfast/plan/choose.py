@@ -35,7 +35,7 @@ class Chosen(NamedTuple):
     """A memory mode, and why.
 
     Attributes:
-        memory: its name.
+        memory: name of the mode.
         reason: one line, which starts with the name.
     """
 
@@ -123,7 +123,7 @@ class _Steps:
         self._bilevel: dict[bool, int] = {}
 
     def need(self, mode: str) -> Need:
-        """What the steps add in a mode, as far as it takes to tell whether that fits."""
+        """Bytes that the steps add in a mode, as exactly as it takes to tell whether they fit."""
         c = self._step.config
         found = estimate(
             self._step,
@@ -160,9 +160,9 @@ def refusal(
     """Why training would refuse a choice, in its words; None where it would not.
 
     Args:
-        config: of the run; its memory, offload and amp do not matter.
-        method: of the run.
-        device: of the run; need not be here.
+        config: settings of the run; its memory, offload and amp do not matter.
+        method: the method of the run.
+        device: the device that the run is for; it need not be here.
         choice: the settings.
     """
     try:

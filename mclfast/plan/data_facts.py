@@ -20,7 +20,7 @@ class DataFacts:
     """The sizes of a data set that memory depends on.
 
     Attributes:
-        name: of the set.
+        name: name of the data set.
         train, test: numbers of images.
         num_classes: number of classes.
         image_shape: channels, height and width.

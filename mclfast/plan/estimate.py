@@ -1,4 +1,4 @@
-"""What a run needs in a memory mode: what it keeps, and what its steps add for a while."""
+"""The memory of a run in a memory mode: kept throughout, and added by its steps for a while."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mclfast.plan.rehearsal import (
 from mclfast.plan.stand_in import scaled_bytes
 
 PARAMETERS, BANK, DATA, HEAP = "parameters", "bank", "data set", "heap"
-#: What memory goes to, in the order of the report.
+#: The uses of memory, in the order of the report.
 PARTS = (ACTIVATIONS, PARAMETERS, GRADIENTS, OPTIMIZER, LOSS, BANK, DATA, WORKSPACE, HEAP)
 
 #: On a CPU, gaps between freed blocks that the C library's allocator does not give back, as a share
@@ -54,15 +54,15 @@ class Estimate:
     """Bytes at the peak of each kind of step.
 
     Attributes:
-        choice: of the settings.
+        choice: the settings that trade memory for time.
         networks: number of peers.
         batch_size: images per step.
-        parts: of an ordinary step, by the names of :data:`PARTS`; they add up to ``step``.
-        host: in host memory beside a GPU.
-        whole_loss: see :class:`mclfast.plan.rehearsal.Rehearsed`.
+        parts: bytes of an ordinary step, by the names of :data:`PARTS`; they add up to ``step``.
+        host: bytes in host memory beside a GPU.
+        whole_loss: whether the method's own loss was counted, not a stand-in for it.
         graphed: the step is recorded as a CUDA graph, whose memory nothing else can use.
-        evaluation: of an evaluation batch in all.
-        bilevel: of a bilevel step in all, 0 where there is none.
+        evaluation: bytes of an evaluation batch in all.
+        bilevel: bytes of a bilevel step in all, 0 without bilevel steps.
     """
 
     choice: Choice
@@ -87,22 +87,22 @@ class Estimate:
 
     @property
     def peaks(self) -> tuple[int, int, int]:
-        """What the run needs in ordinary steps, in bilevel steps and in evaluation."""
+        """Memory at the peak of ordinary steps, of bilevel steps and of evaluation."""
         beside = self.step - self.lasting if self.graphed else 0
         return self.step, self.bilevel + beside, self.evaluation + beside
 
     @property
     def kept(self) -> int:
-        """What is there before the first step."""
+        """Memory in use before the first step."""
         return sum(self.parts.get(part, 0) for part in (PARAMETERS, BANK, DATA))
 
     @property
     def lasting(self) -> int:
-        """What is there between steps."""
+        """Memory in use between steps."""
         return self.kept + self.parts.get(OPTIMIZER, 0)
 
     def adding(self, size: int) -> int:
-        """What there is in all while something adds some bytes to what the run keeps."""
+        """Total memory at the moment an operation adds ``size`` bytes to what the run keeps."""
         return self.kept + size + (_gaps(size, self.parts) if HEAP in self.parts else 0)
 
     def with_bilevel(self, size: int) -> Estimate:
@@ -114,10 +114,10 @@ class Kept(NamedTuple):
     """Bytes that a run keeps from its first step to its last.
 
     Attributes:
-        parameters: with buffers; of the cohort, its moving average and the method.
+        parameters: parameters and buffers of the cohort, its moving average and the method.
         bank: memory banks, queues of keys and what is drawn from them for a batch.
         data: images and labels.
-        host: in host memory beside a GPU.
+        host: bytes in host memory beside a GPU.
     """
 
     parameters: int
@@ -173,7 +173,7 @@ def estimate(
     graphed: bool = False,
     pinned: bool = False,
 ) -> Estimate:
-    """What a run needs at its peak.
+    """Estimates the memory of a run at its peaks.
 
     Args:
         step: the step of the run, or a stand-in for it; stays as it is.
@@ -182,7 +182,7 @@ def estimate(
         batch_size: images per step.
         device: type of the device that the run is for, "cpu" or "cuda".
         bilevel: rehearse the bilevel step too, which takes as long as some ten ordinary ones.
-        graphed: as in :class:`Estimate`.
+        graphed: whether the step is recorded as a CUDA graph.
         pinned: memory banks lie in host memory.
     """
     came = rehearse(step, **choice._asdict(), batch_size=batch_size, foreach=device != "cpu")
@@ -213,6 +213,6 @@ def estimate(
 
 
 def _gaps(size: int, parts: Mapping[str, int]) -> int:
-    """Of a step on a CPU that adds some bytes to what the run keeps."""
+    """Gaps in the heap, for a step on a CPU that adds ``size`` bytes to what the run keeps."""
     lasting = parts.get(OPTIMIZER, 0) + parts.get(GRADIENTS, 0)
     return int(HEAP_SHARE * max(0, size - lasting))

@@ -24,8 +24,8 @@ HOST, HOST_MEMORY = "host", torch.device("cpu", 0)
 class LiveBytes(TorchDispatchMode):
     """Within it, every storage that an operation makes counts from its birth to its death.
 
-    A storage counts once, however many tensors view it. What an operation allocates inside itself
-    and gives back is not seen.
+    A storage counts once, however many tensors view it. Memory that an operation allocates and
+    frees within itself is not seen.
 
     Attributes:
         peak: bytes of each kind when their sum was largest, since the last :meth:`reset`;
@@ -88,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
             self._known[storage._cdata] = weakref.ref(storage), self._kind, 0
 
     def watch(self, module: nn.Module, kind: str) -> None:
-        """What the forward runs of a module and its parts make is of this kind, in reruns too."""
+        """Gives a kind to all that forward runs of a module and its parts make, reruns included."""
         stack: list[str] = []
 
         def enter(*_: Any) -> None:

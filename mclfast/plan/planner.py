@@ -1,4 +1,4 @@
-"""What every choice of memory settings needs for a run, and the largest run that fits in each."""
+"""The memory of a run under each choice of settings, and the largest run that fits in each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
     """One choice.
 
     Attributes:
-        estimate: what it needs.
+        estimate: the memory that the choice needs.
         fits: whether that is within the limit.
         largest_batch: images per step that fit, with the cohort as it is.
         largest_cohort: peers that fit with the last network repeated, the batch as it is; None for
@@ -178,7 +178,7 @@ def _lines(size: int, here: Estimate, other: int, there: Estimate) -> list[Line]
     return [((size, need), (other, more)) for need, more in pairs]
 
 
-#: What no search goes beyond.
+#: The size that no search goes beyond.
 MOST = 10**6
 
 #: Two sizes, and what they need.
@@ -193,7 +193,7 @@ def largest(lines: Sequence[Line], limit: int) -> int:
     two cohorts is 1 % off at eight times their size.
 
     Args:
-        lines: of each need, two points (size, bytes); it grows along a straight line.
+        lines: two points (size, bytes) of each need, which grows along a straight line.
         limit: bytes.
     """
     low, high = 0, MOST

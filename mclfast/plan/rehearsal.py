@@ -33,9 +33,9 @@ class Rehearsed(NamedTuple):
     """Bytes that come and go; parameters, banks and data are not among them.
 
     Attributes:
-        step: of each kind at the peak of an ordinary step, gradients and optimiser state included.
+        step: bytes of each kind at the peak of an ordinary step, gradients and optimiser state too.
             :data:`mclfast.plan.live_bytes.HOST` stands for what lies in host memory.
-        evaluation: in all on the device at the peak of an evaluation batch.
+        evaluation: bytes in all on the device at the peak of an evaluation batch.
         whole_loss: False where the method's loss looks at values, of which there are none here:
             counted is a cross entropy in its place.
     """
@@ -72,7 +72,7 @@ def rehearse_bilevel(
 ) -> int:
     """Bytes at the peak of a bilevel step, gradients and optimiser state included; 0 without one.
 
-    What lies in host memory with offload is not among them.
+    Parameters and momentum in host memory (with offload) are not among them.
 
     Args:
         step: stays as it is.
@@ -161,7 +161,7 @@ def _fake_copy(
         twin = copy.deepcopy(step, {id(batch): batch})
     twin.config = dataclasses.replace(step.config, cuda_graphs=False, **settings)
     if twin.config.amp == "fp16":
-        # Of the same sizes, and its scaler looks at values.
+        # bf16 has the same sizes, and the scaler of fp16 looks at values.
         twin.config.amp = "bf16"
     twin.scaler = torch.amp.GradScaler(twin.device.type, enabled=False)
     if twin.config.offload == "peers":

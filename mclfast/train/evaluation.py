@@ -20,8 +20,8 @@ class CohortAccuracy(NamedTuple):
     """Accuracies in percent.
 
     Attributes:
-        peers: of each network's own final classifier.
-        ensemble: of all together: the mean of those classifiers' logits, or what the method says.
+        peers: accuracy of each network's own final classifier.
+        ensemble: accuracy of all together, by the mean of their logits or as the method says.
         best_head: the best of all classifiers, auxiliary ones included (the published protocol
             reports its maximum over the epochs).
     """
@@ -37,8 +37,8 @@ def batches_for(
     """Evaluation views [b, C, H, W] and labels [b] in order, on the device of a module.
 
     Args:
-        module: has a parameter.
-        images: what is read.
+        module: a module with parameters, whose device and layout the images take.
+        images: the images that are read.
         data: gives the statistics that images are normalised by.
         batch_size: images at a time.
     """
@@ -89,9 +89,9 @@ def cohort_accuracy(
 
     Args:
         cohort: the peers.
-        data: its test set is read.
+        data: the data set whose test images are read.
         batch_size: images at a time.
-        ensemble: from the outputs to the logits [B, C] of all peers together.
+        ensemble: function from the outputs to the logits [B, C] of all peers together.
     """
 
     def heads(x: Tensor) -> list[Tensor]:

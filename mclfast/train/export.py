@@ -69,12 +69,12 @@ def describe(
     """The description of a peer of a run, for :func:`export_backbone`.
 
     Args:
-        backbone: of the peer.
-        data: that it is trained on.
-        config: of the run.
+        backbone: the peer's network without heads.
+        data: the training set's name and sizes.
+        config: the run's settings.
         own_parts: whether networks and data are a program's own, without a name to load them by.
         epochs: trained so far.
-        accuracy: of the peer's own classifier in percent, None before the first epoch.
+        accuracy: test accuracy of the peer's own classifier in percent, None before an epoch.
     """
     return {
         "class": class_name(backbone),

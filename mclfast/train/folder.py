@@ -57,9 +57,9 @@ def write_result(folder: Path, result: RunResult, names: Sequence[str], title: s
     """Writes what a finished run reached, and draws its curves.
 
     Args:
-        folder: of the run.
-        result: of its last epoch.
-        names: of the peers.
+        folder: the run folder.
+        result: accuracies at the last epoch.
+        names: names of the peers.
         title: heading of the curves.
     """
     write_json(
@@ -78,8 +78,8 @@ def read_settings(folder: Path, argument: str) -> dict[str, Any]:
     """The settings of the run in a folder.
 
     Args:
-        folder: of the run.
-        argument: what the folder was given as, for errors.
+        folder: the run folder.
+        argument: name of the argument that gave the folder, for errors.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -91,7 +91,7 @@ def read_settings(folder: Path, argument: str) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> RunResult:
-    """What the finished run in a folder reached.
+    """The result of the finished run in a folder.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.

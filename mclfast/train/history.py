@@ -1,4 +1,4 @@
-"""What a run has reached: one record per epoch, kept as ``metrics.csv``, and its result."""
+"""The history of a run: one record per epoch, kept as ``metrics.csv``, and its result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def accuracies(
     """The accuracies of an epoch's record, in percent.
 
     Args:
-        found: those of the epoch; None where it was not evaluated, which gives NaN.
+        found: accuracies of the epoch; None if it was not evaluated, which gives NaN.
         history: the records before it.
         peers: number of networks.
     """
@@ -64,11 +64,11 @@ def read_csv(path: Path) -> list[dict[str, float]]:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run reached.
+    """The accuracies that a finished run reached, and its time.
 
     Attributes:
         peers: final test accuracy in percent of each peer's own classifier, at the last epoch.
-        ensemble: of the mean of the peers' logits, at the last epoch.
+        ensemble: accuracy of the mean of the peers' logits, at the last epoch.
         published_protocol: best accuracy of any classifier of any peer at any evaluated epoch on
             the test set, as the published code reports it. It selects on the test set: for
             comparison only.

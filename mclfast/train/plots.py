@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 History = Sequence[Mapping[str, float]]
 
-# Of Okabe and Ito, for colour-blind readers too; wine in the place of yellow, too light for a line.
+# Colours of Okabe and Ito, for colour-blind readers too; wine in the place of yellow, which is too
+# light for a line.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
@@ -175,7 +176,7 @@ class Bar(NamedTuple):
 
     Attributes:
         accuracy: mean of peers in percent.
-        ensemble: its accuracy in percent.
+        ensemble: accuracy of the ensemble in percent.
         gain: points over the baseline, None where there is nothing to compare with.
     """
 
@@ -190,7 +191,7 @@ def accuracy_bars(
     """Accuracy of methods as bars, with one standard deviation and every seed; gains beside them.
 
     Args:
-        bars: by label, drawn from top to bottom.
+        bars: the bars by their labels, drawn from top to bottom.
         path: PNG file.
         title: heading.
         baseline: label of what the gains are over.

@@ -12,9 +12,9 @@ def progress_bar(label: str, *, steps: int, done: int, shown: bool) -> Any:
     """A bar of tqdm with the time left.
 
     Args:
-        label: what stands before it.
-        steps: of the whole run.
-        done: how many of them are behind.
+        label: text before the bar.
+        steps: number of steps of the whole run.
+        done: number of steps already taken.
         shown: whether there is anything to see.
     """
     return optional_import("tqdm", extra="train").tqdm(

@@ -33,7 +33,7 @@ FREE_SETTINGS = frozenset(
 
 @dataclass
 class EpochSoFar:
-    """What a checkpoint within an epoch keeps of it; empty between epochs.
+    """The part of an epoch that a checkpoint within it keeps; empty between epochs.
 
     Attributes:
         totals: sums of the loss and its parts over the steps done, each 0-dim.
@@ -49,8 +49,8 @@ class Place(NamedTuple):
 
     Attributes:
         step: training steps done.
-        epoch_so_far: of the epoch that is not finished.
-        history: one record per epoch that is.
+        epoch_so_far: losses and time of the epoch that is not finished.
+        history: one record per finished epoch.
     """
 
     step: int
@@ -60,11 +60,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Identity:
-    """What tells one run from another.
+    """Facts that tell one run from another.
 
     Attributes:
-        settings: by name, with the true names of networks and data.
-        data: see :func:`data_facts`.
+        settings: all settings by name, with the true names of networks and data.
+        data: facts of the data set, as :func:`data_facts` gives them.
     """
 
     settings: dict[str, Any]
@@ -72,7 +72,7 @@ class Identity:
 
 
 def data_facts(data: Dataset) -> dict[str, Any]:
-    """What tells one data set from another, wherever its files lie."""
+    """Facts that tell one data set from another, wherever its files lie."""
     facts = {
         "training images": len(data.train),
         "test images": len(data.test),
@@ -113,7 +113,7 @@ def restore(state: dict[str, Any], identity: Identity, step: TrainStep) -> Place
 
     Args:
         state: content of a checkpoint, possibly an older one.
-        identity: what tells the run that goes on from others.
+        identity: facts of the run that goes on.
         step: gets the saved values.
 
     Returns:

@@ -154,7 +154,7 @@ class Trainer:
                 self._started = time.perf_counter() - self._so_far.seconds
                 record = self._train_epoch(epoch, bar)
                 record |= accuracies(
-                    self._evaluate() if self._is_evaluated(epoch) else None,
+                    self.evaluate() if self._is_evaluated(epoch) else None,
                     self.history,
                     len(self.cohort.peers),
                 )
@@ -241,7 +241,8 @@ class Trainer:
     def _is_evaluated(self, epoch: int) -> bool:
         return (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
 
-    def _evaluate(self) -> CohortAccuracy:
+    def evaluate(self) -> CohortAccuracy:
+        """Accuracies on the test set, of networks as they are now; sets evaluation mode."""
         self.method.eval()
         if self.mean_images is not None:
             size = self.config.eval_batch_size

@@ -94,7 +94,7 @@ def test_published_bank_form_equals_the_loss(m, stages):
         backend="reference",
         **settings,
     )
-    theirs = published_bank.layerwise_bank_mcl_terms(
+    theirs = published_bank.layerwise_bank_mcl_loss(
         nodes, inputs.networks, keys.banks, keys.rows, 1, weights, **settings
     )
     for x, y in zip(ours, theirs, strict=True):

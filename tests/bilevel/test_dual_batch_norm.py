@@ -239,3 +239,10 @@ def test_bad_input(place: int, value: Tensor, message: str):
     values[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.mclfast_cpu.dual_batch_norm(*values, None, None, 0.1, EPS)
+
+
+@pytest.mark.skipif(not norms.fused_available(), reason="no C++ extension here")
+def test_the_choice_of_a_backend_ends_with_its_block():
+    with backends.use_backend("reference"):
+        assert not norms.fused_available()
+    assert norms.fused_available()

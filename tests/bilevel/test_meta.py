@@ -132,7 +132,10 @@ def test_errors():
             for v in (-0.1, nan, inf)
         ),
         ({"params": {}}, "params: expected at least one tensor, got none"),
-        ({"hyperparams": [torch.ones(1)]}, r"hyperparams\[0\]: expected requires_grad=True"),
+        (
+            {"hyperparams": [torch.ones(1)]},
+            r"hyperparams\[0\]: expected a tensor with requires_grad",
+        ),
     ):
         call = {"params": params, "hyperparams": hyper, "lr": 0.1} | change
         with pytest.raises(ValueError, match=f"^{message}"):

@@ -51,7 +51,7 @@ def test_peers_wait_in_pinned_memory(amp: str, channels_last: bool):
         assert p.is_pinned()
         assert trainer.train_step.optimizer.state[p]["momentum_buffer"].is_pinned()
     assert all(b.is_cuda for b in trainer.cohort.buffers())
-    assert min(trainer._evaluate().peers) >= 0
+    assert min(trainer.evaluate().peers) >= 0
 
 
 def test_memory_does_not_grow_with_the_peers():

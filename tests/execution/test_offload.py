@@ -94,7 +94,7 @@ def test_one_peer_at_a_time_is_on_the_device(amp: str):
     assert not any(map(torch.equal, trainer.cohort.parameters(), before))
     assert all(p.grad is None for p in trainer.cohort.parameters())
     count.most = 0
-    trainer._evaluate()
+    trainer.evaluate()
     assert count.now == 0 and count.most == size
 
 

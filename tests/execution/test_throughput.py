@@ -124,7 +124,7 @@ def test_auto_keeps_the_fastest_and_changes_nothing(monkeypatch: pytest.MonkeyPa
 def test_auto_really_times():
     told: list[str] = []
     peers = [p.float() for p in peers_of("resnet8", "resnet8")]
-    run = parallel.runner("auto", peers, CPU, report=told.append)
+    run = parallel.way_to_run("auto", peers, CPU, report=told.append)
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
         run(peers, [x, x])
@@ -132,7 +132,7 @@ def test_auto_really_times():
     run(peers, [x, x])
     assert run.chosen in ("off", "stack") and len(told) == 1
     # Nothing to choose from where all networks differ.
-    alone = parallel.runner("auto", peers[:1], CPU, report=told.append)
+    alone = parallel.way_to_run("auto", peers[:1], CPU, report=told.append)
     assert list(alone.ways) == ["off"]
 
 
@@ -145,12 +145,12 @@ def test_auto_goes_on_without_ways_that_fail():
                 # Its forward run reads the number of batches on the host.
                 module.momentum = None
     x = torch.randn(4, 3, 8, 8)
-    run = parallel.runner("auto", peers, CPU, report=told.append)
+    run = parallel.way_to_run("auto", peers, CPU, report=told.append)
     run(peers, [x, x])
     assert run.chosen == "off" and "stack fails: vmap" in told[0]
     assert all(int(b) == 1 for b in peers[0].buffers() if b.dtype == torch.int64)
     # What is wrong with the networks themselves is an error.
-    run = parallel.runner("auto", peers, CPU, report=told.append)
+    run = parallel.way_to_run("auto", peers, CPU, report=told.append)
     with pytest.raises(RuntimeError, match="channels"):
         run(peers, [x[:, :2]] * 2)
     assert all(int(b) == 1 for b in peers[0].buffers() if b.dtype == torch.int64)
@@ -216,7 +216,7 @@ def test_channels_last_is_a_layout_and_no_more(tmp_path: Path):
     plain, fast = (doubled(trainer_of("mcl", channels_last=on)) for on in ("off", "on"))
     for trainer in (plain, fast):
         images, batch = first_batch(trainer)
-        outputs, _ = trainer.train_step._gradients(images.double(), batch)
+        outputs, _ = trainer.train_step.compute(images.double(), batch)
         assert outputs.maps[0].is_contiguous(
             memory_format=torch.channels_last if trainer is fast else torch.contiguous_format
         )
@@ -420,7 +420,7 @@ def test_bilevel_steps_and_evaluation_run_plainly():
     trainer.cohort.run_together = counted
     images, batch = first_batch(trainer)
     trainer.train_step.bilevel(images, batch, 0.1)
-    trainer._evaluate()
+    trainer.evaluate()
     assert not calls and trainer.cohort.run_together is counted
     trainer.cohort.train()
     trainer.train_step(images, batch)

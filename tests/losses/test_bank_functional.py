@@ -339,7 +339,11 @@ def test_compiles_as_one_graph(backend):
         ({"banks": torch.zeros(3, 9, 6)}, ValueError, r"^banks: expected shape \[2, n, 6\]"),
         ({"banks": torch.zeros(2, 9, 5)}, ValueError, r"^banks: expected shape \[2, n, 6\]"),
         ({"banks": torch.zeros(2, 6, 9).mT}, ValueError, "^banks: expected a contiguous"),
-        ({"banks": torch.zeros(2, 9, 6).requires_grad_()}, ValueError, "^banks: expected no req"),
+        (
+            {"banks": torch.zeros(2, 9, 6).requires_grad_()},
+            ValueError,
+            "^banks: expected a tensor without req",
+        ),
         ({"pos_idx": torch.zeros(4, 2)}, TypeError, "^pos_idx: expected an int64 tensor"),
         ({"pos_idx": torch.zeros(5, 2).long()}, ValueError, r"^pos_idx: expected shape \[4, 1"),
         ({"neg_idx": torch.zeros(4, 0).long()}, ValueError, r"^neg_idx: expected shape \[4, K\]"),

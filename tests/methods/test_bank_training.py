@@ -163,7 +163,7 @@ def test_banks_want_a_prepared_method_and_a_fitting_device():
         method.loss(outputs, batch)
     with pytest.raises(ValueError, match="^projection_dim"):
         method.prepare(Setup(torch.arange(2), 2, None, outputs, 0))
-    with pytest.raises(ValueError, match="^bank_storage: expected device on a cpu device"):
+    with pytest.raises(ValueError, match="^bank_storage: expected 'device' on a cpu device"):
         tiny(method="mcl", bank_storage="pinned")
     with pytest.raises(ValueError, match=r"^bank_momentum: expected a value in \[0, 1\)"):
         cls.Options(bank_momentum=1.0)

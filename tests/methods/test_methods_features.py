@@ -186,7 +186,7 @@ def test_average_of_pcl():
 
 def test_pcl_wants_the_average():
     outputs = fake_outputs([(3, 2), (3, 2)])
-    with pytest.raises(ValueError, match="^outputs: expected those of the moving average"):
+    with pytest.raises(ValueError, match="^outputs: expected outputs of the moving average"):
         prepared("pcl", outputs).loss(outputs, batch())
 
 

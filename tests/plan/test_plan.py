@@ -21,12 +21,13 @@ from helpers.equal_states import assert_same
 from helpers.small_cohort import batches, small_trainer
 from helpers.two_places import DEVICE, offloaded_in_two_places
 from mclfast._base.machine import free_memory, group_rooms
+from mclfast._base.sizes import format_bytes, parse_bytes
 from mclfast.bench import resident as measured
 from mclfast.bench.resident import RESIDENT, allocated, in_child, make_step, predicted, steps_of
 from mclfast.config import TrainConfig
 from mclfast.plan import choose as choosing
-from mclfast.plan import format_bytes, parse_bytes, report
 from mclfast.plan import planner as planning
+from mclfast.plan import report
 from mclfast.plan.choose import BILEVEL_AT_MOST, MODES, SHARE, Need, choose
 from mclfast.plan.data_facts import facts, facts_of
 from mclfast.plan.estimate import BANK, DATA, PARAMETERS, Choice, Estimate, estimate

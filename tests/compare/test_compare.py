@@ -171,7 +171,7 @@ def test_report_says_it_all(compared):
     assert "narrow: method mcl, cohort resnet8+resnet8+resnet8, topology shared_stem" in text
     # What most have is said once.
     assert "- cohort resnet8+resnet8, topology independent, " in text
-    assert "where nothing else is said\n" in text and "- baseline: " not in text
+    assert "unless stated otherwise\n" in text and "- baseline: " not in text
     assert "None for narrow: other networks." in text
     assert "| broken | 5 | split_stage: expected a value < 3" in text
     assert "published |" not in text.replace("published protocol |", "")
@@ -853,7 +853,7 @@ def test_published_column_in_a_report(tmp_path):
     assert "Only where all settings that decide the outcome are those of the published" in text
     assert "lmcl: layer-wise MCL (arXiv 2207.11518)" in text
     assert (
-        "short: the published number is not shown, its settings are others: epochs 3 "
+        "short: the published number is not shown, as its settings differ: epochs 3 "
         "(published 300)." in text
     )
     several = published(TrainConfig.from_values(recipe.load("dml-cifar100")))

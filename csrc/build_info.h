@@ -1,4 +1,4 @@
-// What the extension was compiled with, for bug reports.
+// Compiler, flags and versions of the extension, for bug reports.
 #pragma once
 
 #include <string>

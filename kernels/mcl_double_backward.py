@@ -220,7 +220,7 @@ def mcl_rows_double_backward(
 
     Args:
         v_nodes: [N, B, D], cotangent of the gradient of the nodes.
-        The others: as for ``mcl_rows_backward``.
+        g_vcl to precision: arguments of ``mcl_rows_backward``.
 
     Returns:
         (h_nodes [N, B, D] in the dtype of ``nodes``, h_vcl [N, R], h_soft_vcl [N, N, R],

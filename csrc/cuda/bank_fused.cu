@@ -50,7 +50,7 @@ struct FusedShared {
   }
 };
 
-// All blocks of a team have come `steps` times. What they wrote before is visible after.
+// All blocks of a team have come `steps` times. Their writes from before are visible after.
 __device__ __forceinline__ void team_barrier(unsigned* arrived, unsigned steps, unsigned team) {
   __syncthreads();
   if (threadIdx.x == 0) {

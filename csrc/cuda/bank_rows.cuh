@@ -89,7 +89,7 @@ __device__ __forceinline__ void clear_record(float* data, int rows, int size) {
   for (int i = threadIdx.x; i < size; i += kThreads) data[i] = i < rows ? kEmpty : 0.0f;
 }
 
-// What `count` columns from column `begin` on add to the record of row (m, e). One warp per row:
+// Adds `count` columns from column `begin` on to the record of row (m, e). One warp per row:
 // nothing else touches its entries. `w` [count] is scratch of this row.
 __device__ __forceinline__ void forward_row(const Bank& b, const Graph& graph, const float* z,
                                             int stride, float* w, int begin, int count, int m,

@@ -27,7 +27,7 @@ class Published:
         spread: standard deviation of it over runs, None where none is given.
         ensemble: accuracy of the ensemble, None where none is given.
         baseline: accuracy of one such network alone in the same source, None where none is given.
-        source: where it is published and how it was selected.
+        source: paper and table of the figure, and how the figure was selected.
     """
 
     peers: tuple[float, ...]
@@ -131,7 +131,7 @@ def _differences(
 ) -> dict[str, tuple[Any, Any]]:
     theirs = TrainConfig.from_values({**_values(name), **changes})
     here, there = config.to_values(), theirs.to_values()
-    # What only one of the two settings uses differs as well, by what makes it used.
+    # A setting that only one of the two uses shows as another one: the setting that makes it used.
     used = _deciding(config) & _deciding(theirs)
     return {k: (here[k], there[k]) for k in here if k in used and here[k] != there[k]}
 

@@ -1,1 +1,1 @@
-"""What several tests share: inputs, reference forms, checks."""
+"""Inputs, reference forms and checks that several tests share."""

@@ -1,4 +1,4 @@
-"""What training steps leave behind, and whether two of them left the same."""
+"""The state that training steps leave behind, and whether two of them left the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def steps_of(trainer: Trainer, count: int) -> dict[str, Any]:
 
 
 def meta_gradients(trainer: Trainer, count: int) -> list[Tensor]:
-    """Those of some bilevel steps, each after an ordinary step."""
+    """Gradients of some bilevel steps, each after an ordinary step."""
     found: list[Tensor] = []
     assert trainer.train_step.meta_optimizer is not None
     trainer.train_step.meta_optimizer.register_step_pre_hook(

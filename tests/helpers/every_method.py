@@ -54,7 +54,7 @@ def trainer_of(name: str, **values: Any) -> Trainer:
 
 
 def first_batch(trainer: Trainer, step: int = 0) -> tuple[Any, Batch]:
-    """What the loop hands to a training step."""
+    """The images and the batch that the loop hands to a training step."""
     rows = trainer.sampler.epoch(0)[step : step + 1]
     images, labels, index = next(iter(trainer.feed.batches(rows, first_step=step)))
     return images, Batch(labels, index, step, epoch=0)

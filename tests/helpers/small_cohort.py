@@ -113,7 +113,7 @@ def small_trainer(
 
     Args:
         case: a name in :data:`CASES`.
-        run_dir: of the run.
+        run_dir: the run folder.
         blocks: residual blocks in each stage of each network.
         values: fields of the config, options of the method, and ``networks``, their number.
     """

@@ -77,7 +77,7 @@ class TwoPlaces(TorchDispatchMode):
 
 
 def _address(tensor: Tensor) -> int:
-    """Of its memory; 0 for the zeros that autograd gives none."""
+    """Address of a tensor's memory; 0 for the zeros that autograd gives none."""
     return 0 if tensor._is_zerotensor() else tensor.untyped_storage().data_ptr()
 
 

@@ -294,7 +294,7 @@ template <class T> void BankBand<T>::second_row(int64_t i, int64_t r) {
   });
 }
 
-// What the gradient of sample r multiplies the weights with.
+// The factors of the weights in the gradient of sample r.
 template <class T> void BankBand<T>::set_cotangents(int64_t i, int64_t r) {
   for_each_vector([&](int64_t m, int64_t e) {
     BankVector<T>& v = vector(i, m, e);

@@ -1,4 +1,4 @@
-// What the kernels need from torch, and the choice of the instruction set.
+// Threads and memory that the kernels take from torch, and the choice of the instruction set.
 #include "runtime.h"
 
 #include <cstdlib>

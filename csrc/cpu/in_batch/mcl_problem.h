@@ -1,4 +1,4 @@
-// What the in-batch kernels share: the arguments of one mcl_rows call in the form that the loops
+// Shared by the in-batch kernels: the arguments of one mcl_rows call in the form that the loops
 // want.
 #pragma once
 

@@ -84,7 +84,7 @@ template <class T> struct DualNormForward {
   }
   static T or_zero(const T* values, int64_t c) { return values ? values[c] : T(0); }
 
-  // Of planes first .. last - 1 of a channel.
+  // Sums over planes first .. last - 1 of a channel.
   DualMoments chunk_of_planes(int64_t c, int64_t first, int64_t last) const {
     const int64_t step = p.channels * p.inner;
     const T *x = p.x + c * p.inner, *x_t = p.x_t + c * p.inner;

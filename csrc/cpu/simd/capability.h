@@ -1,4 +1,4 @@
-// What every header that is compiled once per instruction set begins with.
+// The beginning of every header that is compiled once per instruction set.
 //
 // Before they include such a header, the files dispatch/kernels_*.cpp define
 //   MCLFAST_CAPABILITY     the namespace, so that the linker cannot merge functions of two sets,

@@ -21,7 +21,7 @@ class _Loss(nn.Module):
         super().__init__()
         for name, value in settings.items():
             if name.endswith("temperature"):
-                check_temperature(name, value)
+                value = check_temperature(name, value)
             setattr(self, name, value)
         self._settings = tuple(settings)
         self._weighted = weights is not None
@@ -57,7 +57,22 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 
 
-class MCLLoss(_Loss):
+class _WeightedLoss(_Loss):
+    """A weighted sum of the four mutual contrastive terms."""
+
+    def __init__(
+        self,
+        weights: Weights = PUBLISHED_WEIGHTS,
+        temperature: float = 0.1,
+        kl_temperature: float = 3.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
+        )
+
+
+class MCLLoss(_WeightedLoss):
     """Module form of :func:`mclfast.mcl_loss`.
 
     Args:
@@ -76,23 +91,12 @@ class MCLLoss(_Loss):
         torch.Size([])
     """
 
-    def __init__(
-        self,
-        weights: Weights = PUBLISHED_WEIGHTS,
-        temperature: float = 0.1,
-        kl_temperature: float = 3.0,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
-        )
-
     def forward(self, embeddings: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
         """The loss, 0-dim, for embeddings [M, B, D] and labels [B]."""
         return in_batch.mcl_loss(embeddings, labels, **self.settings())
 
 
-class LayerwiseMCLLoss(_Loss):
+class LayerwiseMCLLoss(_WeightedLoss):
     """Module form of :func:`mclfast.layerwise_mcl_loss`.
 
     Args:
@@ -111,17 +115,6 @@ class LayerwiseMCLLoss(_Loss):
         >>> loss.weights.grad.shape
         torch.Size([4])
     """
-
-    def __init__(
-        self,
-        weights: Weights = PUBLISHED_WEIGHTS,
-        temperature: float = 0.1,
-        kl_temperature: float = 3.0,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
-        )
 
     def forward(
         self,
@@ -207,7 +200,7 @@ class SimilarityKLLoss(_Loss):
         return in_batch.similarity_kl_loss(student, teacher, **self.settings())
 
 
-class BankMCLLoss(_Loss):
+class BankMCLLoss(_WeightedLoss):
     """Module form of :func:`mclfast.bank_mcl_loss`.
 
     Args:
@@ -229,17 +222,6 @@ class BankMCLLoss(_Loss):
         torch.Size([])
     """
 
-    def __init__(
-        self,
-        weights: Weights = PUBLISHED_WEIGHTS,
-        temperature: float = 0.1,
-        kl_temperature: float = 3.0,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
-        )
-
     def forward(
         self, embeddings: Tensor | Sequence[Tensor], banks: Tensor, pos_idx: Tensor, neg_idx: Tensor
     ) -> Tensor:
@@ -247,7 +229,7 @@ class BankMCLLoss(_Loss):
         return bank_losses.bank_mcl_loss(embeddings, banks, pos_idx, neg_idx, **self.settings())
 
 
-class LayerwiseBankMCLLoss(_Loss):
+class LayerwiseBankMCLLoss(_WeightedLoss):
     """Module form of :func:`mclfast.layerwise_bank_mcl_loss`.
 
     Args:
@@ -268,17 +250,6 @@ class LayerwiseBankMCLLoss(_Loss):
         >>> loss(unit_norm(torch.randn(2, 3, 6, 16)), bank.banks, *indices).shape
         torch.Size([])
     """
-
-    def __init__(
-        self,
-        weights: Weights = PUBLISHED_WEIGHTS,
-        temperature: float = 0.1,
-        kl_temperature: float = 3.0,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
-        )
 
     def forward(
         self,

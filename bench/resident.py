@@ -23,9 +23,9 @@ from mclfast.bench.train_step import step_of
 from mclfast.cohort.outputs import Batch
 from mclfast.config import TrainConfig
 from mclfast.execution.step import TrainStep
-from mclfast.plan.data_facts import DataFacts
 from mclfast.plan.estimate import HEAP, Choice, estimate
 from mclfast.plan.rehearsal import rehearse_bilevel
+from mclfast.plan.sizes_of_data import DataFacts
 
 ALLOCATED, RESIDENT = "allocated", "resident"
 KINDS = (ALLOCATED, RESIDENT)

@@ -10,19 +10,18 @@ Trains both with the same settings, seed by seed, and prints a table of final te
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mclfast._base.files import read_json, write_json, write_text
 from mclfast.compare.summary import spread
 from mclfast.config import TrainConfig
-from mclfast.train.builder import train
+from mclfast.train import RunResult, train
 from mclfast.train.folder import CHECKPOINT, CURVES, ENVIRONMENT, METRICS
 from mclfast.train.plots import accuracy_bands
-from mclfast.train.trainer import RunResult
 
 METHODS = {
     "alone": {"method": "baseline", "cohort": ("resnet8",)},
@@ -75,8 +74,9 @@ def main() -> None:
         results_dir / "accuracy.png",
         title,
     )
-    write_text(results_dir / "table.md", f"# {title}\n\n{table}\n")
-    write_json(results_dir / "results.json", record(results, shared, run_dirs))
+    (results_dir / "table.md").write_text(f"# {title}\n\n{table}\n", encoding="utf-8")
+    values = json.dumps(record(results, shared, run_dirs), indent=2)
+    (results_dir / "results.json").write_text(values + "\n", encoding="utf-8")
     print(f"picture of all runs   {results_dir / 'accuracy.png'}")
     print(f"table and numbers     {results_dir / 'table.md'}, {results_dir / 'results.json'}")
     print(f"each run, for example {run_dirs[-1]}")
@@ -111,7 +111,7 @@ def record(
 ) -> dict[str, Any]:
     """Every seed's figures, with what is needed to reproduce them."""
     # A run that an earlier call finished was made by the code of that time.
-    about = [read_json(run_dir / ENVIRONMENT, "run") for run_dir in run_dirs]
+    about = [json.loads((run_dir / ENVIRONMENT).read_text()) for run_dir in run_dirs]
     return {
         "command": shlex.join(["python", *sys.argv]),
         "settings": shared,

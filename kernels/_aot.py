@@ -28,7 +28,6 @@ from mclfast.kernels.families import ALL
 
 TARGET = GPUTarget("cuda", 90, 32)
 # Bytes of shared memory that one block of sm_90 may use.
-SHARED_LIMIT = 227 * 1024
 
 _POINTER = {
     torch.float32: "*fp32",

@@ -73,7 +73,10 @@ _MODULE_OF = {
 }
 
 # Packages that are attributes of this one without an import of their own: ``mclfast.models``.
-_PACKAGES = frozenset({"config", "data", "methods", "models", "train"})
+_PACKAGES = frozenset(
+    "banks bench bilevel cohort compare config data env execution kernels methods models plan "
+    "recipe train".split()
+)
 
 __all__ = [
     "BankMCLLoss",

@@ -17,7 +17,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | t
 MCLFAST_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace > "$out/build.log" 2>&1
 "$python" -m mclfast env | tee "$out/environment.txt"
 timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_gpu.py tests/ops/test_gpu_bank.py \
-    tests/execution/test_gpu_memory_modes.py tests/execution/test_gpu_throughput.py tests/plan/test_gpu_plan.py \
+    tests/execution/test_gpu_memory_modes.py tests/execution/test_gpu_layout.py tests/plan/test_gpu_plan.py \
     | tee "$out/tests.txt"
 # The kernels of csrc/cuda under the checkers of the CUDA toolkit, at small shapes.
 if command -v compute-sanitizer > /dev/null; then

@@ -8,6 +8,7 @@ mclfast that Python imports. Imports inside functions and under TYPE_CHECKING co
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import sys
@@ -149,7 +150,12 @@ def batch_walk() -> list[str]:
 
 def main() -> None:
     """Prints all figures."""
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parents[1])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    here = Path(__file__).resolve().parents[1]
+    parser.add_argument("checkout", type=Path, nargs="?", default=here, help="folder of a checkout")
+    root = parser.parse_args().checkout
+    if not (root / "mclfast").is_dir():
+        parser.error(f"checkout: expected a folder with mclfast/ in it, got {root}")
     files = files_of(root)
     for prefix, title in (("mclfast", "mclfast/"), ("mclfast.bench", "bench/")):
         bench = prefix == "mclfast.bench"

@@ -51,7 +51,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     from mclfast._base.optional import optional_import
     from mclfast.config import TrainConfig
     from mclfast.plan import report
-    from mclfast.plan.choose import MODES
+    from mclfast.plan.chooser import MODES
     from mclfast.plan.planner import choices, make_plan
 
     shuffled = _needs_shuffle(values)

@@ -53,7 +53,7 @@ def check(memory: str, config: TrainConfig, method: Method, device: torch.device
     if memory == "auto":
         raise ValueError(
             f"memory: expected {', '.join(RUNNERS)} for a training step by itself, got auto "
-            "(mclfast.plan.choose.choose finds a mode for a step)"
+            "(mclfast.plan.choose finds a mode for a step)"
         )
     if memory not in RUNNERS:
         raise unknown_name("memory", memory, RUNNERS)
@@ -78,7 +78,7 @@ def make_runner(
         memory: a name of :data:`RUNNERS`.
         config: read is ``offload``.
         cohort: the peers, placed by :func:`place`.
-        method: says in how many parts they run a batch.
+        method: sets the number of parts that a batch is run in.
         autocast: gives the context of a forward run.
         optimizer: the optimiser of all parameters, which offloaded peers step one at a time.
     """

@@ -206,7 +206,7 @@ class OffloadedPeers(SequentialPeers):
 
     Args:
         cohort: peers that wait in a :class:`PeerOffload`.
-        method: says in how many parts the peers run a batch.
+        method: sets the number of parts that a batch is run in.
         autocast: gives the context of a forward run.
         optimizer: the optimiser of all parameters.
     """

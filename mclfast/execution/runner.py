@@ -1,4 +1,4 @@
-"""How a training step runs the peers: forward before the loss, and what its backward leaves."""
+"""The ordinary runner of the peers: forward before the loss, and what its backward leaves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class PeerRunner:
 
     Args:
         cohort: the peers.
-        method: says in how many parts they run a batch, see :mod:`mclfast.execution.batch_parts`.
+        method: sets the number of parts that a batch is run in, see
+            :mod:`mclfast.execution.batch_parts`.
         autocast: gives the context of a forward run. Open around :meth:`forward`, and closed before
             :meth:`backward`.
     """

@@ -31,7 +31,7 @@ class TrainStep:
 
     Args:
         cohort: the peers; moved to the device of the run, or to host memory with ``offload``.
-        method: says the loss; moved to the device.
+        method: defines the loss; moved to the device.
         config: settings of the step. Read are the optimiser's and the bilevel step's settings,
             ``schedule`` and ``epochs`` (for the learning rate), ``amp``, ``clip_grad_norm``,
             ``memory``, ``offload``, ``channels_last``, ``compile_peers``, ``peers_parallel``,

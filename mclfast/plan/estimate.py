@@ -11,7 +11,6 @@ from torch import nn
 
 from mclfast.execution.step import TrainStep
 from mclfast.methods._banked import BankMethod
-from mclfast.plan.data_facts import DataFacts
 from mclfast.plan.live_bytes import HOST, WORKSPACE
 from mclfast.plan.rehearsal import (
     ACTIVATIONS,
@@ -21,6 +20,7 @@ from mclfast.plan.rehearsal import (
     rehearse,
     rehearse_bilevel,
 )
+from mclfast.plan.sizes_of_data import DataFacts
 from mclfast.plan.stand_in import scaled_bytes
 
 PARAMETERS, BANK, DATA, HEAP = "parameters", "bank", "data set", "heap"

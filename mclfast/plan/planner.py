@@ -10,10 +10,10 @@ import torch
 
 from mclfast.config import TrainConfig
 from mclfast.execution.step import TrainStep
-from mclfast.plan.choose import MODES, SHARE, refusal
-from mclfast.plan.data_facts import DataFacts, facts
+from mclfast.plan.chooser import MODES, SHARE, refusal
 from mclfast.plan.estimate import Choice, Estimate, estimate
 from mclfast.plan.rehearsal import rehearse_bilevel
+from mclfast.plan.sizes_of_data import DataFacts, facts
 from mclfast.plan.stand_in import stand_in_step
 
 
@@ -42,7 +42,7 @@ class Plan:
     data: what memory depends on in its data.
     device: type of the device, "cpu" or "cuda".
     memory: bytes of its memory.
-    limit: bytes of these to plan with, see :data:`mclfast.plan.choose.SHARE`.
+    limit: bytes of these to plan with, see :data:`mclfast.plan.chooser.SHARE`.
     rows: one for each choice, in the order asked for.
     left_out: choices that training would refuse, with the reasons.
     """

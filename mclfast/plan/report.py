@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mclfast._base.sizes import format_bytes
-from mclfast.plan.choose import SHARE
+from mclfast.plan.chooser import SHARE
 from mclfast.plan.estimate import HEAP, HEAP_SHARE, PARTS
 from mclfast.plan.planner import MOST, Plan, Row
 

@@ -20,7 +20,7 @@ from mclfast._base.random import rng_restored
 from mclfast.config import TrainConfig
 from mclfast.execution.parts import make_parts
 from mclfast.execution.step import TrainStep
-from mclfast.plan.data_facts import DataFacts
+from mclfast.plan.sizes_of_data import DataFacts
 
 
 def stand_in_step(config: TrainConfig, known: DataFacts) -> TrainStep:

@@ -44,22 +44,24 @@ def evaluated(history: Sequence[Mapping[str, float]]) -> list[Mapping[str, float
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes all rows anew.
+    """Writes all rows anew, with a column for every name in any of them.
 
     A run writes them before the checkpoint of the same epoch: one that is killed between the two
     leaves a row too many, which the resumed run writes over.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    # A run that another version began may have columns that its later epochs lack, or the reverse.
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """Reads what :func:`write_csv` wrote."""
+    """Reads a file of :func:`write_csv`; a value that an epoch lacks is left out."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 @dataclass(frozen=True)

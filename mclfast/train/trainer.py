@@ -26,8 +26,8 @@ from mclfast.execution.parts import make_sampler
 from mclfast.execution.step import TrainStep
 from mclfast.methods.base import Method
 from mclfast.models.staged import class_name
-from mclfast.plan.choose import choose
-from mclfast.plan.data_facts import facts_of
+from mclfast.plan.chooser import choose
+from mclfast.plan.sizes_of_data import facts_of
 from mclfast.train import checkpoint
 from mclfast.train import folder as run_folder
 from mclfast.train import state as run_state
@@ -44,7 +44,7 @@ class Trainer:
 
     Args:
         cohort: the peers.
-        method: says the loss; moved to the device with the cohort.
+        method: defines the loss; moved to the device with the cohort.
         data: images and labels.
         config: settings of the loop; its ``cohort`` and ``data`` are names that :func:`build`
             reads, and are not used here.

@@ -9,9 +9,9 @@ import torch
 
 from mclfast.cohort.outputs import Batch
 from mclfast.config import TrainConfig
-from mclfast.plan.choose import choose
-from mclfast.plan.data_facts import facts, facts_of
+from mclfast.plan.chooser import choose
 from mclfast.plan.estimate import Choice, estimate
+from mclfast.plan.sizes_of_data import facts, facts_of
 from mclfast.plan.stand_in import stand_in_step
 from mclfast.train.builder import build
 

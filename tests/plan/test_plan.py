@@ -25,14 +25,14 @@ from mclfast._base.sizes import format_bytes, parse_bytes
 from mclfast.bench import resident as measured
 from mclfast.bench.resident import RESIDENT, allocated, in_child, make_step, predicted, steps_of
 from mclfast.config import TrainConfig
-from mclfast.plan import choose as choosing
+from mclfast.plan import chooser as choosing
 from mclfast.plan import planner as planning
 from mclfast.plan import report
-from mclfast.plan.choose import BILEVEL_AT_MOST, MODES, SHARE, Need, choose
-from mclfast.plan.data_facts import facts, facts_of
+from mclfast.plan.chooser import BILEVEL_AT_MOST, MODES, SHARE, Need, choose
 from mclfast.plan.estimate import BANK, DATA, PARAMETERS, Choice, Estimate, estimate
 from mclfast.plan.planner import make_plan
 from mclfast.plan.rehearsal import ACTIVATIONS, OPTIMIZER, rehearse, rehearse_bilevel
+from mclfast.plan.sizes_of_data import facts, facts_of
 from mclfast.plan.stand_in import stand_in_step
 from mclfast.train.builder import build
 from mclfast.train.folder import ENVIRONMENT

@@ -1013,6 +1013,18 @@ def test_evaluation_restores_the_mode_after_an_error():
     assert cohort.training
 
 
+def test_metrics_of_epochs_with_other_columns(tmp_path):
+    """A run that another version began, whose columns have come and gone since."""
+    rows = [{"epoch": 1.0, "old": 2.0}, {"epoch": 2.0, "new": 3.0}]
+    write_csv(tmp_path / "m.csv", rows)
+    assert (tmp_path / "m.csv").read_text().splitlines() == [
+        "epoch,old,new",
+        "1.0,2.0,",
+        "2.0,,3.0",
+    ]
+    assert read_csv(tmp_path / "m.csv") == rows
+
+
 def test_metrics_file_round_trip(tmp_path):
     rows = [{"epoch": 1, "loss": 1 / 3}, {"epoch": 2, "loss": 1e-17}]
     write_csv(tmp_path / "m.csv", rows)

@@ -17,7 +17,7 @@ _SPLIT_SEED = 20210427
 
 
 def load_few(train_per_class: int = 10) -> Dataset:
-    """ "digits": few labels for training, all other images for testing.
+    """The set "digits": few labels for training, all other images for testing.
 
     Args:
         train_per_class: number of training images of each class. The images have one fixed order,
@@ -41,7 +41,7 @@ def load_few(train_per_class: int = 10) -> Dataset:
 
 
 def load_full() -> Dataset:
-    """ "digits-full": 80 % of every class for training, 20 % for testing, in a fixed split.
+    """The set "digits-full": 80 % of every class for training, 20 % for testing, in a fixed split.
 
     Returns:
         The data set, with images uint8 [N, 1, 16, 16], 1797 in both splits together.

@@ -64,7 +64,7 @@ _MEAN, _STD = (0.3, 0.3, 0.3), (0.205, 0.205, 0.205)
 def load_glyphs(
     train_per_class: int = TRAIN_PER_CLASS, *, test_per_class: int = TEST_PER_CLASS, seed: int = 0
 ) -> Dataset:
-    """ "glyphs100": 100 classes of drawn signs; the module's description says how they vary.
+    """The set "glyphs100": 100 classes of drawn signs; the module's description says how they vary.
 
     Args:
         train_per_class: number of training images of each class, at least 1. A smaller training

@@ -14,9 +14,9 @@ from mclfast.config import TrainConfig
 from mclfast.execution import modes
 from mclfast.execution.step import TrainStep
 from mclfast.methods.base import Method
-from mclfast.plan.data_facts import DataFacts
 from mclfast.plan.estimate import Choice, estimate
 from mclfast.plan.rehearsal import rehearse_bilevel
+from mclfast.plan.sizes_of_data import DataFacts
 
 #: From the fastest to the one that needs least.
 MODES = ("ordinary", "checkpoint", "sequential")

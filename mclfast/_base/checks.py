@@ -265,8 +265,8 @@ def check_weights(weights: Any) -> tuple[float | Tensor, ...]:
         weights: four numbers, four 0-dim tensors or a mixture of both, or one tensor [4].
 
     Raises:
-        TypeError: an entry is neither a number nor a floating-point tensor.
-        ValueError: there are not four weights, or a tensor has another shape.
+        TypeError: the weights are no sequence, or an entry is neither a number nor a tensor.
+        ValueError: there are not four, or a tensor has another shape or no floating-point dtype.
     """
     if isinstance(weights, Tensor):
         if weights.shape != (4,):

@@ -36,7 +36,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     from mclfast import recipe
     from mclfast.config import TrainConfig
     from mclfast.train.builder import build
-    from mclfast.train.folder import remove_old_run
+    from mclfast.train.folder import remove_old_run, require_packages
 
     values: dict[str, Any] = {}
     if known.resume:
@@ -51,6 +51,8 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     values |= run_settings(known, rest, values)
     config = TrainConfig.from_values(values)
     run_dir = run_folder_of(known, default_name(config))
+    # Before an old run is removed, and before data and networks are made.
+    require_packages()
     trainer = build(config, run_dir)
     if not known.resume:
         # Removed only now, so that settings that cannot work cost no old run.

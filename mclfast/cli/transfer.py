@@ -157,9 +157,12 @@ def _train(
         config: settings of the run.
         run_dir: folder that the run is written into; None writes nothing.
     """
-    from mclfast.train.folder import CURVES, METRICS, remove_old_run
+    from mclfast.train.folder import CURVES, METRICS, remove_old_run, require_packages
     from mclfast.train.transfer import build_transfer
 
+    if run_dir is not None:
+        # Before an old run is removed, and before data and network are made.
+        require_packages()
     trainer = build_transfer(path, mode, config, run_dir)
     if run_dir is not None and not known.resume:
         # Removed only now, so that settings that cannot work cost no old run.

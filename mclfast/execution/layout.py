@@ -45,8 +45,7 @@ def arrange(cohort: Cohort, config: TrainConfig, device: torch.device) -> None:
     if wants_channels_last(config, device):
         # The layout of the weights decides that of all maps.
         cohort.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.compile_peers:
-        cohort.run_alone = compiled_call(device)
+    cohort.run_alone = compiled_call(device) if config.compile_peers else None
     cohort.run_together = way_to_run(config.peers_parallel, cohort.peers, device, report=_tell)
 
 

@@ -40,6 +40,8 @@ def place(cohort: Cohort, method: Method, config: TrainConfig, device: torch.dev
         ValueError: settings that do not go with the cohort, the method or the device.
         RuntimeError: torch.compile is asked for and does not work here.
     """
+    if cohort.offload is not None:
+        raise ValueError("cohort: expected peers on a device, got ones that another step offloads")
     if config.offload == "peers":
         check_method(method)
         PeerOffload(cohort, device)
@@ -59,6 +61,8 @@ def check(memory: str, config: TrainConfig, method: Method, device: torch.device
         raise unknown_name("memory", memory, RUNNERS)
     layout.check_memory(config, memory)
     if config.offload == "peers":
+        if memory != "sequential":
+            raise ValueError(f"memory: expected sequential with offload peers, got {memory}")
         check_method(method)
     if config.cuda_graphs:
         check_graphs(config, method, memory, device)

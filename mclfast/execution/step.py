@@ -6,12 +6,14 @@ loop of your own is another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mclfast._base.checks import describe
 from mclfast._base.machine import select_device
 from mclfast._base.modules import evaluation_mode
 from mclfast.bilevel.gradient import bilevel_gradient
@@ -86,6 +88,7 @@ class TrainStep:
         image_shape: tuple[int, int, int],
         memory: str | None = None,
     ) -> None:
+        _check_arguments(cohort, method, config, labels, image_shape)
         self.config, self.cohort, self.method = config, cohort, method
         self.num_samples, self.image_shape = len(labels), image_shape
         self.device = select_device(config.device)
@@ -162,7 +165,14 @@ class TrainStep:
         """Sets the learning rate of an epoch, counted from 0, and training mode; returns the rate.
 
         Methods that use held-out images want :meth:`mclfast.methods.base.Method.before_epoch` too.
+
+        Raises:
+            ValueError: an epoch outside [0, ``config.epochs``), for which no rate is set.
         """
+        if not 0 <= epoch < self.config.epochs:
+            raise ValueError(
+                f"epoch: expected an integer in [0, {self.config.epochs}), got {epoch}"
+            )
         lr = learning_rate(self.config, epoch)
         for optimizer in (self.optimizer, self.meta_optimizer):
             for group in optimizer.param_groups if optimizer else ():
@@ -292,9 +302,12 @@ class TrainStep:
         """Goes on from what :meth:`state_dict` gave.
 
         Raises:
-            KeyError, RuntimeError, ValueError: the state of other networks or another method.
+            KeyError, RuntimeError: the state of other networks or another method. Missing and
+                surplus names are found before anything is changed.
         """
         self.wait()
+        for name, part in self._parts().items():
+            _check_names(name, part, state[name])
         for name, part in self._parts().items():
             if part is not None:
                 part.load_state_dict(state[name])
@@ -311,3 +324,32 @@ class TrainStep:
             "average": self.average,
             "scaler": self.scaler,
         }
+
+
+def _check_arguments(cohort: Any, method: Any, config: Any, labels: Any, image_shape: Any) -> None:
+    """Raises TypeError or ValueError, naming the argument that a step cannot be made of."""
+    wanted = {
+        "cohort": (cohort, Cohort),
+        "method": (method, Method),
+        "config": (config, TrainConfig),
+    }
+    for name, (value, kind) in wanted.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {describe(value)}")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+        raise TypeError(f"labels: expected an integer tensor [n], got {describe(labels)}")
+    sizes = image_shape if isinstance(image_shape, Sequence) else ()
+    if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(
+            f"image_shape: expected three sizes (channels, height, width), got {image_shape!r}"
+        )
+
+
+def _check_names(name: str, part: Any, state: Any) -> None:
+    """Raises RuntimeError where a state is not that of a part, before the part is changed."""
+    if (part is None) != (state is None):
+        found, wanted = ("none" if x is None else "one" for x in (state, part))
+        raise RuntimeError(f"{name}: expected {wanted}, got {found}")
+    if isinstance(part, nn.Module) and part.state_dict().keys() != state.keys():
+        other = sorted(part.state_dict().keys() ^ state.keys())
+        raise RuntimeError(f"{name}: expected the same names of tensors, got others ({other[0]})")

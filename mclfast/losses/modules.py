@@ -15,50 +15,26 @@ from mclfast.losses.results import PUBLISHED_WEIGHTS, MCLTerms, Weights
 
 
 class _Loss(nn.Module):
-    """A loss that keeps the settings of its function; parameters among the weights are its own."""
+    """A loss that keeps the settings of its function."""
 
-    def __init__(self, *, weights: Weights | None = None, **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
         for name, value in settings.items():
             if name.endswith("temperature"):
                 value = check_temperature(name, value)
             setattr(self, name, value)
         self._settings = tuple(settings)
-        self._weighted = weights is not None
-        if weights is not None:
-            self._keep_weights(weights)
-
-    def _keep_weights(self, weights: Weights) -> None:
-        entries = check_weights(weights)
-        # Parameters and buffers follow ``.to()``, and optimisers find the parameters.
-        if isinstance(weights, Tensor):
-            self._keep("weights", weights)
-            return
-        for term, weight in zip(MCLTerms._fields, entries, strict=True):
-            self._keep(f"{term}_weight", weight)
-
-    def _keep(self, name: str, value: float | Tensor) -> None:
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            self.register_buffer(name, value, persistent=False)
-        else:
-            setattr(self, name, value)
 
     def settings(self) -> dict[str, Any]:
         """The arguments that the module passes to its function."""
-        found = {name: getattr(self, name) for name in self._settings}
-        if not self._weighted:
-            return found
-        if hasattr(self, "weights"):
-            return {"weights": self.weights, **found}
-        weights = tuple(getattr(self, f"{term}_weight") for term in MCLTerms._fields)
-        return {"weights": weights, **found}
+        return {name: getattr(self, name) for name in self._settings}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 
 
 class _WeightedLoss(_Loss):
-    """A weighted sum of the four mutual contrastive terms."""
+    """A weighted sum of the four mutual contrastive terms; trained weights are its parameters."""
 
     def __init__(
         self,
@@ -67,9 +43,26 @@ class _WeightedLoss(_Loss):
         kl_temperature: float = 3.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(
-            weights=weights, temperature=temperature, kl_temperature=kl_temperature, backend=backend
-        )
+        super().__init__(temperature=temperature, kl_temperature=kl_temperature, backend=backend)
+        entries = check_weights(weights)
+        # Parameters and buffers follow ``.to()``, and optimisers find the parameters.
+        if isinstance(weights, Tensor):
+            self._keep("weights", weights)
+        else:
+            for term, weight in zip(MCLTerms._fields, entries, strict=True):
+                self._keep(f"{term}_weight", weight)
+
+    def _keep(self, name: str, value: float | Tensor) -> None:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+
+    def settings(self) -> dict[str, Any]:
+        if hasattr(self, "weights"):
+            return {"weights": self.weights, **super().settings()}
+        weights = tuple(getattr(self, f"{term}_weight") for term in MCLTerms._fields)
+        return {"weights": weights, **super().settings()}
 
 
 class MCLLoss(_WeightedLoss):

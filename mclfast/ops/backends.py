@@ -143,13 +143,14 @@ def use_backend(name: str) -> Iterator[None]:
 
     A call that names a backend keeps its own. A loss that the chosen backend cannot compute raises,
     as if the call had named the backend. Functions compiled by ``torch.compile`` keep the backend
-    that they were traced with.
+    that they were traced with; other threads keep their own choice.
 
     Args:
         name: "auto" or a name that ``mclfast env`` lists.
 
     Raises:
         ValueError: the name is unknown.
+        BackendUnavailableError: the backend is not available here.
 
     Examples:
         >>> import torch
@@ -161,11 +162,20 @@ def use_backend(name: str) -> Iterator[None]:
         True
     """
     check_name(name)
+    if name != "auto" and not status_of(name).available:
+        raise _unavailable(name)
     token = _chosen.set(name)
     try:
         yield
     finally:
         _chosen.reset(token)
+
+
+def _unavailable(name: str) -> BackendUnavailableError:
+    return BackendUnavailableError(
+        f"backend {name!r} is not available: {status_of(name).reason}. "
+        "Pass backend='auto' or 'reference'; `mclfast env` lists all backends"
+    )
 
 
 def chosen() -> str:
@@ -210,12 +220,8 @@ def resolve(backend: str, device: str, *, banks: bool = False) -> str:
             f"backend: expected one with {kind} losses (auto, cpu, {on_gpu} or reference), "
             f"got {backend!r}"
         )
-    status = status_of(backend)
-    if not status.available:
-        raise BackendUnavailableError(
-            f"backend {backend!r} is not available: {status.reason}. "
-            "Pass backend='auto' or 'reference'; `mclfast env` lists all backends"
-        )
+    if not status_of(backend).available:
+        raise _unavailable(backend)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     takes = {"triton": "cpu" if interpreted else "cuda", "cuda": "cuda", "cpu": "cpu"}.get(backend)
     if takes and device != takes:

@@ -136,7 +136,7 @@ def test_commands_that_need_no_more_than_torch_and_numpy(tmp_path):
 def test_other_commands_name_the_extra_in_one_line(files):
     replot = ROOT / "bench" / "results" / "cpu-amd-epyc-2-threads" / "sweeps.json"
     commands = {
-        "train --no-progress": "sklearn",
+        "train --no-progress": "yaml",
         "train --recipe mcl-cifar100": "yaml",
         "plan --device-memory 1GiB --device cpu": "tqdm",
         "compare --methods baseline": "yaml",
@@ -155,3 +155,12 @@ def test_other_commands_name_the_extra_in_one_line(files):
             f"mclfast {name}: error: the package {package} is not installed; "
             'pip install "mclfast[train]"\n',
         )
+
+
+def test_a_run_is_not_removed_where_the_new_one_could_not_be_written(tmp_path):
+    for name in ("config.yaml", "checkpoint.pt"):
+        (tmp_path / name).write_text("kept")
+    command = f"train --data digits --overwrite --run-dir {tmp_path}"
+    ((status, _, text),) = answers([command.split()], tmp_path)
+    assert status == 2 and text.endswith('pip install "mclfast[train]"\n')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "config.yaml"]

@@ -135,3 +135,53 @@ def test_the_bilevel_step_takes_the_rate_of_the_epoch():
         step.bilevel(images, batch, lr)
         found.append([p.detach().clone() for p in step.method.meta_parameters()])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cohort": [1]}, TypeError, "^cohort: expected a Cohort, got list"),
+        ({"method": "lmcl"}, TypeError, "^method: expected a Method, got 'lmcl'"),
+        ({"config": {}}, TypeError, "^config: expected a TrainConfig, got dict"),
+        ({"labels": [0, 1]}, TypeError, "^labels: expected an integer tensor .* got list"),
+        ({"labels": torch.ones(4)}, TypeError, "^labels: expected an integer tensor"),
+        ({"image_shape": 32}, ValueError, "^image_shape: expected three sizes .* got 32"),
+        ({"image_shape": (32, 32)}, ValueError, "^image_shape: expected three sizes"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str):
+    cohort = Cohort([models.resnet8(num_classes=10)])
+    arguments = {
+        "cohort": cohort,
+        "method": LayerwiseMCL(cohort.feature_dims),
+        "config": TrainConfig(device="cpu"),
+        "labels": torch.arange(20) % 10,
+        "image_shape": (3, 32, 32),
+    }
+    with pytest.raises(error, match=message):
+        TrainStep(**arguments | change)
+
+
+def test_an_epoch_outside_the_schedule():
+    step = make_step(epochs=3)
+    for epoch in (-1, 3):
+        with pytest.raises(ValueError, match=r"^epoch: expected an integer in \[0, 3\), got "):
+            step.begin_epoch(epoch)
+
+
+def test_a_state_of_another_method_changes_nothing():
+    trainer, other = small_trainer("lmcl"), small_trainer("baseline")
+    before = {k: v.clone() for k, v in trainer.cohort.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        trainer.train_step.load_state_dict(other.train_step.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in trainer.cohort.state_dict().items())
+
+
+def test_offloaded_peers_run_in_sequence_alone():
+    trainer = small_trainer("dml", memory="sequential", offload="peers")
+    with pytest.raises(ValueError, match="^memory: expected sequential with offload peers, got o"):
+        trainer.train_step.set_memory("ordinary")
+    assert trainer.train_step.memory == "sequential"
+    with pytest.raises(ValueError, match="^cohort: expected peers on a device"):
+        Trainer(trainer.cohort, trainer.method, trainer.data, TrainConfig(device="cpu"))

@@ -183,7 +183,7 @@ def test_modules_train_their_weights(backend: str, name: str):
     vcl = nn.Parameter(torch.tensor(WEIGHTS[0], dtype=torch.float64))
     apart = MODULES[name](weights=(vcl, *WEIGHTS[1:3], torch.tensor(WEIGHTS[3])))
     assert [n for n, _ in apart.named_parameters()] == ["vcl_weight"]
-    assert not [n for n in apart.state_dict() if n != "vcl_weight"]
+    assert list(apart.state_dict()) == ["vcl_weight", "soft_icl_weight"]
     assert apart.to(torch.float32).soft_icl_weight.dtype == torch.float32
     for module in (whole, apart.double()):
         loss = module(f.embeddings, *f.arguments)
@@ -200,6 +200,7 @@ def test_modules_train_their_weights(backend: str, name: str):
         ((1.0, 2.0), ValueError, r"^weights: expected 4 \(vcl, soft_vcl, icl, soft_icl\), got 2"),
         (torch.ones(3), ValueError, r"^weights: expected shape \[4\], got \[3\]"),
         (1.0, TypeError, "^weights: expected 4 .* got 1.0"),
+        (None, TypeError, "^weights: expected 4 .* got None"),
         ("1111", TypeError, "^weights: expected 4 .* got '1111'"),
         ((1, 1, 1, "x"), TypeError, r"^weights\[3\]: expected a number or a 0-dim .* got 'x'"),
         ((1, True, 1, 1), TypeError, r"^weights\[1\]: expected a number .* got True"),

@@ -306,9 +306,10 @@ class TrainStep:
                 surplus names are found before anything is changed.
         """
         self.wait()
-        for name, part in self._parts().items():
+        parts = self._parts()
+        for name, part in parts.items():
             _check_names(name, part, state[name])
-        for name, part in self._parts().items():
+        for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
         for name, optimizer in self.method.own_optimizers().items():
@@ -350,6 +351,5 @@ def _check_names(name: str, part: Any, state: Any) -> None:
     if (part is None) != (state is None):
         found, wanted = ("none" if x is None else "one" for x in (state, part))
         raise RuntimeError(f"{name}: expected {wanted}, got {found}")
-    if isinstance(part, nn.Module) and part.state_dict().keys() != state.keys():
-        other = sorted(part.state_dict().keys() ^ state.keys())
-        raise RuntimeError(f"{name}: expected the same names of tensors, got others ({other[0]})")
+    if isinstance(part, nn.Module) and (other := part.state_dict().keys() ^ state.keys()):
+        raise RuntimeError(f"{name}: expected the same names of tensors, got others ({min(other)})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -158,6 +159,11 @@ class Inputs:
     pair_weights: Tensor | None
     direction: tuple[Tensor, ...]
     keys: Keys | None = None
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Number of nodes of each network."""
+        return tuple(Counter(self.networks).values())
 
     def held(self) -> tuple[Tensor, ...]:
         """Leaves, banks and tables of keys: tensors that exist even if no graph keeps them."""

@@ -144,7 +144,7 @@ def _mcl_block(
         kl_temperature=KL_TEMPERATURE,
     )
     weights = _pair_weights(case, inputs, leaves)[..., block]
-    terms = weighting.layerwise_bank_mcl_terms(found, inputs.networks, weights)
+    terms = weighting.layerwise_bank_mcl_terms(found, inputs.stages, weights)
     return terms.weighted_sum(*COEFFICIENTS) * (count / case.b)
 
 

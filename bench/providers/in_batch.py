@@ -107,7 +107,7 @@ def _block(case: Case, inputs: Inputs, start: int, count: int, leaves: Sequence[
         row_count=count,
     )
     part = weights[..., start : start + count]
-    terms = weighting.layerwise_mcl_terms(rows, inputs.networks, part)
+    terms = weighting.layerwise_mcl_terms(rows, inputs.stages, part)
     return terms.weighted_sum(*COEFFICIENTS) * (count / case.b)
 
 

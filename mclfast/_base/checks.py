@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from mclfast._base.transforms import has_values, under_transform
+
+# Sizes in a graph of torch.compile or torch.export may stand for any number.
+_INTEGERS = (int, torch.SymInt)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -39,16 +44,16 @@ def unknown_name(argument: str, got: object, known: Iterable[str]) -> ValueError
 
 
 def _check_number(argument: str, value: float, kind: str, wanted: str, fits: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{argument}: expected a number {wanted}, got {describe(value)}")
     if not fits:
         raise ValueError(f"{argument}: expected {kind} {wanted}, got {value!r}")
-    return float(value)
+    return value if torch.compiler.is_compiling() else float(value)
 
 
 def _is_between(value: Any, least: float, most: float) -> bool:
     """Whether a value is a number in [least, most]; the type has a check of its own."""
-    return isinstance(value, (int, float)) and least <= value <= most
+    return isinstance(value, numbers.Real) and least <= value <= most
 
 
 def check_positive(argument: str, value: float) -> float:
@@ -63,8 +68,20 @@ def check_not_negative(argument: str, value: float) -> float:
     return _check_number(argument, value, "a finite number", ">= 0", fits)
 
 
-def check_temperature(argument: str, value: float) -> float:
-    """Accepts a divisor of similarities or logits that keeps them within the range of float32."""
+def check_temperature(argument: str, value: Any) -> float | Tensor:
+    """Accepts a divisor of similarities or logits that keeps them within the range of float32.
+
+    It is a number or a 0-dim tensor, whose value is looked at where that waits for no device.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"{argument}: expected a number or a 0-dim floating-point tensor in [1e-6, 1e6], "
+                f"got {describe(value)}"
+            )
+        if not has_values(value) or _is_between(float(value), 1e-6, 1e6):
+            return value
+        raise ValueError(f"{argument}: expected a number in [1e-6, 1e6], got {float(value)!r}")
     fits = _is_between(value, 1e-6, 1e6)
     return _check_number(argument, value, "a number", "in [1e-6, 1e6]", fits)
 
@@ -78,21 +95,28 @@ def check_integer(argument: str, value: Any, least: int) -> int:
 
 def check_embeddings(argument: str, value: Any, shape: Sequence[int | str]) -> Tensor:
     """Accepts a floating-point tensor of a shape in which letters stand for any size >= 1."""
-    wanted = "[" + ", ".join(map(str, shape)) + "]"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{argument}: expected a tensor {wanted}, got {describe(value)}")
+        raise TypeError(f"{argument}: expected a tensor {_letters(shape)}, got {describe(value)}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{argument}: expected a float16, bfloat16, float32 or float64 tensor, "
             f"got {describe(value)}"
         )
-    fits = value.dim() == len(shape) and all(
+    if not _has_shape(value, shape):
+        raise ValueError(f"{argument}: expected shape {_letters(shape)}, got {list(value.shape)}")
+    return value
+
+
+def _letters(shape: Sequence[int | str]) -> str:
+    """A shape in words. It is written for errors only: sizes in a graph have no text."""
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _has_shape(value: Tensor, shape: Sequence[int | str]) -> bool:
+    return value.dim() == len(shape) and all(
         size >= 1 if isinstance(want, str) else size == want
         for size, want in zip(value.shape, shape, strict=True)
     )
-    if not fits:
-        raise ValueError(f"{argument}: expected shape {wanted}, got {list(value.shape)}")
-    return value
 
 
 def check_stages(
@@ -148,14 +172,14 @@ def stack_nodes(embeddings: Any, *, stages: bool) -> tuple[Tensor, tuple[int, ..
         stages: whether a network has an embedding for each of its stages, or a single one.
 
     Returns:
-        ([N, B, D], the network index of each node)
+        ([N, B, D], the number of nodes of each network)
     """
     if isinstance(embeddings, Tensor):
         letters = ["M", "L", "B", "D"] if stages else ["M", "B", "D"]
         check_embeddings("embeddings", embeddings, letters)
         per_network = embeddings.shape[1] if stages else 1
-        networks = tuple(m for m in range(embeddings.shape[0]) for _ in range(per_network))
-        return embeddings.reshape(-1, *embeddings.shape[-2:]), networks
+        nodes = embeddings.flatten(0, 1) if stages else embeddings
+        return nodes, (per_network,) * embeddings.shape[0]
 
     kind = "networks of stages of [B, D] tensors" if stages else "[B, D] tensors, one per network"
     if not isinstance(embeddings, (list, tuple)) or not embeddings:
@@ -164,7 +188,7 @@ def stack_nodes(embeddings: Any, *, stages: bool) -> tuple[Tensor, tuple[int, ..
             + (" of length 0" if isinstance(embeddings, (list, tuple)) else "")
         )
     nodes: list[Tensor] = []
-    owner: list[int] = []
+    counts: list[int] = []
     for m, network in enumerate(embeddings):
         if stages and (not isinstance(network, (list, tuple)) or not network):
             raise TypeError(
@@ -177,16 +201,16 @@ def stack_nodes(embeddings: Any, *, stages: bool) -> tuple[Tensor, tuple[int, ..
             if nodes:
                 check_same(name, node, "the first node", nodes[0])
             nodes.append(node)
-            owner.append(m)
-    return torch.stack(nodes), tuple(owner)
+        counts.append(len(network) if stages else 1)
+    return torch.stack(nodes), tuple(counts)
 
 
 def check_rows(row_start: int, row_count: int | None, batch: int) -> tuple[int, int]:
     """Accepts a slice of the anchors that lies inside the batch; returns its start and length."""
-    if not isinstance(row_start, int) or not 0 <= row_start < batch:
+    if not isinstance(row_start, _INTEGERS) or not 0 <= row_start < batch:
         raise ValueError(f"row_start: expected an integer in [0, {batch}), got {row_start!r}")
     count = batch - row_start if row_count is None else row_count
-    if not isinstance(count, int) or not 1 <= count <= batch - row_start:
+    if not isinstance(count, _INTEGERS) or not 1 <= count <= batch - row_start:
         raise ValueError(
             f"row_count: expected an integer in [1, {batch - row_start}], got {row_count!r}"
         )
@@ -228,15 +252,11 @@ def check_indices(
     argument: str, value: Any, shape: Sequence[int | str], device: torch.device
 ) -> Tensor:
     """Accepts sample numbers, int64, of a shape in which letters stand for any size >= 1."""
-    wanted = "[" + ", ".join(map(str, shape)) + "]"
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        wanted = _letters(shape)
         raise TypeError(f"{argument}: expected an int64 tensor {wanted}, got {describe(value)}")
-    fits = value.dim() == len(shape) and all(
-        size >= 1 if isinstance(want, str) else size == want
-        for size, want in zip(value.shape, shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{argument}: expected shape {wanted}, got {list(value.shape)}")
+    if not _has_shape(value, shape):
+        raise ValueError(f"{argument}: expected shape {_letters(shape)}, got {list(value.shape)}")
     if value.device != device:
         raise ValueError(
             f"{argument}: expected device {device} as embeddings has, got {value.device}"
@@ -247,10 +267,10 @@ def check_indices(
 def check_range(argument: str, index: Tensor, samples: int) -> None:
     """Accepts sample numbers in [0, samples): plain indexing would take -1 for the last sample.
 
-    Numbers on a GPU, which the host would have to wait for, and numbers in a compiled graph are not
-    checked.
+    Numbers are not checked where Python cannot look at them without waiting: on a GPU, in a
+    compiled graph and under a transform of ``torch.func``.
     """
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
+    if not has_values(index):
         return
     low, high = (int(x) for x in index.aminmax())
     if low < 0 or high >= samples:
@@ -294,7 +314,12 @@ def _check_weight(name: str, weight: Any) -> float | Tensor:
 
 
 def wants_gradient(*values: object) -> bool:
-    """Whether a gradient of one of the values is asked for; values may be numbers or None."""
-    return torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in values
-    )
+    """Whether a derivative for one of the values may be asked for; they may be numbers or None.
+
+    Under a transform of ``torch.func``, and where forward-mode derivatives are taken, every tensor
+    may be differentiated.
+    """
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if tensors and (under_transform() or forward_ad._current_level >= 0):
+        return True
+    return torch.is_grad_enabled() and any(value.requires_grad for value in tensors)

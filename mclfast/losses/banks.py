@@ -7,8 +7,8 @@ Embeddings, dtypes and derivatives are as in :mod:`mclfast.losses.in_batch`; ban
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,34 +20,57 @@ from mclfast._base.checks import (
     check_indices,
     check_pair_weights,
     check_range,
-    check_temperature,
     check_weights,
     describe,
     stack_nodes,
     wants_gradient,
 )
 from mclfast._base.tensors import statistics_dtype
+from mclfast._base.transforms import without_autocast
 from mclfast.kernels.families import ALL
 from mclfast.losses import reference_banks, weighting
 from mclfast.losses.in_batch import Networks, Nodes
+from mclfast.losses.inputs import Temperature, absorbed, choose, prepared
 from mclfast.losses.results import PUBLISHED_WEIGHTS, BankMCLRows, MCLObjective, MCLTerms, Weights
 from mclfast.losses.weighting import detached, scaled, weighted_terms
-from mclfast.ops import backends
 from mclfast.ops import banks as bank_ops
+from mclfast.ops.derivatives import objective, values
+from mclfast.ops.in_batch import networks_of
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """The arguments that all losses share, after their checks.
+
+    Attributes:
+        nodes: [N, B, D].
+        stages: number of nodes of each network.
+        keys: banks, pos_idx and neg_idx.
+        temperature, kl_temperature, backend: as chosen.
+    """
+
+    nodes: Tensor
+    stages: tuple[int, ...]
+    keys: tuple[Tensor, Tensor, Tensor]
+    temperature: Temperature
+    kl_temperature: Temperature
+    backend: str
 
 
 def _checked(
-    nodes: Tensor,
-    networks: tuple[int, ...],
+    embeddings: Any,
     banks: Any,
     pos_idx: Any,
     neg_idx: Any,
-    temperature: float,
-    kl_temperature: float,
+    temperature: Temperature,
+    kl_temperature: Temperature,
+    normalize: bool,
     backend: str,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[list[int], float, float], str]:
-    """Checks what all share; returns (banks, pos_idx, neg_idx), the settings and the backend."""
-    check_banks(banks, nodes, networks[-1] + 1)
+    *,
+    with_stages: bool,
+) -> _Checked:
+    nodes, stages = stack_nodes(embeddings, stages=with_stages)
+    check_banks(banks, nodes, len(stages))
     batch = nodes.shape[1]
     check_indices("pos_idx", pos_idx, [batch, "1 + P"], nodes.device)
     # One set of negatives for the batch is a view: it is not copied for every anchor.
@@ -56,14 +79,14 @@ def _checked(
         neg_idx = neg_idx.contiguous().expand(batch, -1)
     else:
         check_indices("neg_idx", neg_idx, [batch, "K"], nodes.device)
-    check_temperature("temperature", temperature)
-    check_temperature("kl_temperature", kl_temperature)
-    found = backends.resolve_for(backend, nodes, banks, banks=True)
-    if found == "reference":
+    nodes = prepared("embeddings", nodes, normalize)
+    settings = choose(backend, temperature, kl_temperature, nodes, banks, banks=True)
+    backend, temperature, kl_temperature = settings
+    if backend == "reference":
         check_range("pos_idx", pos_idx, banks.shape[1])
         check_range("neg_idx", neg_idx, banks.shape[1])
     keys = banks, _with_plain_rows(pos_idx), _with_plain_rows(neg_idx)
-    return keys, (list(networks), temperature, kl_temperature), found
+    return _Checked(nodes, stages, keys, temperature, kl_temperature, backend)
 
 
 def _with_plain_rows(index: Tensor) -> Tensor:
@@ -71,14 +94,18 @@ def _with_plain_rows(index: Tensor) -> Tensor:
     return index if index.stride(-1) == 1 else index.contiguous()
 
 
-def _rows(nodes: Tensor, networks: tuple[int, ...], *arguments: Any) -> BankMCLRows:
-    keys, settings, backend = _checked(nodes, networks, *arguments)
-    with torch.autocast(nodes.device.type, enabled=False):
-        if backend == "reference":
-            return reference_banks.bank_mcl_rows(
-                nodes, networks, *keys, temperature=settings[1], kl_temperature=settings[2]
-            )
-        return BankMCLRows(*bank_ops.bank_mcl_rows(nodes, *keys, *settings, ALL, backend)[:4])
+def _rows(checked: _Checked) -> BankMCLRows:
+    if checked.backend == "reference":
+        return reference_banks.bank_mcl_rows(
+            checked.nodes,
+            networks_of(checked.stages),
+            *checked.keys,
+            temperature=checked.temperature,
+            kl_temperature=checked.kl_temperature,
+        )
+    nodes, temperature = absorbed(checked.nodes, checked.temperature, 1)
+    settings = [*checked.stages], temperature, checked.kl_temperature, ALL, checked.backend
+    return BankMCLRows(*values(bank_ops.BANK_ROWS, (nodes, *checked.keys), settings)[:4])
 
 
 def bank_mcl_rows(
@@ -87,8 +114,9 @@ def bank_mcl_rows(
     pos_idx: Tensor,
     neg_idx: Tensor,
     *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> BankMCLRows:
     """Per-anchor rows of the four mutual contrastive terms against memory banks.
@@ -110,8 +138,11 @@ def bank_mcl_rows(
             float64 too), on the device of the embeddings or in pinned host memory.
         pos_idx: [B, 1 + P] int64, first the anchor's own number in the data set, then positives.
         neg_idx: [B, K] int64, or [K]: one set of negatives for the whole batch.
-        temperature: divides the cosine similarities, in [1e-6, 1e6]; the published runs take 0.07.
-        kl_temperature: softens the distributions the soft terms compare, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor,
+            which may ask for a gradient; the published runs take 0.07.
+        kl_temperature: softens the distributions the soft terms compare: a number in [1e-6, 1e6],
+            or a 0-dim tensor. One that asks for a gradient gets it from the plain form.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -136,8 +167,10 @@ def bank_mcl_rows(
     Source: MCL, arXiv 2104.12565, section 3 (memory bank for ImageNet); layer-wise, arXiv
     2207.11518, section 3.
     """
-    nodes, networks = stack_nodes(embeddings, stages=True)
-    return _rows(nodes, networks, banks, pos_idx, neg_idx, temperature, kl_temperature, backend)
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend
+    checked = _checked(embeddings, *arguments, with_stages=True)
+    with without_autocast(checked.nodes):
+        return _rows(checked)
 
 
 def bank_mcl_terms(
@@ -146,8 +179,9 @@ def bank_mcl_terms(
     pos_idx: Tensor,
     neg_idx: Tensor,
     *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> MCLTerms:
     """The four terms of mutual contrastive learning of M networks against their memory banks.
@@ -158,7 +192,7 @@ def bank_mcl_terms(
 
     Args:
         embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
-        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: arguments of
+        banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend: arguments of
             :func:`bank_mcl_rows`.
 
     Returns:
@@ -180,10 +214,10 @@ def bank_mcl_terms(
 
     Source: arXiv 2104.12565, equations 4 to 9.
     """
-    nodes, networks = stack_nodes(embeddings, stages=False)
-    return weighting.bank_mcl_terms(
-        _rows(nodes, networks, banks, pos_idx, neg_idx, temperature, kl_temperature, backend)
-    )
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend
+    checked = _checked(embeddings, *arguments, with_stages=False)
+    with without_autocast(checked.nodes):
+        return weighting.bank_mcl_terms(_rows(checked))
 
 
 def bank_mcl_loss(
@@ -193,15 +227,16 @@ def bank_mcl_loss(
     neg_idx: Tensor,
     *,
     weights: Weights = PUBLISHED_WEIGHTS,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Mutual contrastive learning against memory banks: the weighted sum of the four terms.
 
     Args:
         embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
-        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: arguments of
+        banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend: arguments of
             :func:`bank_mcl_rows`.
         weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
             [4]. Weights that require a gradient get it; where none does, the loss and its gradient
@@ -229,7 +264,7 @@ def bank_mcl_loss(
     Source: arXiv 2104.12565, equations 4 to 9; published ImageNet weights 0.1, 1, 0.1, 1 at
     temperature 0.07 with 1 positive and 8192 negatives.
     """
-    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend
     return _plain(embeddings, weights, *arguments)[0]
 
 
@@ -240,14 +275,15 @@ def bank_mcl_objective(
     neg_idx: Tensor,
     *,
     weights: Weights = PUBLISHED_WEIGHTS,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> MCLObjective:
     """:func:`bank_mcl_loss` together with its terms, for a log.
 
     Args:
-        embeddings, banks, pos_idx, neg_idx, weights, temperature, kl_temperature,
+        embeddings, banks, pos_idx, neg_idx, weights, temperature, kl_temperature, normalize,
             backend: arguments of :func:`bank_mcl_loss`.
 
     Returns:
@@ -269,7 +305,7 @@ def bank_mcl_objective(
         >>> torch.allclose(loss, terms.weighted_sum(0.1, 1, 0.1, 1))
         True
     """
-    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend
     loss, terms = _plain(embeddings, weights, *arguments)
     return MCLObjective(loss, terms())
 
@@ -281,8 +317,9 @@ def layerwise_bank_mcl_terms(
     neg_idx: Tensor,
     pair_weights: Tensor | None = None,
     *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> MCLTerms:
     """The four terms of layer-wise mutual contrastive learning against memory banks.
@@ -295,7 +332,7 @@ def layerwise_bank_mcl_terms(
 
     Args:
         embeddings: [M, L, B, D] unit-norm, or networks of stages of [B, D].
-        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: arguments of
+        banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend: arguments of
             :func:`bank_mcl_rows`. A bank holds embeddings of its network's last stage; every stage
             is compared with it.
         pair_weights: [N, N, B] weight of each pair of nodes for each sample, as a
@@ -324,11 +361,11 @@ def layerwise_bank_mcl_terms(
     Source: arXiv 2207.11518, section 3.3. The published code reads the bank of the first network of
     a pair for both; here each reads its own.
     """
-    nodes, networks = stack_nodes(embeddings, stages=True)
-    given = check_pair_weights(pair_weights, nodes)
-    with torch.autocast(nodes.device.type, enabled=False):
-        rows = _rows(nodes, networks, banks, pos_idx, neg_idx, temperature, kl_temperature, backend)
-        return weighting.layerwise_bank_mcl_terms(rows, networks, given)
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend
+    checked = _checked(embeddings, *arguments, with_stages=True)
+    given = check_pair_weights(pair_weights, checked.nodes)
+    with without_autocast(checked.nodes):
+        return weighting.layerwise_bank_mcl_terms(_rows(checked), checked.stages, given)
 
 
 def layerwise_bank_mcl_loss(
@@ -339,15 +376,16 @@ def layerwise_bank_mcl_loss(
     pair_weights: Tensor | None = None,
     *,
     weights: Weights = PUBLISHED_WEIGHTS,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Layer-wise mutual contrastive learning against memory banks: the weighted sum of the terms.
 
     Args:
         embeddings: [M, L, B, D] unit-norm, or networks of stages of [B, D].
-        banks, pos_idx, neg_idx, temperature, kl_temperature, backend: arguments of
+        banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend: arguments of
             :func:`bank_mcl_rows`.
         pair_weights: [N, N, B] weight of each pair of nodes for each sample; None for ones.
         weights: weights of vcl, soft_vcl, icl and soft_icl, as in :func:`bank_mcl_loss`. Weights of
@@ -374,7 +412,7 @@ def layerwise_bank_mcl_loss(
 
     Source: arXiv 2207.11518, section 3.3; published ImageNet weights 0.01, 1, 0.01, 1.
     """
-    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend
     return _layerwise(embeddings, pair_weights, weights, *arguments)[0]
 
 
@@ -386,15 +424,16 @@ def layerwise_bank_mcl_objective(
     pair_weights: Tensor | None = None,
     *,
     weights: Weights = PUBLISHED_WEIGHTS,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> MCLObjective:
     """:func:`layerwise_bank_mcl_loss` together with its terms, for a log.
 
     Args:
         embeddings, banks, pos_idx, neg_idx, pair_weights, weights, temperature, kl_temperature,
-            backend: arguments of :func:`layerwise_bank_mcl_loss`.
+            normalize, backend: arguments of :func:`layerwise_bank_mcl_loss`.
 
     Returns:
         MCLObjective(loss, terms); the loss is that of :func:`layerwise_bank_mcl_loss`, the terms
@@ -415,7 +454,7 @@ def layerwise_bank_mcl_objective(
         >>> torch.allclose(result.loss, result.terms.weighted_sum(0.1, 1, 0.1, 1))
         True
     """
-    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, backend
+    arguments = banks, pos_idx, neg_idx, temperature, kl_temperature, normalize, backend
     loss, terms = _layerwise(embeddings, pair_weights, weights, *arguments)
     return MCLObjective(loss, terms())
 
@@ -424,72 +463,78 @@ def _plain(
     embeddings: Networks, weights: Weights, *arguments: Any
 ) -> tuple[Tensor, Callable[[], MCLTerms]]:
     """The loss of one stage per network, and a call that gives its terms."""
-    nodes, networks = stack_nodes(embeddings, stages=False)
-    lone, pairs = weighting.equal_row_weights(networks, nodes)
-    return _weighted(nodes, networks, (lone, pairs, pairs, pairs), weights, *arguments)
+    checked = _checked(embeddings, *arguments, with_stages=False)
+    with without_autocast(checked.nodes):
+        lone, pairs = weighting.equal_row_weights(checked.stages, checked.nodes)
+        return _weighted(checked, (lone, pairs, pairs, pairs), None, weights)
 
 
 def _layerwise(
-    embeddings: Nodes, pair_weights: Tensor | None, weights: Weights, banks: Tensor, *rest: Any
+    embeddings: Nodes, pair_weights: Tensor | None, weights: Weights, *arguments: Any
 ) -> tuple[Tensor, Callable[[], MCLTerms]]:
     """The loss of all pairs of stages, and a call that gives its terms."""
-    nodes, networks = stack_nodes(embeddings, stages=True)
-    given = check_pair_weights(pair_weights, nodes)
-    # Before the weights are spread over the banks: their number gives the shape.
-    check_banks(banks, nodes, networks[-1] + 1)
-    with torch.autocast(nodes.device.type, enabled=False):
+    checked = _checked(embeddings, *arguments, with_stages=True)
+    given = check_pair_weights(pair_weights, checked.nodes)
+    with without_autocast(checked.nodes):
         lone, pairs, per_bank = (
-            w / nodes.shape[1]
-            for w in weighting.bank_row_weights(given, networks, len(banks), nodes)
+            w / checked.nodes.shape[1]
+            for w in weighting.bank_row_weights(given, checked.stages, checked.nodes)
         )
-        every = lone, pairs, per_bank, pairs
-        return _weighted(nodes, networks, every, weights, banks, *rest)
+        return _weighted(checked, (lone, pairs, per_bank, pairs), given, weights)
 
 
 def _weighted(
-    nodes: Tensor,
-    networks: tuple[int, ...],
+    checked: _Checked,
     row_weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    pair_weights: Tensor | None,
     weights: Weights,
-    *arguments: Any,
 ) -> tuple[Tensor, Callable[[], MCLTerms]]:
     """The sum of the weighted terms, and a call that gives the terms without gradient.
 
     Where no weight asks for a gradient, the loss and its gradient come from one call.
 
     Args:
-        nodes: [N, B, D].
-        networks: network of each node.
+        checked: arguments that all losses share.
         row_weights: weights of the four families of rows.
+        pair_weights: argument of the loss that the row weights come from.
         weights: weights of the four terms.
-        arguments: banks, pos_idx, neg_idx, temperature, kl_temperature and backend.
     """
     term_weights = check_weights(weights)
-    keys, settings, backend = _checked(nodes, networks, *arguments)
-    with torch.autocast(nodes.device.type, enabled=False):
-        if backend == "reference" or wants_gradient(*row_weights, *term_weights):
-            terms = weighted_terms(row_weights, _rows(nodes, networks, *arguments))
-            return terms.weighted_sum(*term_weights), lambda: detached(terms)
-        loss, *rows = bank_ops.bank_mcl_objective(
-            *scaled(row_weights, term_weights), nodes, *keys, *settings, ALL, backend
-        )
-        return loss, lambda: weighted_terms(row_weights, rows[:4])
+    if checked.backend == "reference" or wants_gradient(pair_weights, *term_weights):
+        terms = weighted_terms(row_weights, _rows(checked))
+        return terms.weighted_sum(*term_weights), lambda: detached(terms)
+    nodes, temperature = absorbed(checked.nodes, checked.temperature, 1)
+    settings = [*checked.stages], temperature, checked.kl_temperature, ALL, checked.backend
+    loss, *rows = objective(
+        bank_ops.bank_mcl_objective,
+        bank_ops.BANK_ROWS,
+        settings,
+        4,
+        (*scaled(row_weights, term_weights), nodes, *checked.keys),
+        settings,
+    )
+    return loss, lambda: weighted_terms(row_weights, rows[:4])
 
 
 def _checked_nce(
-    embeddings: Networks, banks: Any, contrast_idx: Any, temperature: float, backend: str
-) -> tuple[Tensor, Tensor, str]:
-    """Checks; returns (nodes, contrast_idx, backend)."""
-    nodes, networks = stack_nodes(embeddings, stages=False)
-    check_banks(banks, nodes, len(networks))
+    embeddings: Networks,
+    banks: Any,
+    contrast_idx: Any,
+    temperature: Temperature,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Temperature, str]:
+    """Checks; returns (nodes, contrast_idx, temperature, backend)."""
+    nodes, stages = stack_nodes(embeddings, stages=False)
+    check_banks(banks, nodes, len(stages))
     check_indices("contrast_idx", contrast_idx, [nodes.shape[1], "1 + K"], nodes.device)
     if contrast_idx.shape[1] < 2:
         raise ValueError("contrast_idx: expected at least one negative in each row, got none")
-    check_temperature("temperature", temperature)
-    found = backends.resolve_for(backend, nodes, banks, banks=True)
-    if found == "reference":
+    nodes = prepared("embeddings", nodes, normalize)
+    backend, temperature, _ = choose(backend, temperature, 1.0, nodes, banks, banks=True)
+    if backend == "reference":
         check_range("contrast_idx", contrast_idx, banks.shape[1])
-    return nodes, _with_plain_rows(contrast_idx), found
+    return nodes, _with_plain_rows(contrast_idx), temperature, backend
 
 
 def bank_nce_log_normalizer(
@@ -497,7 +542,8 @@ def bank_nce_log_normalizer(
     banks: Tensor,
     contrast_idx: Tensor,
     *,
-    temperature: float = 0.1,
+    temperature: Temperature = 0.1,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """The log of the normalising constants that :func:`bank_nce_loss` estimates from a batch.
@@ -506,7 +552,8 @@ def bank_nce_log_normalizer(
     anchors of network j. Contrastive representation distillation keeps those of its first batch.
 
     Args:
-        embeddings, banks, contrast_idx, temperature, backend: arguments of :func:`bank_nce_loss`.
+        embeddings, banks, contrast_idx, temperature, normalize, backend: arguments of
+            :func:`bank_nce_loss`.
 
     Returns:
         [M, M], 0 on the diagonal; no gradient.
@@ -525,23 +572,27 @@ def bank_nce_log_normalizer(
         >>> bank_nce_log_normalizer(embeddings, bank.banks, contrast_idx).shape
         torch.Size([2, 2])
     """
-    checked = _checked_nce(embeddings, banks, contrast_idx, temperature, backend)
-    nodes, contrast_idx, backend = checked
-    return _log_normalizer(nodes, banks, contrast_idx, temperature, backend)
+    arguments = banks, contrast_idx, temperature, normalize, backend
+    nodes, contrast_idx, temperature, backend = _checked_nce(embeddings, *arguments)
+    with without_autocast(nodes):
+        return _log_normalizer(nodes, banks, contrast_idx, temperature, backend)
 
 
 def _log_normalizer(
-    nodes: Tensor, banks: Tensor, contrast_idx: Tensor, temperature: float, backend: str
+    nodes: Tensor, banks: Tensor, contrast_idx: Tensor, temperature: Temperature, backend: str
 ) -> Tensor:
-    with torch.autocast(nodes.device.type, enabled=False):
-        if backend == "reference":
-            return reference_banks.bank_nce_log_normalizer(
-                nodes, banks, contrast_idx, temperature=temperature
-            )
-        own, noise = contrast_idx[:, :1], contrast_idx[:, 1:]
-        lse = bank_ops.bank_nce_lse(nodes.detach(), banks, own, noise, temperature, backend)
-        log_z = lse.logsumexp(-1) + math.log(banks.shape[1] / contrast_idx.numel())
-        return log_z.fill_diagonal_(0.0)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach()
+    if backend == "reference":
+        return reference_banks.bank_nce_log_normalizer(
+            nodes, banks, contrast_idx, temperature=temperature
+        )
+    nodes, temperature = absorbed(nodes.detach(), temperature, 1)
+    own, noise = contrast_idx[:, :1], contrast_idx[:, 1:]
+    lse = bank_ops.bank_nce_lse(nodes, banks, own, noise, temperature, backend)
+    # A number made from sizes would be a constant of a compiled graph.
+    share = lse.new_full((), banks.shape[1] / contrast_idx.numel(), dtype=torch.float64)
+    return (lse.logsumexp(-1) + share.log()).fill_diagonal_(0.0)
 
 
 def bank_nce_loss(
@@ -549,9 +600,10 @@ def bank_nce_loss(
     banks: Tensor,
     contrast_idx: Tensor,
     *,
-    temperature: float = 0.1,
+    temperature: Temperature = 0.1,
     log_normalizer: Tensor | None = None,
     eps: float = 1e-7,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Noise-contrastive estimation between M networks and the memory banks of the others.
@@ -572,10 +624,12 @@ def bank_nce_loss(
         banks: [M, n, D], one bank for each network, see :func:`bank_mcl_rows`.
         contrast_idx: [B, 1 + K] int64, first the anchor's own number (or that of another sample of
             its class), then K noise samples of other classes.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor,
+            which may ask for a gradient.
         log_normalizer: [M, M] log Z for bank i and anchors j, as
             :func:`bank_nce_log_normalizer` gives; None to estimate it from every batch.
         eps: added to the denominators, >= 0; the published constant unless given.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -598,22 +652,23 @@ def bank_nce_loss(
 
     Source: MCL-OKD, arXiv 2006.04093, section 3.2; CRD, arXiv 1910.10699, equation 19.
     """
-    checked = _checked_nce(embeddings, banks, contrast_idx, temperature, backend)
-    nodes, contrast_idx, backend = checked
-    count, wide_dtype = nodes.shape[0], statistics_dtype(nodes)
+    arguments = banks, contrast_idx, temperature, normalize, backend
+    nodes, contrast_idx, temperature, backend = _checked_nce(embeddings, *arguments)
+    count = nodes.shape[0]
     if not isinstance(eps, (int, float)) or not 0 <= eps < 1:
         raise ValueError(f"eps: expected a number in [0, 1), got {describe(eps)}")
-    if log_normalizer is None:
-        log_normalizer = _log_normalizer(nodes, banks, contrast_idx, temperature, backend)
-    else:
-        check_embeddings("log_normalizer", log_normalizer, [count, count])
-    log_normalizer = log_normalizer.detach().to(nodes.device, wide_dtype)
-    with torch.autocast(nodes.device.type, enabled=False):
+    with without_autocast(nodes):
+        if log_normalizer is None:
+            log_normalizer = _log_normalizer(nodes, banks, contrast_idx, temperature, backend)
+        else:
+            check_embeddings("log_normalizer", log_normalizer, [count, count])
+        log_normalizer = log_normalizer.detach().to(nodes.device, statistics_dtype(nodes))
         if backend == "reference":
             return reference_banks.bank_nce_loss(
                 nodes, banks, contrast_idx, log_normalizer, temperature=temperature, eps=eps
             )
+        nodes, temperature = absorbed(nodes, temperature, 1)
         own, noise = contrast_idx[:, :1], contrast_idx[:, 1:]
-        return bank_ops.bank_nce(
-            nodes, banks, own, noise, log_normalizer, temperature, eps, backend
-        )[0]
+        settings = temperature, eps, backend
+        tensors = nodes, banks, own, noise, log_normalizer
+        return objective(bank_ops.bank_nce, bank_ops.BANK_NCE, settings, 0, tensors, settings)[0]

@@ -20,107 +20,110 @@ from mclfast._base.checks import (
     check_pair_weights,
     check_rows,
     check_same,
-    check_temperature,
     check_weights,
     stack_nodes,
     wants_gradient,
 )
-from mclfast._base.tensors import statistics_dtype
+from mclfast._base.tensors import statistics_dtype, wide
+from mclfast._base.transforms import without_autocast
 from mclfast.kernels.families import ALL, SOFT_VCL, VCL
 from mclfast.losses import reference, weighting
+from mclfast.losses.inputs import Temperature, absorbed, choose, prepared
 from mclfast.losses.results import PUBLISHED_WEIGHTS, MCLObjective, MCLRows, MCLTerms, Weights
 from mclfast.losses.weighting import detached, scaled, weighted_terms
-from mclfast.ops import backends
 from mclfast.ops import in_batch as ops
+from mclfast.ops.derivatives import objective, values
 
 Nodes = Tensor | Sequence[Sequence[Tensor]]
 
 Networks = Tensor | Sequence[Tensor]
 
 
-def _checked(
-    nodes: Tensor, labels: Tensor, temperature: float, kl_temperature: float, backend: str
-) -> str:
-    """Checks what all losses share; returns the name of the backend."""
-    check_labels(labels, nodes.shape[1], nodes.device)
-    check_temperature("temperature", temperature)
-    check_temperature("kl_temperature", kl_temperature)
-    return backends.resolve_for(backend, nodes)
+def _ready(
+    embeddings: Any, labels: Tensor, normalize: bool, *, with_stages: bool
+) -> tuple[Tensor, tuple[int, ...], Tensor]:
+    """Checks what all losses share; returns nodes [N, B, D], their number by network, labels."""
+    nodes, stages = stack_nodes(embeddings, stages=with_stages)
+    labels = check_labels(labels, nodes.shape[1], nodes.device)
+    return prepared("embeddings", nodes, normalize), stages, labels
+
+
+def _settings(
+    nodes: Tensor, temperature: Temperature, kl_temperature: Temperature, backend: str
+) -> tuple[Temperature, Temperature, str]:
+    """Both temperatures, checked, and the name of the backend."""
+    backend, temperature, kl_temperature = choose(backend, temperature, kl_temperature, nodes)
+    return temperature, kl_temperature, backend
 
 
 def _rows(
     nodes: Tensor,
-    networks: tuple[int, ...],
+    stages: tuple[int, ...],
     labels: Tensor,
-    temperature: float,
-    kl_temperature: float,
+    temperature: Temperature,
+    kl_temperature: Temperature,
     backend: str,
     row_start: int = 0,
     row_count: int | None = None,
 ) -> MCLRows:
-    backend = _checked(nodes, labels, temperature, kl_temperature, backend)
+    """Rows of nodes that are checked, as all the arguments are but the slice of anchors."""
     row_start, row_count = check_rows(row_start, row_count, nodes.shape[1])
-    with torch.autocast(nodes.device.type, enabled=False):
-        if backend == "reference":
-            return reference.mcl_rows(
-                nodes,
-                networks,
-                labels,
-                temperature=temperature,
-                kl_temperature=kl_temperature,
-                row_start=row_start,
-                row_count=row_count,
-            )
-        vcl, soft_vcl, icl, soft_icl, _, _ = ops.mcl_rows(
+    if backend == "reference":
+        return reference.mcl_rows(
             nodes,
+            ops.networks_of(stages),
             labels,
-            list(networks),
-            temperature,
-            kl_temperature,
-            ALL,
-            row_start,
-            row_count,
-            backend,
+            temperature=temperature,
+            kl_temperature=kl_temperature,
+            row_start=row_start,
+            row_count=row_count,
         )
-        valid = has_positive(labels)[row_start : row_start + row_count]
-        return MCLRows(vcl, soft_vcl, icl, soft_icl, valid)
+    nodes, temperature = absorbed(nodes, temperature, 2)
+    settings = [*stages], temperature, kl_temperature, ALL, row_start, row_count, backend
+    vcl, soft_vcl, icl, soft_icl, *_ = values(ops.ROWS, (nodes, labels), settings)
+    valid = has_positive(labels)[row_start : row_start + row_count]
+    return MCLRows(vcl, soft_vcl, icl, soft_icl, valid)
 
 
 def has_positive(labels: Tensor) -> Tensor:
     """[B] bool, whether another sample has the same label; by sorting, without a [B, B] mask."""
-    ordered, order = labels.sort()
-    equal = ordered[1:] == ordered[:-1]
-    none = equal.new_zeros(1)
-    found = torch.cat([none, equal]) | torch.cat([equal, none])
-    return torch.empty_like(found).scatter(0, order, found)
+    ordered = labels.sort().values
+    after, before = (torch.searchsorted(ordered, labels, right=right) for right in (True, False))
+    return after - before > 1
 
 
 def _objective(
     nodes: Tensor,
-    networks: tuple[int, ...],
+    stages: tuple[int, ...],
     labels: Tensor,
     row_weights: Sequence[Tensor],
-    temperature: float,
-    kl_temperature: float,
+    temperature: Temperature,
+    kl_temperature: Temperature,
     families: int,
     backend: str,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, Sequence[Tensor]]:
     """The sum of weights times rows, with the gradient computed in the same sweep; the rows."""
-    loss, vcl, soft_vcl, icl, soft_icl, _, _, _ = ops.mcl_objective(
-        *row_weights, nodes, labels, list(networks), temperature, kl_temperature, families, backend
+    nodes, temperature = absorbed(nodes, temperature, 2)
+    settings = [*stages], temperature, kl_temperature, families
+    loss, *found = objective(
+        ops.mcl_objective,
+        ops.ROWS,
+        (*settings, 0, nodes.shape[1], backend),
+        4,
+        (*row_weights, nodes, labels),
+        (*settings, backend),
     )
-    return loss, (vcl, soft_vcl, icl, soft_icl)
+    return loss, found[:4]
 
 
 def _weighted(
     nodes: Tensor,
-    networks: tuple[int, ...],
+    stages: tuple[int, ...],
     labels: Tensor,
     row_weights: tuple[Tensor, Tensor],
+    pair_weights: Tensor | None,
     weights: Weights,
-    temperature: float,
-    kl_temperature: float,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Callable[[], MCLTerms]]:
     """The sum of the weighted terms, and a call that gives the terms without gradient.
 
@@ -128,43 +131,36 @@ def _weighted(
 
     Args:
         nodes: [N, B, D].
-        networks: network of each node.
+        stages: number of nodes of each network.
         labels: [B].
         row_weights: weights of the vcl rows [N, B] and of the rows of pairs [N, N, B].
+        pair_weights: argument of the loss that the row weights come from.
         weights: weights of the four terms.
-        temperature, kl_temperature, backend: arguments of :func:`mcl_rows`.
+        settings: temperature, kl_temperature and backend.
     """
     term_weights = check_weights(weights)
-    backend = _checked(nodes, labels, temperature, kl_temperature, backend)
     lone, pairs = row_weights
     every = (lone, pairs, pairs, pairs)
-    with torch.autocast(nodes.device.type, enabled=False):
-        if backend == "reference" or wants_gradient(lone, pairs, *term_weights):
-            rows: Sequence[Tensor]
-            *rows, _ = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
-            terms = weighted_terms(every, rows)
-            return terms.weighted_sum(*term_weights), lambda: detached(terms)
-        loss, found = _objective(
-            nodes,
-            networks,
-            labels,
-            scaled(every, term_weights),
-            temperature,
-            kl_temperature,
-            ALL,
-            backend,
-        )
-        return loss, lambda: weighted_terms(every, found)
+    backend = settings[-1]
+    if backend == "reference" or wants_gradient(pair_weights, *term_weights):
+        terms = weighted_terms(every, _rows(nodes, stages, labels, *settings)[:4])
+        return terms.weighted_sum(*term_weights), lambda: detached(terms)
+    *temperatures, backend = settings
+    loss, found = _objective(
+        nodes, stages, labels, scaled(every, term_weights), *temperatures, ALL, backend
+    )
+    return loss, lambda: weighted_terms(every, found)
 
 
 def mcl_rows(
     embeddings: Nodes,
     labels: Tensor,
     *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
     row_start: int = 0,
     row_count: int | None = None,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> MCLRows:
     """Per-anchor rows of the four mutual contrastive terms for every node and pair of nodes.
@@ -184,10 +180,13 @@ def mcl_rows(
         embeddings: [M, L, B, D] unit-norm, or a sequence (networks) of sequences (stages) of
             [B, D]; networks may differ in their number of stages. N nodes, network-major.
         labels: [B] integers.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
-        kl_temperature: softens the distributions the soft terms compare, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor,
+            which may ask for a gradient.
+        kl_temperature: softens the distributions the soft terms compare: a number in [1e-6, 1e6],
+            or a 0-dim tensor. One that asks for a gradient gets it from the plain form.
         row_start, row_count: compute only these anchors (R of them) against the whole batch; all
             of them by default. A batch spread over processes gives each its own slice.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -208,18 +207,19 @@ def mcl_rows(
 
     Source: MCL, arXiv 2104.12565, section 3; layer-wise, arXiv 2207.11518, section 3.
     """
-    nodes, networks = stack_nodes(embeddings, stages=True)
-    return _rows(
-        nodes, networks, labels, temperature, kl_temperature, backend, row_start, row_count
-    )
+    nodes, stages, labels = _ready(embeddings, labels, normalize, with_stages=True)
+    settings = _settings(nodes, temperature, kl_temperature, backend)
+    with without_autocast(nodes):
+        return _rows(nodes, stages, labels, *settings, row_start, row_count)
 
 
 def mcl_terms(
     embeddings: Networks,
     labels: Tensor,
     *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> MCLTerms:
     """The four terms of mutual contrastive learning between M networks, one embedding each.
@@ -231,8 +231,11 @@ def mcl_terms(
     Args:
         embeddings: [M, B, D] unit-norm, or a sequence of M tensors [B, D].
         labels: [B] integers.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
-        kl_temperature: softens the distributions the soft terms compare, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor,
+            which may ask for a gradient.
+        kl_temperature: softens the distributions the soft terms compare: a number in [1e-6, 1e6],
+            or a 0-dim tensor. One that asks for a gradient gets it from the plain form.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -252,8 +255,10 @@ def mcl_terms(
 
     Source: arXiv 2104.12565, equations 4 to 9.
     """
-    nodes, networks = stack_nodes(embeddings, stages=False)
-    return weighting.mcl_terms(_rows(nodes, networks, labels, temperature, kl_temperature, backend))
+    nodes, stages, labels = _ready(embeddings, labels, normalize, with_stages=False)
+    settings = _settings(nodes, temperature, kl_temperature, backend)
+    with without_autocast(nodes):
+        return weighting.mcl_terms(_rows(nodes, stages, labels, *settings))
 
 
 def mcl_loss(
@@ -261,8 +266,9 @@ def mcl_loss(
     labels: Tensor,
     *,
     weights: Weights = PUBLISHED_WEIGHTS,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Mutual contrastive learning between M networks: the weighted sum of :func:`mcl_terms`.
@@ -273,7 +279,7 @@ def mcl_loss(
         weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
             [4]. Weights that require a gradient get it; where none does, the loss and its gradient
             are computed in one sweep, the fastest form.
-        temperature, kl_temperature, backend: arguments of :func:`mcl_terms`.
+        temperature, kl_temperature, normalize, backend: arguments of :func:`mcl_terms`.
 
     Returns:
         The loss, 0-dim, differentiable to second order.
@@ -293,10 +299,8 @@ def mcl_loss(
 
     Source: arXiv 2104.12565, equations 4 to 9; published weights 0.1, 1, 0.1, 1.
     """
-    nodes, networks = stack_nodes(embeddings, stages=False)
-    rows = weighting.equal_row_weights(networks, nodes)
-    settings = temperature, kl_temperature, backend
-    return _weighted(nodes, networks, labels, rows, weights, *settings)[0]
+    settings = temperature, kl_temperature, normalize, backend
+    return _plain(embeddings, labels, weights, *settings)[0]
 
 
 def mcl_objective(
@@ -304,14 +308,15 @@ def mcl_objective(
     labels: Tensor,
     *,
     weights: Weights = PUBLISHED_WEIGHTS,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> MCLObjective:
     """:func:`mcl_loss` together with its terms, for a log.
 
     Args:
-        embeddings, labels, weights, temperature, kl_temperature,
+        embeddings, labels, weights, temperature, kl_temperature, normalize,
             backend: arguments of :func:`mcl_loss`.
 
     Returns:
@@ -330,11 +335,26 @@ def mcl_objective(
         >>> sorted(terms._asdict()), terms.vcl.requires_grad
         (['icl', 'soft_icl', 'soft_vcl', 'vcl'], False)
     """
-    nodes, networks = stack_nodes(embeddings, stages=False)
-    rows = weighting.equal_row_weights(networks, nodes)
-    settings = temperature, kl_temperature, backend
-    loss, terms = _weighted(nodes, networks, labels, rows, weights, *settings)
+    settings = temperature, kl_temperature, normalize, backend
+    loss, terms = _plain(embeddings, labels, weights, *settings)
     return MCLObjective(loss, terms())
+
+
+def _plain(
+    embeddings: Networks,
+    labels: Tensor,
+    weights: Weights,
+    temperature: Temperature,
+    kl_temperature: Temperature,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Callable[[], MCLTerms]]:
+    """The loss of one embedding per network, and a call that gives its terms."""
+    nodes, stages, labels = _ready(embeddings, labels, normalize, with_stages=False)
+    settings = _settings(nodes, temperature, kl_temperature, backend)
+    with without_autocast(nodes):
+        rows = weighting.equal_row_weights(stages, nodes)
+        return _weighted(nodes, stages, labels, rows, None, weights, *settings)
 
 
 def layerwise_mcl_terms(
@@ -342,8 +362,9 @@ def layerwise_mcl_terms(
     labels: Tensor,
     pair_weights: Tensor | None = None,
     *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> MCLTerms:
     """The four terms of layer-wise mutual contrastive learning: every stage with those of peers.
@@ -357,7 +378,7 @@ def layerwise_mcl_terms(
         labels: [B] integers.
         pair_weights: [N, N, B] weight of each pair of nodes for each sample (N = all stages of all
             networks, network-major), as a :class:`mclfast.LayerMatcher` gives; None for ones.
-        temperature, kl_temperature, backend: arguments of :func:`mcl_terms`.
+        temperature, kl_temperature, normalize, backend: arguments of :func:`mcl_terms`.
 
     Returns:
         MCLTerms(vcl, soft_vcl, icl, soft_icl), 0-dim each, differentiable to second order, also
@@ -378,11 +399,12 @@ def layerwise_mcl_terms(
 
     Source: arXiv 2207.11518, section 3.3.
     """
-    nodes, networks = stack_nodes(embeddings, stages=True)
-    pairs = check_pair_weights(pair_weights, nodes)
-    with torch.autocast(nodes.device.type, enabled=False):
-        rows = _rows(nodes, networks, labels, temperature, kl_temperature, backend)
-        return weighting.layerwise_mcl_terms(rows, networks, pairs)
+    nodes, stages, labels = _ready(embeddings, labels, normalize, with_stages=True)
+    given = check_pair_weights(pair_weights, nodes)
+    settings = _settings(nodes, temperature, kl_temperature, backend)
+    with without_autocast(nodes):
+        rows = _rows(nodes, stages, labels, *settings)
+        return weighting.layerwise_mcl_terms(rows, stages, given)
 
 
 def layerwise_mcl_loss(
@@ -391,8 +413,9 @@ def layerwise_mcl_loss(
     pair_weights: Tensor | None = None,
     *,
     weights: Weights = PUBLISHED_WEIGHTS,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Layer-wise mutual contrastive learning: the weighted sum of :func:`layerwise_mcl_terms`.
@@ -404,7 +427,7 @@ def layerwise_mcl_loss(
         weights: weights of vcl, soft_vcl, icl and soft_icl, as in :func:`mcl_loss`. Weights of
             terms and of pairs that require a gradient get it; where none does, the loss and its
             gradient are computed in one sweep, the fastest form.
-        temperature, kl_temperature, backend: arguments of :func:`mcl_terms`.
+        temperature, kl_temperature, normalize, backend: arguments of :func:`mcl_terms`.
 
     Returns:
         The loss, 0-dim, differentiable to second order.
@@ -423,7 +446,7 @@ def layerwise_mcl_loss(
 
     Source: arXiv 2207.11518, section 3.3; published weights 0.1, 1, 0.1, 1 on CIFAR-100.
     """
-    settings = temperature, kl_temperature, backend
+    settings = temperature, kl_temperature, normalize, backend
     return _layerwise(embeddings, labels, pair_weights, weights, *settings)[0]
 
 
@@ -433,14 +456,15 @@ def layerwise_mcl_objective(
     pair_weights: Tensor | None = None,
     *,
     weights: Weights = PUBLISHED_WEIGHTS,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> MCLObjective:
     """:func:`layerwise_mcl_loss` together with its terms, for a log.
 
     Args:
-        embeddings, labels, pair_weights, weights, temperature, kl_temperature,
+        embeddings, labels, pair_weights, weights, temperature, kl_temperature, normalize,
             backend: arguments of :func:`layerwise_mcl_loss`.
 
     Returns:
@@ -459,24 +483,38 @@ def layerwise_mcl_objective(
         >>> torch.allclose(loss, terms.weighted_sum(0.1, 1, 0.1, 1))
         True
     """
-    settings = temperature, kl_temperature, backend
+    settings = temperature, kl_temperature, normalize, backend
     loss, terms = _layerwise(embeddings, labels, pair_weights, weights, *settings)
     return MCLObjective(loss, terms())
 
 
 def _layerwise(
-    embeddings: Nodes, labels: Tensor, pair_weights: Tensor | None, weights: Weights, *settings: Any
+    embeddings: Nodes,
+    labels: Tensor,
+    pair_weights: Tensor | None,
+    weights: Weights,
+    temperature: Temperature,
+    kl_temperature: Temperature,
+    normalize: bool,
+    backend: str,
 ) -> tuple[Tensor, Callable[[], MCLTerms]]:
     """The loss of all pairs of stages, and a call that gives its terms."""
-    nodes, networks = stack_nodes(embeddings, stages=True)
+    nodes, stages, labels = _ready(embeddings, labels, normalize, with_stages=True)
     given = check_pair_weights(pair_weights, nodes)
-    with torch.autocast(nodes.device.type, enabled=False):
-        pairs = weighting.both_directions(given, networks, nodes) / nodes.shape[1]
-        return _weighted(nodes, networks, labels, (pairs.sum(1), pairs), weights, *settings)
+    settings = _settings(nodes, temperature, kl_temperature, backend)
+    with without_autocast(nodes):
+        pairs = weighting.both_directions(given, stages, nodes) / nodes.shape[1]
+        rows = pairs.sum(1), pairs
+        return _weighted(nodes, stages, labels, rows, given, weights, *settings)
 
 
 def supcon_loss(
-    embeddings: Tensor, labels: Tensor, *, temperature: float = 0.1, backend: str = "auto"
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    normalize: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Supervised contrastive loss, mean over the batch.
 
@@ -486,7 +524,9 @@ def supcon_loss(
     Args:
         embeddings: [B, D] unit-norm.
         labels: [B] integers.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor,
+            which may ask for a gradient.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -506,19 +546,26 @@ def supcon_loss(
 
     Source: arXiv 2004.11362, equation 2 (L_out).
     """
-    nodes = check_embeddings("embeddings", embeddings, ["B", "D"])[None]
-    backend = _checked(nodes, labels, temperature, 1.0, backend)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    check_embeddings("embeddings", embeddings, ["B", "D"])
+    labels = check_labels(labels, embeddings.shape[0], embeddings.device)
+    embeddings = prepared("embeddings", embeddings, normalize)
+    backend, temperature, _ = choose(backend, temperature, 1.0, embeddings)
+    with without_autocast(embeddings):
         if backend == "reference":
             return reference.supcon_loss(embeddings, labels, temperature=temperature)
-        batch = embeddings.shape[0]
+        batch, nodes = embeddings.shape[0], embeddings[None]
         mean = nodes.new_full((1, batch), 1.0 / batch, dtype=statistics_dtype(nodes))
         weights = (mean, *(mean.new_zeros(1, 1, batch) for _ in range(3)))
-        return _objective(nodes, (0,), labels, weights, temperature, 1.0, VCL, backend)[0]
+        return _objective(nodes, (1,), labels, weights, temperature, 1.0, VCL, backend)[0]
 
 
 def info_nce_loss(
-    a: Tensor, b: Tensor, *, temperature: float = 0.1, backend: str = "auto"
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    normalize: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Symmetric InfoNCE of two views (the CLIP form).
 
@@ -527,7 +574,9 @@ def info_nce_loss(
 
     Args:
         a, b: [B, D] unit-norm; row r of ``b`` is the positive of row r of ``a``.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor,
+            which may ask for a gradient.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -553,12 +602,14 @@ def info_nce_loss(
     check_embeddings("a", a, ["B", "D"])
     check_embeddings("b", b, list(a.shape))
     check_same("b", b, "a", a)
-    check_temperature("temperature", temperature)
-    backend = backends.resolve_for(backend, a)
-    with torch.autocast(a.device.type, enabled=False):
+    a, b = prepared("a", a, normalize), prepared("b", b, normalize)
+    backend, temperature, _ = choose(backend, temperature, 1.0, a)
+    with without_autocast(a):
         if backend == "reference":
             return reference.info_nce_loss(a, b, temperature=temperature)
-        row_lse, col_lse, diagonal = ops.info_nce(a, b, temperature, backend)
+        if isinstance(temperature, Tensor) or torch.compiler.is_compiling():
+            (a, temperature), b = absorbed(a, temperature, 1), wide(b)
+        row_lse, col_lse, diagonal = values(ops.INFO_NCE, (a, b), (temperature, backend))
         return ((row_lse + col_lse) / 2 - diagonal).mean()
 
 
@@ -566,8 +617,9 @@ def similarity_kl_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    temperature: float = 0.1,
-    kl_temperature: float = 3.0,
+    temperature: Temperature = 0.1,
+    kl_temperature: Temperature = 3.0,
+    normalize: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """KL between the similarity distributions of two sets of embeddings, mean over the batch.
@@ -579,8 +631,11 @@ def similarity_kl_loss(
     Args:
         student: [B, D] unit-norm.
         teacher: [B, D'] unit-norm; its width may differ.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
-        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor,
+            which may ask for a gradient.
+        kl_temperature: softens the distributions that are compared: a number in [1e-6, 1e6],
+            or a 0-dim tensor. One that asks for a gradient gets it from the plain form.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Returns:
@@ -604,23 +659,26 @@ def similarity_kl_loss(
     check_embeddings("student", student, ["B", "D"])
     check_embeddings("teacher", teacher, [student.shape[0], "D"])
     check_same("teacher", teacher, "student", student)
-    check_temperature("temperature", temperature)
-    check_temperature("kl_temperature", kl_temperature)
-    backend = backends.resolve_for(backend, student)
-    with torch.autocast(student.device.type, enabled=False):
+    student, teacher = (
+        prepared(name, x, normalize)
+        for name, x in (("student", student), ("teacher", teacher.detach()))
+    )
+    settings = choose(backend, temperature, kl_temperature, student)
+    backend, temperature, kl_temperature = settings
+    with without_autocast(student):
         if backend == "reference":
             return reference.similarity_kl_loss(
                 student, teacher, temperature=temperature, kl_temperature=kl_temperature
             )
         batch, width = student.shape[0], max(student.shape[1], teacher.shape[1])
         # Columns of zeros change no similarity.
-        nodes = torch.stack([pad(x, (0, width - x.shape[1])) for x in (student, teacher.detach())])
+        nodes = torch.stack([pad(x, (0, width - x.shape[1])) for x in (student, teacher)])
         pairs = nodes.new_zeros(2, 2, batch, dtype=statistics_dtype(nodes))
         weights = pairs.clone()
         weights[0, 1] = 1.0 / batch
         return _objective(
             nodes,
-            (0, 1),
+            (1, 1),
             torch.zeros(batch, dtype=torch.long, device=nodes.device),
             (pairs[0], weights, pairs, pairs),
             temperature,

@@ -12,20 +12,20 @@ from mclfast.losses.results import BankMCLRows, MCLRows, MCLTerms, Weight
 from mclfast.ops import in_batch as ops
 
 
-def equal_row_weights(networks: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+def equal_row_weights(stages: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     """Row weights that make every term a batch mean, summed over networks and ordered pairs.
 
     Args:
-        networks: network of each node.
+        stages: number of nodes of each network.
         like: [N, B, ...], gives the batch size, dtype and device.
 
     Returns:
         For vcl [N, B]; for the families of pairs [N, N, B], zero inside a network.
     """
     batch = like.shape[1]
-    between = between_networks(networks, like).to(statistics_dtype(like))
+    between = between_networks(stages, like).to(statistics_dtype(like))
     pairs = (between / batch)[..., None].expand(-1, -1, batch)
-    return pairs.new_full((len(networks), batch), 1.0 / batch), pairs
+    return pairs.new_full(like.shape[:2], 1.0 / batch), pairs
 
 
 def mcl_terms(rows: MCLRows) -> MCLTerms:
@@ -33,36 +33,29 @@ def mcl_terms(rows: MCLRows) -> MCLTerms:
     return MCLTerms(*(term.mean(-1).sum() for term in rows[:4]))
 
 
-def node_networks(networks: Sequence[int], device: torch.device) -> Tensor:
+def node_networks(stages: Sequence[int], device: torch.device) -> Tensor:
     """The network of each node, int64 [N], filled in on the device: a copy would wait for it."""
-    runs: list[list[int]] = []
-    for network in networks:
-        if runs and runs[-1][0] == network:
-            runs[-1][1] += 1
-        else:
-            runs.append([network, 1])
-    return torch.cat([torch.full((count,), number, device=device) for number, count in runs])
+    return torch.cat([torch.full((count,), m, device=device) for m, count in enumerate(stages)])
 
 
-def between_networks(networks: Sequence[int], like: Tensor) -> Tensor:
+def between_networks(stages: Sequence[int], like: Tensor) -> Tensor:
     """[N, N] bool, whether the two nodes belong to different networks."""
-    index = node_networks(networks, like.device)
+    index = node_networks(stages, like.device)
     return index[:, None] != index[None, :]
 
 
-def both_directions(pair_weights: Tensor | None, networks: Sequence[int], like: Tensor) -> Tensor:
+def both_directions(pair_weights: Tensor | None, stages: Sequence[int], like: Tensor) -> Tensor:
     """w_ab + w_ba [N, N, B], zero inside a network; ``like`` [N, B, ...] gives size and dtype."""
     if pair_weights is None:
-        pair_weights = like.new_ones((), dtype=statistics_dtype(like)).expand(
-            len(networks), len(networks), like.shape[1]
-        )
+        one = like.new_ones((), dtype=statistics_dtype(like))
+        pair_weights = one.expand(like.shape[0], *like.shape[:2])
     weights = pair_weights.to(statistics_dtype(like))
-    between = between_networks(networks, like)[..., None]
+    between = between_networks(stages, like)[..., None]
     return torch.where(between, weights + weights.transpose(0, 1), 0.0)
 
 
 def layerwise_mcl_terms(
-    rows: MCLRows, networks: Sequence[int], pair_weights: Tensor | None
+    rows: MCLRows, stages: Sequence[int], pair_weights: Tensor | None
 ) -> MCLTerms:
     """Layer-wise MCL: rows weighted by w_ab + w_ba, summed over ordered pairs, divided by B.
 
@@ -73,7 +66,7 @@ def layerwise_mcl_terms(
     Args:
         pair_weights: [N, N, B], or None for ones; entries inside one network are not used.
     """
-    both = both_directions(pair_weights, networks, rows.vcl)
+    both = both_directions(pair_weights, stages, rows.vcl)
     batch = rows.vcl.shape[-1]
     return MCLTerms(
         vcl=(both.sum(1) * rows.vcl).sum() / batch,
@@ -89,7 +82,7 @@ def bank_mcl_terms(rows: BankMCLRows) -> MCLTerms:
 
 
 def bank_row_weights(
-    pair_weights: Tensor | None, networks: Sequence[int], num_banks: int, like: Tensor
+    pair_weights: Tensor | None, stages: Sequence[int], like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of the rows in the layer-wise terms, for pair weights w [N, N, B] or None for ones.
 
@@ -103,17 +96,17 @@ def bank_row_weights(
     Returns:
         For vcl [N, B], for the soft terms [N, N, B], for icl [M, N, B].
     """
-    both = both_directions(pair_weights, networks, like)
-    index = node_networks(networks, both.device)
-    per_bank = both.new_zeros(num_banks, *both.shape[1:]).index_add(0, index, both)
+    both = both_directions(pair_weights, stages, like)
+    index = node_networks(stages, both.device)
+    per_bank = both.new_zeros(len(stages), *both.shape[1:]).index_add(0, index, both)
     return both.sum(1), both, per_bank
 
 
 def layerwise_bank_mcl_terms(
-    rows: BankMCLRows, networks: Sequence[int], pair_weights: Tensor | None
+    rows: BankMCLRows, stages: Sequence[int], pair_weights: Tensor | None
 ) -> MCLTerms:
     """Layer-wise MCL: rows weighted by :func:`bank_row_weights`, added up, divided by B."""
-    lone, pairs, per_bank = bank_row_weights(pair_weights, networks, rows.icl.shape[0], rows.vcl)
+    lone, pairs, per_bank = bank_row_weights(pair_weights, stages, rows.vcl)
     batch = rows.vcl.shape[-1]
     return MCLTerms(
         vcl=(lone * rows.vcl).sum() / batch,

@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from mclfast._base.tensors import statistics_dtype
-from mclfast.ops.in_batch import (
-    fused_objective,
-    gradient_of_fused,
-    implementation,
-    like,
-    passed_on,
-    with_statistics,
-)
+from mclfast.ops.derivatives import Operators, gradient_of_fused
+from mclfast.ops.in_batch import fused_objective, implementation, like, passed_on, with_statistics
 
 _KEYS = "Tensor banks, Tensor pos_idx, Tensor neg_idx"
-_SETTINGS = "int[] networks, float temperature, float kl_temperature, int families, str backend"
+_SETTINGS = "SymInt[] stages, float temperature, float kl_temperature, int families, str backend"
 _COTANGENTS = "Tensor g_vcl, Tensor g_soft_vcl, Tensor g_icl, Tensor g_soft_icl"
 
 
@@ -42,7 +36,7 @@ def _row_shapes(nodes: Tensor, banks: Tensor) -> list[Tensor]:
 #: which are not differentiable.
 bank_mcl_rows = torch.library.custom_op(
     "mclfast::bank_mcl_rows",
-    passed_on("bank_mcl_forward"),
+    passed_on("bank_mcl_forward", stages_at=4),
     mutates_args=(),
     schema=f"(Tensor nodes, {_KEYS}, {_SETTINGS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -129,12 +123,24 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     return like(nodes), *_row_shapes(nodes, banks)[:4]
 
 
+#: The rows with all their derivatives.
+BANK_ROWS = Operators(
+    bank_mcl_rows,
+    bank_mcl_rows_backward,
+    bank_mcl_rows_double_backward,
+    num_inputs=1,
+    num_values=4,
+    statistics=lambda found: found[4:],
+    families_at=3,
+)
+
+
 #: (four row weights, nodes, banks, indices, ...) -> loss = sum of weights times rows, the rows,
 #: lse, kl_lse and the gradient of the loss for nodes. The loss is differentiable for nodes, twice;
 #: the weights get no gradient and the rows give none.
 bank_mcl_objective = torch.library.custom_op(
     "mclfast::bank_mcl_objective",
-    fused_objective("bank_mcl_fused"),
+    fused_objective("bank_mcl_fused", stages_at=8),
     mutates_args=(),
     schema=f"({_COTANGENTS}, Tensor nodes, {_KEYS}, {_SETTINGS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -162,7 +168,7 @@ def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     def second(v_nodes: Tensor) -> Tensor:
         return bank_mcl_rows_double_backward(v_nodes, *inputs, *ctx.settings)[0]
 
-    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second)
+    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second, inputs[4].dtype)
     return *(None,) * 4, total, *(None,) * 8
 
 
@@ -218,7 +224,8 @@ def _nce_backward(ctx: Any, g_loss: Tensor | None, v_nodes: Tensor | None) -> tu
     def second(v: Tensor) -> Tensor:
         return bank_nce_double_backward(v, *inputs, *ctx.settings)
 
-    return gradient_of_fused(g_loss, grad_nodes, v_nodes, second), *(None,) * 7
+    total = gradient_of_fused(g_loss, grad_nodes, v_nodes, second, inputs[0].dtype)
+    return total, *(None,) * 7
 
 
 bank_nce.register_autograd(_nce_backward, setup_context=_nce_context)
@@ -236,6 +243,12 @@ bank_nce_double_backward = torch.library.custom_op(
 @bank_nce_double_backward.register_fake
 def _(*inputs: Any) -> Tensor:
     return like(inputs[1])
+
+
+#: The second derivative of the noise-contrastive loss; its operator gives the first.
+BANK_NCE = Operators(
+    None, None, bank_nce_double_backward, num_inputs=1, num_values=0, statistics=lambda found: ()
+)
 
 
 def _bank_update(

@@ -1,10 +1,11 @@
-"""The in-batch losses as torch.library operators: schema, fake kernels, autograd to second order.
+"""The in-batch losses as torch.library operators: schema, fake kernels, autograd formulas.
 
 An operator returns per-anchor rows, or a loss whose row weights are known in advance, and the row
 statistics from which its backward recomputes the similarities; no [B, B] matrix is kept. The string
 ``backend`` names the implementation: "cpu" for the C++ extension, "triton" for the kernels of
 ``mclfast.kernels`` (on a GPU, or interpreted on a CPU), "cuda" for the extension's CUDA kernels.
-``torch.compile`` sees one operator. Operators of the memory-bank losses are in ``banks.py``.
+``torch.compile`` sees one operator and uses the formulas registered here; otherwise derivatives are
+those of ``derivatives.py``. Operators of the memory-bank losses are in ``banks.py``.
 
 ``families`` is a bit mask of the rows asked for (``mclfast/kernels/families.py``); the other rows
 are zero and cost nothing. Teachers are constants in the first and in the second derivative, as in
@@ -17,7 +18,7 @@ input dtype, so there is nothing to cast.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from torch import Tensor
 from mclfast._base.tensors import statistics_dtype
 from mclfast.kernels.families import EACH
 from mclfast.ops import backends
+from mclfast.ops.derivatives import Operators, gradient_of_fused
 
-_SETTINGS = "int[] networks, float temperature, float kl_temperature, int families"
+_SETTINGS = "SymInt[] stages, float temperature, float kl_temperature, int families"
 _COTANGENTS = "Tensor g_vcl, Tensor g_soft_vcl, Tensor g_icl, Tensor g_soft_icl"
 
 
@@ -43,18 +45,31 @@ def implementation(backend: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module("mclfast.kernels.ops"), name)
 
 
-def passed_on(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    """A call of the implementation ``name`` in the backend that the last argument names."""
+def networks_of(stages: Sequence[int]) -> list[int]:
+    """The network of each node, for the number of nodes (stages) of each network."""
+    return [network for network, count in enumerate(stages) for _ in range(count)]
+
+
+def passed_on(name: str, stages_at: int | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """A call of the implementation ``name`` in the backend that the last argument names.
+
+    Args:
+        name: name of the implementation.
+        stages_at: place of the argument ``stages``, for which the implementation takes networks;
+            None without one.
+    """
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         *values, backend = arguments
+        if stages_at is not None:
+            values[stages_at] = networks_of(values[stages_at])
         return tuple(implementation(backend, name)(*values))
 
     return call
 
 
 def with_statistics(name: str, tensors: int) -> Callable[..., Any]:
-    """A call of an implementation that takes the statistics after the networks.
+    """A call of an implementation that takes networks, and the statistics after them.
 
     Args:
         name: name of the implementation.
@@ -63,9 +78,10 @@ def with_statistics(name: str, tensors: int) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:
         *settings, backend = arguments[tensors + 2 :]
-        networks, *numbers = settings
+        stages, *numbers = settings
+        statistics = arguments[tensors : tensors + 2]
         found = implementation(backend, name)(
-            *arguments[:tensors], networks, *arguments[tensors : tensors + 2], *numbers
+            *arguments[:tensors], networks_of(stages), *statistics, *numbers
         )
         return found if isinstance(found, Tensor) else tuple(found)
 
@@ -77,15 +93,20 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     return torch.dot(weights.reshape(-1), rows.reshape(-1))
 
 
-def fused_objective(name: str) -> Callable[..., tuple[Tensor, ...]]:
+def fused_objective(name: str, stages_at: int) -> Callable[..., tuple[Tensor, ...]]:
     """A call of the implementation ``name`` that adds the loss to its rows, statistics, gradient.
 
     The call takes the four row weights first, and the families and the backend last; it returns the
     loss first.
+
+    Args:
+        name: name of the implementation.
+        stages_at: place of the argument ``stages``, for which the implementation takes networks.
     """
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         *values, backend = arguments
+        values[stages_at] = networks_of(values[stages_at])
         *rows, lse, kl_lse, grad = implementation(backend, name)(*values)
         first, *rest = (
             weighted_sum(g, row)
@@ -95,23 +116,6 @@ def fused_objective(name: str) -> Callable[..., tuple[Tensor, ...]]:
         return sum(rest, start=first), *rows, lse, kl_lse, grad
 
     return call
-
-
-def gradient_of_fused(
-    g_loss: Tensor | None, grad: Tensor, v_grad: Tensor | None, second: Callable[[Tensor], Tensor]
-) -> Tensor | None:
-    """Gradient for the nodes of an operator whose outputs are a loss and the loss's gradient.
-
-    Args:
-        g_loss: cotangent of the loss; None for zero.
-        grad: gradient of the loss [N, B, D], as the operator gave it.
-        v_grad: cotangent of ``grad``; None for zero.
-        second: function from ``v_grad`` to the gradient of its product with ``grad``.
-    """
-    total = None if g_loss is None else (g_loss * grad).to(grad.dtype)
-    if v_grad is None:
-        return total
-    return second(v_grad) if total is None else total + second(v_grad)
 
 
 def like(x: Tensor) -> Tensor:
@@ -131,10 +135,10 @@ def _row_shapes(nodes: Tensor, rows: int) -> list[Tensor]:
 #: statistics lse, kl_lse [N, N, R], which are not differentiable.
 mcl_rows = torch.library.custom_op(
     "mclfast::mcl_rows",
-    passed_on("mcl_rows_forward"),
+    passed_on("mcl_rows_forward", stages_at=2),
     mutates_args=(),
-    schema=f"(Tensor nodes, Tensor labels, {_SETTINGS}, int row_start, int row_count, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor nodes, Tensor labels, {_SETTINGS}, SymInt row_start, SymInt row_count, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -164,7 +168,7 @@ mcl_rows_backward = torch.library.custom_op(
     with_statistics("mcl_rows_backward", 6),
     mutates_args=(),
     schema=f"({_COTANGENTS}, Tensor nodes, Tensor labels, Tensor lse, Tensor kl_lse, "
-    f"{_SETTINGS}, int row_start, int row_count, str backend) -> Tensor",
+    f"{_SETTINGS}, SymInt row_start, SymInt row_count, str backend) -> Tensor",
 )
 
 
@@ -193,7 +197,7 @@ mcl_rows_double_backward = torch.library.custom_op(
     with_statistics("mcl_rows_double_backward", 7),
     mutates_args=(),
     schema=f"(Tensor v_nodes, {_COTANGENTS}, Tensor nodes, Tensor labels, Tensor lse, "
-    f"Tensor kl_lse, {_SETTINGS}, int row_start, int row_count, str backend)"
+    f"Tensor kl_lse, {_SETTINGS}, SymInt row_start, SymInt row_count, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -205,12 +209,24 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     return like(nodes), *_row_shapes(nodes, row_count)[:4]
 
 
+#: The rows with all their derivatives.
+ROWS = Operators(
+    mcl_rows,
+    mcl_rows_backward,
+    mcl_rows_double_backward,
+    num_inputs=1,
+    num_values=4,
+    statistics=lambda found: found[4:],
+    families_at=3,
+)
+
+
 #: (four row weights, nodes, labels, ...) -> loss = sum of weights times rows, the rows, lse, kl_lse
 #: and the gradient of the loss for nodes, in one sweep over the similarities. The loss is
 #: differentiable for nodes, twice; the weights get no gradient and the rows give none.
 mcl_objective = torch.library.custom_op(
     "mclfast::mcl_objective",
-    fused_objective("mcl_rows_fused"),
+    fused_objective("mcl_rows_fused", stages_at=6),
     mutates_args=(),
     schema=f"({_COTANGENTS}, Tensor nodes, Tensor labels, {_SETTINGS}, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -240,7 +256,7 @@ def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         rows = 0, grad_nodes.shape[1]
         return mcl_rows_double_backward(v_nodes, *inputs, *settings, *rows, backend)[0]
 
-    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second)
+    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second, inputs[4].dtype)
     return *(None,) * 4, total, *(None,) * 6
 
 
@@ -326,3 +342,14 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
         like(b),
         *(a.new_empty(a.shape[0], dtype=statistics_dtype(a)) for _ in range(3)),
     )
+
+
+#: InfoNCE with all its derivatives; the statistics are two of the values.
+INFO_NCE = Operators(
+    info_nce,
+    info_nce_backward,
+    info_nce_double_backward,
+    num_inputs=2,
+    num_values=3,
+    statistics=lambda found: found[:2],
+)

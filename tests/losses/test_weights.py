@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import mclfast
 from mclfast import unit_norm
-from mclfast.losses import banks as bank_losses
-from mclfast.losses import in_batch
+from mclfast.ops import backends
 from mclfast.ops import banks as bank_ops
 from mclfast.ops import in_batch as ops
 
@@ -223,9 +222,9 @@ def test_wrong_weights(name: str, weights: Any, error: type[Exception], message:
 def test_use_backend(monkeypatch):
     f = form("mcl")
     seen: list[str] = []
-    resolve = in_batch.backends.resolve_for
+    resolve = backends.resolve_for
     monkeypatch.setattr(
-        in_batch.backends, "resolve_for", lambda *a, **k: seen.append(resolve(*a, **k)) or seen[-1]
+        backends, "resolve_for", lambda *a, **k: seen.append(resolve(*a, **k)) or seen[-1]
     )
     with mclfast.use_backend("reference"):
         f.call("loss")
@@ -239,5 +238,4 @@ def test_use_backend(monkeypatch):
         with mclfast.use_backend("gpu"):
             pass
     f.call("loss")
-    assert seen[-1] == ("cpu" if in_batch.backends.available("cpu") else "reference")
-    assert bank_losses.backends is in_batch.backends
+    assert seen[-1] == ("cpu" if backends.available("cpu") else "reference")

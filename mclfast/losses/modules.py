@@ -11,19 +11,33 @@ from torch import Tensor, nn
 from mclfast._base.checks import check_temperature, check_weights
 from mclfast.losses import banks as bank_losses
 from mclfast.losses import in_batch
+from mclfast.losses.inputs import Temperature
 from mclfast.losses.results import PUBLISHED_WEIGHTS, MCLTerms, Weights
 
 
 class _Loss(nn.Module):
-    """A loss that keeps the settings of its function."""
+    """A loss that keeps the settings of its function; tensors among them are trained or moved."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         for name, value in settings.items():
             if name.endswith("temperature"):
                 value = check_temperature(name, value)
-            setattr(self, name, value)
+            self._keep(name, value)
         self._settings = tuple(settings)
+
+    def _keep(self, name: str, value: Any) -> None:
+        # Parameters and buffers follow ``.to()``, and optimisers find the parameters.
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            f"{type(self).__name__}: torch.jit.script cannot read the losses, which choose a "
+            "backend when they are called; torch.compile and torch.export can"
+        )
 
     def settings(self) -> dict[str, Any]:
         """The arguments that the module passes to its function."""
@@ -39,24 +53,23 @@ class _WeightedLoss(_Loss):
     def __init__(
         self,
         weights: Weights = PUBLISHED_WEIGHTS,
-        temperature: float = 0.1,
-        kl_temperature: float = 3.0,
+        temperature: Temperature = 0.1,
+        kl_temperature: Temperature = 3.0,
+        normalize: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(temperature=temperature, kl_temperature=kl_temperature, backend=backend)
+        super().__init__(
+            temperature=temperature,
+            kl_temperature=kl_temperature,
+            normalize=normalize,
+            backend=backend,
+        )
         entries = check_weights(weights)
-        # Parameters and buffers follow ``.to()``, and optimisers find the parameters.
         if isinstance(weights, Tensor):
             self._keep("weights", weights)
         else:
             for term, weight in zip(MCLTerms._fields, entries, strict=True):
                 self._keep(f"{term}_weight", weight)
-
-    def _keep(self, name: str, value: float | Tensor) -> None:
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            self.register_buffer(name, value)
-        else:
-            setattr(self, name, value)
 
     def settings(self) -> dict[str, Any]:
         if hasattr(self, "weights"):
@@ -71,8 +84,11 @@ class MCLLoss(_WeightedLoss):
     Args:
         weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
             [4]. An ``nn.Parameter`` among them is a parameter of the module and is trained.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
-        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
+            ``nn.Parameter`` is a parameter of the module and is trained.
+        kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
+            that is trained takes the plain form.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
@@ -95,8 +111,11 @@ class LayerwiseMCLLoss(_WeightedLoss):
     Args:
         weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
             [4]. An ``nn.Parameter`` among them is a parameter of the module and is trained.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
-        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
+            ``nn.Parameter`` is a parameter of the module and is trained.
+        kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
+            that is trained takes the plain form.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
@@ -123,7 +142,9 @@ class SupConLoss(_Loss):
     """Module form of :func:`mclfast.supcon_loss`.
 
     Args:
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
+            ``nn.Parameter`` is a parameter of the module and is trained.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
@@ -134,8 +155,10 @@ class SupConLoss(_Loss):
         torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.1, backend: str = "auto") -> None:
-        super().__init__(temperature=temperature, backend=backend)
+    def __init__(
+        self, temperature: Temperature = 0.1, normalize: bool = False, backend: str = "auto"
+    ) -> None:
+        super().__init__(temperature=temperature, normalize=normalize, backend=backend)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss, 0-dim, for embeddings [B, D] and labels [B]."""
@@ -146,7 +169,9 @@ class InfoNCELoss(_Loss):
     """Module form of :func:`mclfast.info_nce_loss`.
 
     Args:
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
+            ``nn.Parameter`` is a parameter of the module and is trained.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
@@ -158,8 +183,10 @@ class InfoNCELoss(_Loss):
         torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.1, backend: str = "auto") -> None:
-        super().__init__(temperature=temperature, backend=backend)
+    def __init__(
+        self, temperature: Temperature = 0.1, normalize: bool = False, backend: str = "auto"
+    ) -> None:
+        super().__init__(temperature=temperature, normalize=normalize, backend=backend)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The loss, 0-dim, for two views [B, D] of the same samples."""
@@ -170,8 +197,11 @@ class SimilarityKLLoss(_Loss):
     """Module form of :func:`mclfast.similarity_kl_loss`.
 
     Args:
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
-        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
+            ``nn.Parameter`` is a parameter of the module and is trained.
+        kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
+            that is trained takes the plain form.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
@@ -184,9 +214,18 @@ class SimilarityKLLoss(_Loss):
     """
 
     def __init__(
-        self, temperature: float = 0.1, kl_temperature: float = 3.0, backend: str = "auto"
+        self,
+        temperature: Temperature = 0.1,
+        kl_temperature: Temperature = 3.0,
+        normalize: bool = False,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(temperature=temperature, kl_temperature=kl_temperature, backend=backend)
+        super().__init__(
+            temperature=temperature,
+            kl_temperature=kl_temperature,
+            normalize=normalize,
+            backend=backend,
+        )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss, 0-dim, for a student [B, D] and a teacher [B, D'] of the same samples."""
@@ -199,8 +238,11 @@ class BankMCLLoss(_WeightedLoss):
     Args:
         weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
             [4]. An ``nn.Parameter`` among them is a parameter of the module and is trained.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
-        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
+            ``nn.Parameter`` is a parameter of the module and is trained.
+        kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
+            that is trained takes the plain form.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
@@ -228,8 +270,11 @@ class LayerwiseBankMCLLoss(_WeightedLoss):
     Args:
         weights: weights of vcl, soft_vcl, icl and soft_icl: numbers or 0-dim tensors, or one tensor
             [4]. An ``nn.Parameter`` among them is a parameter of the module and is trained.
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
-        kl_temperature: softens the distributions that are compared, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
+            ``nn.Parameter`` is a parameter of the module and is trained.
+        kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
+            that is trained takes the plain form.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
 
     Examples:
@@ -262,7 +307,9 @@ class BankNCELoss(_Loss):
     """Module form of :func:`mclfast.bank_nce_loss`.
 
     Args:
-        temperature: divides the cosine similarities, in [1e-6, 1e6].
+        temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
+            ``nn.Parameter`` is a parameter of the module and is trained.
+        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
         freeze_normalizer: keep the normalising constants of the first batch, as contrastive
             representation distillation does, instead of estimating them from every batch.
@@ -286,9 +333,13 @@ class BankNCELoss(_Loss):
     log_normalizer: Tensor | None
 
     def __init__(
-        self, temperature: float = 0.1, backend: str = "auto", freeze_normalizer: bool = False
+        self,
+        temperature: Temperature = 0.1,
+        normalize: bool = False,
+        backend: str = "auto",
+        freeze_normalizer: bool = False,
     ) -> None:
-        super().__init__(temperature=temperature, backend=backend)
+        super().__init__(temperature=temperature, normalize=normalize, backend=backend)
         self.freeze_normalizer = freeze_normalizer
         self.register_buffer("log_normalizer", None)
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.every_loss import LABELS, LossCase, every_loss
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import mclfast
+from helpers.every_loss import LABELS, LossCase, every_loss
 from mclfast.ops import backends
 
 CASES = {case.name: case for case in every_loss()}
@@ -172,9 +172,14 @@ def test_a_trained_temperature(case, name):
         torch.testing.assert_close(
             fused(case, **{name: given})(e), plain(case, **{name: float(given)})(e)
         )
-    assert torch.func.grad(lambda t: fused(case, **{name: t})(e))(
-        torch.tensor(value, dtype=torch.float64)
-    ).sub(want[2]).abs() < 1e-8
+    assert (
+        torch.func.grad(lambda t: fused(case, **{name: t})(e))(
+            torch.tensor(value, dtype=torch.float64)
+        )
+        .sub(want[2])
+        .abs()
+        < 1e-8
+    )
 
 
 def test_a_batch_of_weights_and_temperatures():

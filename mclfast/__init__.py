@@ -28,6 +28,7 @@ from mclfast.losses.in_batch import (
     similarity_kl_loss,
     supcon_loss,
 )
+from mclfast.losses.inputs import check_inputs
 from mclfast.losses.modules import (
     BankMCLLoss,
     BankNCELoss,
@@ -111,6 +112,7 @@ __all__ = [
     "bank_nce_log_normalizer",
     "bank_nce_loss",
     "bilevel_gradient",
+    "check_inputs",
     "info_nce_loss",
     "layerwise_bank_mcl_loss",
     "layerwise_bank_mcl_objective",

@@ -53,7 +53,7 @@ def _check_number(argument: str, value: float, kind: str, wanted: str, fits: boo
 
 def _is_between(value: Any, least: float, most: float) -> bool:
     """Whether a value is a number in [least, most]; the type has a check of its own."""
-    return isinstance(value, numbers.Real) and least <= value <= most
+    return isinstance(value, numbers.Real) and least <= value <= most  # type: ignore[operator]
 
 
 def check_positive(argument: str, value: float) -> float:
@@ -79,9 +79,12 @@ def check_temperature(argument: str, value: Any) -> float | Tensor:
                 f"{argument}: expected a number or a 0-dim floating-point tensor in [1e-6, 1e6], "
                 f"got {describe(value)}"
             )
-        if not has_values(value) or _is_between(float(value), 1e-6, 1e6):
+        if not has_values(value):
             return value
-        raise ValueError(f"{argument}: expected a number in [1e-6, 1e6], got {float(value)!r}")
+        number = float(value.detach())
+        if not _is_between(number, 1e-6, 1e6):
+            raise ValueError(f"{argument}: expected a number in [1e-6, 1e6], got {number!r}")
+        return value
     fits = _is_between(value, 1e-6, 1e6)
     return _check_number(argument, value, "a number", "in [1e-6, 1e6]", fits)
 
@@ -178,8 +181,8 @@ def stack_nodes(embeddings: Any, *, stages: bool) -> tuple[Tensor, tuple[int, ..
         letters = ["M", "L", "B", "D"] if stages else ["M", "B", "D"]
         check_embeddings("embeddings", embeddings, letters)
         per_network = embeddings.shape[1] if stages else 1
-        nodes = embeddings.flatten(0, 1) if stages else embeddings
-        return nodes, (per_network,) * embeddings.shape[0]
+        flat = embeddings.flatten(0, 1) if stages else embeddings
+        return flat, (per_network,) * embeddings.shape[0]
 
     kind = "networks of stages of [B, D] tensors" if stages else "[B, D] tensors, one per network"
     if not isinstance(embeddings, (list, tuple)) or not embeddings:

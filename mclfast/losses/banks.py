@@ -30,8 +30,15 @@ from mclfast._base.transforms import without_autocast
 from mclfast.kernels.families import ALL
 from mclfast.losses import reference_banks, weighting
 from mclfast.losses.in_batch import Networks, Nodes
-from mclfast.losses.inputs import Temperature, absorbed, choose, prepared
-from mclfast.losses.results import PUBLISHED_WEIGHTS, BankMCLRows, MCLObjective, MCLTerms, Weights
+from mclfast.losses.inputs import absorbed, choose, prepared
+from mclfast.losses.results import (
+    PUBLISHED_WEIGHTS,
+    BankMCLRows,
+    MCLObjective,
+    MCLTerms,
+    Temperature,
+    Weights,
+)
 from mclfast.losses.weighting import detached, scaled, weighted_terms
 from mclfast.ops import banks as bank_ops
 from mclfast.ops.derivatives import objective, values

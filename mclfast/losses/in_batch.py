@@ -28,8 +28,15 @@ from mclfast._base.tensors import statistics_dtype, wide
 from mclfast._base.transforms import without_autocast
 from mclfast.kernels.families import ALL, SOFT_VCL, VCL
 from mclfast.losses import reference, weighting
-from mclfast.losses.inputs import Temperature, absorbed, choose, prepared
-from mclfast.losses.results import PUBLISHED_WEIGHTS, MCLObjective, MCLRows, MCLTerms, Weights
+from mclfast.losses.inputs import absorbed, choose, prepared
+from mclfast.losses.results import (
+    PUBLISHED_WEIGHTS,
+    MCLObjective,
+    MCLRows,
+    MCLTerms,
+    Temperature,
+    Weights,
+)
 from mclfast.losses.weighting import detached, scaled, weighted_terms
 from mclfast.ops import in_batch as ops
 from mclfast.ops.derivatives import objective, values
@@ -99,8 +106,8 @@ def _objective(
     row_weights: Sequence[Tensor],
     temperature: Temperature,
     kl_temperature: Temperature,
-    families: int,
     backend: str,
+    families: int,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The sum of weights times rows, with the gradient computed in the same sweep; the rows."""
     nodes, temperature = absorbed(nodes, temperature, 2)
@@ -145,10 +152,8 @@ def _weighted(
     if backend == "reference" or wants_gradient(pair_weights, *term_weights):
         terms = weighted_terms(every, _rows(nodes, stages, labels, *settings)[:4])
         return terms.weighted_sum(*term_weights), lambda: detached(terms)
-    *temperatures, backend = settings
-    loss, found = _objective(
-        nodes, stages, labels, scaled(every, term_weights), *temperatures, ALL, backend
-    )
+    scaled_rows = scaled(every, term_weights)
+    loss, found = _objective(nodes, stages, labels, scaled_rows, *settings, families=ALL)
     return loss, lambda: weighted_terms(every, found)
 
 
@@ -556,7 +561,7 @@ def supcon_loss(
         batch, nodes = embeddings.shape[0], embeddings[None]
         mean = nodes.new_full((1, batch), 1.0 / batch, dtype=statistics_dtype(nodes))
         weights = (mean, *(mean.new_zeros(1, 1, batch) for _ in range(3)))
-        return _objective(nodes, (1,), labels, weights, temperature, 1.0, VCL, backend)[0]
+        return _objective(nodes, (1,), labels, weights, temperature, 1.0, backend, VCL)[0]
 
 
 def info_nce_loss(
@@ -683,6 +688,6 @@ def similarity_kl_loss(
             (pairs[0], weights, pairs, pairs),
             temperature,
             kl_temperature,
-            SOFT_VCL,
             backend,
+            SOFT_VCL,
         )[0]

@@ -14,10 +14,8 @@ from torch import Tensor
 from mclfast._base.checks import check_temperature, describe
 from mclfast._base.tensors import unit_norm, wide
 from mclfast._base.transforms import has_values, takes_plain_form, under_transform
+from mclfast.losses.results import Temperature
 from mclfast.ops import backends
-
-#: A divisor of similarities or logits: a number, or a 0-dim tensor that may ask for a gradient.
-Temperature = float | Tensor
 
 _checking: ContextVar[bool] = ContextVar(
     "checking", default=os.environ.get("MCLFAST_CHECK_INPUTS", "0") not in ("", "0")
@@ -120,7 +118,7 @@ def choose(
     automatic = backend == "auto" and backends.chosen() == "auto"
     if isinstance(kl_temperature, Tensor):
         if has_values(kl_temperature) and not _may_want_gradient(kl_temperature):
-            kl_temperature = float(kl_temperature)
+            kl_temperature = float(kl_temperature.detach())
         elif automatic:
             return "reference", temperature, kl_temperature
         else:
@@ -154,6 +152,7 @@ def absorbed(embeddings: Tensor, temperature: Temperature, factors: int) -> tupl
     Returns:
         The embeddings, and 1.0 as the temperature that is left.
     """
+    scale: Temperature
     if isinstance(temperature, Tensor):
         scale = temperature.to(embeddings.device, wide(embeddings).dtype)
     elif torch.compiler.is_compiling():

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from mclfast._base.checks import check_temperature, check_weights
 from mclfast.losses import banks as bank_losses
 from mclfast.losses import in_batch
-from mclfast.losses.inputs import Temperature
-from mclfast.losses.results import PUBLISHED_WEIGHTS, MCLTerms, Weights
+from mclfast.losses.results import PUBLISHED_WEIGHTS, MCLTerms, Temperature, Weights
 
 
 class _Loss(nn.Module):

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from mclfast._base.tensors import wide
-from mclfast.losses.results import MCLRows
+from mclfast.losses.results import MCLRows, Temperature
 
 
-def similarity_logits(anchors: Tensor, contrast: Tensor, temperature: float) -> Tensor:
+def similarity_logits(anchors: Tensor, contrast: Tensor, temperature: Temperature) -> Tensor:
     """S = anchors contrast^T / temperature, [R, D] and [B, D] -> [R, B]."""
     return anchors @ contrast.T / temperature
 
@@ -56,7 +56,7 @@ def contrastive_rows(logits: Tensor, is_self: Tensor, positives: Tensor) -> Tens
     return torch.where(has_positive, others.logsumexp(-1) - positive_mean, 0.0)
 
 
-def distribution_kl_rows(student: Tensor, teacher: Tensor, kl_temperature: float) -> Tensor:
+def distribution_kl_rows(student: Tensor, teacher: Tensor, kl_temperature: Temperature) -> Tensor:
     """Row loss T^2 KL(softmax(teacher / T) || softmax(student / T)); no gradient to the teacher."""
     log_p = torch.log_softmax(teacher.detach() / kl_temperature, dim=-1)
     log_q = torch.log_softmax(student / kl_temperature, dim=-1)
@@ -68,8 +68,8 @@ def mcl_rows(
     networks: Sequence[int],
     labels: Tensor,
     *,
-    temperature: float,
-    kl_temperature: float,
+    temperature: Temperature,
+    kl_temperature: Temperature,
     row_start: int = 0,
     row_count: int | None = None,
 ) -> MCLRows:
@@ -112,14 +112,14 @@ def mcl_rows(
     )
 
 
-def supcon_loss(embeddings: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
+def supcon_loss(embeddings: Tensor, labels: Tensor, *, temperature: Temperature) -> Tensor:
     """Supervised contrastive loss (arXiv 2004.11362, equation 2), mean over the batch."""
     is_self, positives = batch_masks(labels, 0, labels.shape[0])
     e = wide(embeddings)
     return contrastive_rows(similarity_logits(e, e, temperature), is_self, positives).mean()
 
 
-def info_nce_loss(a: Tensor, b: Tensor, *, temperature: float) -> Tensor:
+def info_nce_loss(a: Tensor, b: Tensor, *, temperature: Temperature) -> Tensor:
     """Symmetric InfoNCE: a[r] against all of b with b[r] positive, and back; the mean of both."""
     logits = similarity_logits(wide(a), wide(b), temperature)
     partitions = logits.logsumexp(1) + logits.logsumexp(0)
@@ -127,7 +127,7 @@ def info_nce_loss(a: Tensor, b: Tensor, *, temperature: float) -> Tensor:
 
 
 def similarity_kl_loss(
-    student: Tensor, teacher: Tensor, *, temperature: float, kl_temperature: float
+    student: Tensor, teacher: Tensor, *, temperature: Temperature, kl_temperature: Temperature
 ) -> Tensor:
     """Batch mean of T^2 KL between the similarity distributions of teacher and student."""
     s, t = wide(student), wide(teacher)

@@ -28,10 +28,10 @@ from torch.nn.functional import logsigmoid
 
 from mclfast._base.tensors import statistics_dtype, unit_norm, wide
 from mclfast.losses.reference import distribution_kl_rows
-from mclfast.losses.results import BankMCLRows
+from mclfast.losses.results import BankMCLRows, Temperature
 
 
-def bank_logits(embeddings: Tensor, bank: Tensor, keys: Tensor, temperature: float) -> Tensor:
+def bank_logits(embeddings: Tensor, bank: Tensor, keys: Tensor, temperature: Temperature) -> Tensor:
     """z[r, k] = bank[keys[r, k]] . embeddings[r] / temperature; [B, D], [n, D], [B, J] -> [B, J].
 
     The rows of a bank in host memory are gathered there.
@@ -54,8 +54,8 @@ def bank_mcl_rows(
     pos_idx: Tensor,
     neg_idx: Tensor,
     *,
-    temperature: float,
-    kl_temperature: float,
+    temperature: Temperature,
+    kl_temperature: Temperature,
 ) -> BankMCLRows:
     """All rows of all nodes.
 
@@ -101,7 +101,7 @@ def bank_mcl_rows(
 
 
 def bank_nce_log_normalizer(
-    nodes: Tensor, banks: Tensor, contrast_idx: Tensor, *, temperature: float
+    nodes: Tensor, banks: Tensor, contrast_idx: Tensor, *, temperature: Temperature
 ) -> Tensor:
     """log(n * mean over the batch and its keys of exp z[i, j]) [M, M]; no gradient.
 
@@ -125,7 +125,7 @@ def bank_nce_loss(
     contrast_idx: Tensor,
     log_normalizer: Tensor,
     *,
-    temperature: float,
+    temperature: Temperature,
     eps: float,
 ) -> Tensor:
     """Noise-contrastive estimation of all anchors j against all banks i of other networks.

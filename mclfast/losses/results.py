@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+#: A divisor of similarities or logits: a number, or a 0-dim tensor that may ask for a gradient.
+Temperature = float | Tensor
 #: Weight of a term: a number, or a 0-dim tensor that may ask for a gradient.
 Weight = float | Tensor
 #: Weights of vcl, soft_vcl, icl and soft_icl, or one tensor [4].

@@ -22,7 +22,7 @@ from mclfast.losses.in_batch import (
 from mclfast.ops import backends
 from mclfast.ops import in_batch as ops
 
-NETWORKS = [0, 0, 1, 2]
+STAGES = [2, 1, 1]
 COEFFICIENTS = (0.1, 1.0, 0.3, 0.7)
 
 needs_cpu = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def sample(dtype: torch.dtype = torch.float64, batch: int = 7, width: int = 5) -
 def test_opcheck(dtype):
     nodes, labels = sample(dtype)
     a, b = nodes.detach()[0].requires_grad_(), nodes.detach()[1].requires_grad_()
-    settings = (NETWORKS, 0.5, 3.0, ALL)
+    settings = (STAGES, 0.5, 3.0, ALL)
     opcheck(ops.mcl_rows, (nodes, labels, *settings, 2, 4, "cpu"))
     for start, count in ((0, 7), (2, 4)):
         *rows, lse, kl_lse = ops.mcl_rows(nodes, labels, *settings, start, count, "cpu")

@@ -148,12 +148,14 @@ def _weighted(
     term_weights = check_weights(weights)
     lone, pairs = row_weights
     every = (lone, pairs, pairs, pairs)
-    backend = settings[-1]
+    temperature, kl_temperature, backend = settings
     if backend == "reference" or wants_gradient(pair_weights, *term_weights):
         terms = weighted_terms(every, _rows(nodes, stages, labels, *settings)[:4])
         return terms.weighted_sum(*term_weights), lambda: detached(terms)
     scaled_rows = scaled(every, term_weights)
-    loss, found = _objective(nodes, stages, labels, scaled_rows, *settings, families=ALL)
+    loss, found = _objective(
+        nodes, stages, labels, scaled_rows, temperature, kl_temperature, backend, ALL
+    )
     return loss, lambda: weighted_terms(every, found)
 
 

@@ -3,7 +3,8 @@
 Environment:
     MCLFAST_BUILD_EXT: 0 = never compile; 1 = compile or fail; auto (default) = compile when torch
         and a C++ compiler are there, and carry on as pure Python otherwise or when it fails.
-    MCLFAST_SANITIZE: 1 = compile with AddressSanitizer and UndefinedBehaviorSanitizer.
+    MCLFAST_SANITIZE: 1 = compile with AddressSanitizer and UndefinedBehaviorSanitizer;
+        thread = with ThreadSanitizer.
     FORCE_CUDA: 1 = compile ``csrc/cuda`` although no CUDA toolkit matching torch was found.
     CXX, MAX_JOBS, TORCH_CUDA_ARCH_LIST: read by torch.utils.cpp_extension.
 
@@ -99,10 +100,12 @@ def host_flags() -> list[str]:
 
 
 def sanitizer_flags() -> list[str]:
-    """For the compiler and the linker; ``make asan`` runs the tests with them."""
-    if os.environ.get("MCLFAST_SANITIZE") != "1":
-        return []
-    return ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+    """For the compiler and the linker; ``make asan`` and ``make tsan`` run the tests with them."""
+    kinds = {
+        "1": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"],
+        "thread": ["-fsanitize=thread", "-g"],
+    }
+    return kinds.get(os.environ.get("MCLFAST_SANITIZE", ""), [])
 
 
 def extension() -> Any:

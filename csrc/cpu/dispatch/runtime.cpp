@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #include <ATen/Parallel.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -17,9 +19,17 @@ void release(void* data) noexcept { c10::free_cpu(data); }
 int64_t worker_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 void run_workers(int64_t count, void (*task)(void* context, int64_t worker), void* context) {
+#ifdef __SANITIZE_THREAD__
+  // ThreadSanitizer does not see how the threads of OpenMP wait for each other.
+  std::vector<std::thread> threads;
+  for (int64_t worker = 1; worker < count; ++worker) threads.emplace_back(task, context, worker);
+  if (count > 0) task(context, 0);
+  for (std::thread& thread : threads) thread.join();
+#else
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) task(context, worker);
   });
+#endif
 }
 
 namespace {

@@ -72,6 +72,8 @@ def write_result(folder: Path, result: RunResult, names: Sequence[str], title: s
         },
     )
     plots.run_curves(result.history, names, folder / CURVES, title)
+    # A finished run needs no second checkpoint to go on from.
+    checkpoint.previous_of(folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def read_settings(folder: Path, argument: str) -> dict[str, Any]:
@@ -120,8 +122,9 @@ def refuse_old_run(folder: Path) -> None:
 
 def remove_old_run(folder: Path) -> None:
     """Removes what a run writes, so that a new one does not mix with it."""
-    for name in (CHECKPOINT, RESULT, CURVES, METRICS, CONFIG):
-        (folder / name).unlink(missing_ok=True)
+    files = [folder / name for name in (RESULT, CURVES, METRICS, CONFIG)]
+    for path in (*checkpoint.all_of(folder / CHECKPOINT), *files):
+        path.unlink(missing_ok=True)
     for name in (DESCRIPTION, WEIGHTS):
         for path in folder.glob(f"peer*/{name}"):
             path.unlink()

@@ -180,7 +180,7 @@ class Trainer:
         path = run_dir / run_folder.CHECKPOINT
         if path.exists():
             # In host memory: beside the modules, a second copy of the banks may not fit the GPU.
-            self.load_state(checkpoint.load(path))
+            self.load_state(checkpoint.load_newest(path))
             return
         memory = {"mode": self.train_step.memory, "reason": self.memory_reason}
         run_folder.write_start(run_dir, self._identity().settings, memory)

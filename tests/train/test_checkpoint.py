@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,142 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, plain):
     else:
         torch.load(path, weights_only=False)
     assert victim.exists()
+
+
+def flip(path: Path) -> None:
+    """Turns over one bit of a weight."""
+    content = bytearray(path.read_bytes())
+    place = content.index(STATE["weights"].numpy().tobytes())
+    content[place + 7] ^= 0x40
+    path.write_bytes(content)
+
+
+def test_the_previous_checkpoint_takes_the_place_of_a_damaged_one(tmp_path):
+    path = tmp_path / "c.pt"
+    for step in (1, 2, 3):
+        checkpoint.save(path, STATE | {"step": step})
+    assert sorted(os.listdir(tmp_path)) == ["c.previous.pt", "c.pt"]
+    assert checkpoint.load(checkpoint.previous_of(path))["step"] == 2
+    flip(path)
+    with pytest.raises(ValueError, match="^checkpoint: expected an intact file .*c.pt, got: other"):
+        checkpoint.load(path)
+    with pytest.warns(RuntimeWarning, match=r"file .*c.pt, got: other .*c\.damaged\.pt.* step 2"):
+        assert checkpoint.load_newest(path)["step"] == 2
+    # The next checkpoint displaces the damaged one, not the intact one.
+    assert checkpoint.load(path)["step"] == 2
+    checkpoint.save(path, STATE | {"step": 4})
+    steps = [checkpoint.load(p)["step"] for p in (path, checkpoint.previous_of(path))]
+    assert steps == [4, 2]
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.load(checkpoint.damaged_of(path))
+
+
+def test_two_damaged_checkpoints_are_both_named(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, STATE)
+    flip(path)
+    with pytest.raises(ValueError, match=r"c\.pt, got: .*no earlier one beside it") as error:
+        checkpoint.load_newest(path)
+    message(error)
+    checkpoint.save(path, STATE)
+    flip(path)
+    with pytest.raises(ValueError, match=r"c\.pt, got: .*c\.previous\.pt, got: ") as error:
+        checkpoint.load_newest(path)
+    message(error)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load_newest(tmp_path / "d.pt")
+
+
+def test_the_previous_checkpoint_is_kept_where_files_have_one_name(tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    path = tmp_path / "c.pt"
+    for step in (1, 2):
+        checkpoint.save(path, STATE | {"step": step})
+    assert checkpoint.load(checkpoint.previous_of(path))["step"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["c.previous.pt", "c.pt"]
+
+
+def test_checksums_are_written_though_the_program_turned_them_off(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        checkpoint.save(tmp_path / "c.pt", STATE)
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert zipfile.ZipFile(tmp_path / "c.pt").testzip() is None
+
+
+def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path):
+    whole = trainer(method="baseline", epochs=3)
+    whole.fit(progress=False)
+
+    def again() -> Trainer:
+        config = TrainConfig.from_values(whole.config.to_values())
+        return build(config, tmp_path)
+
+    again().fit(progress=False, stop_after=2)
+    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 0x10
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    other = again()
+    with pytest.warns(RuntimeWarning, match="checkpoint.pt, got: other content"):
+        other.fit(progress=False)
+    for name, value in whole.cohort.state_dict().items():
+        assert torch.equal(value, other.cohort.state_dict()[name])
+    # A finished run keeps no second checkpoint.
+    kept = {path.name for path in tmp_path.glob("checkpoint*")}
+    assert kept == {"checkpoint.pt", "checkpoint.damaged.pt"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs the names of open files")
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events: list[tuple[str, str]] = []
+    sync, replace = os.fsync, os.replace
+
+    def name(number: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{number}")).name
+
+    monkeypatch.setattr(files.os, "fsync", lambda n: (events.append(("sync", name(n))), sync(n)))
+    monkeypatch.setattr(
+        files.os, "replace", lambda a, b: (events.append(("name", b.name)), replace(a, b))
+    )
+    files.write_text(tmp_path / "new" / "a.txt", "a")
+    partial = f".a.txt.{os.getpid()}.partial"
+    expected = [("sync", tmp_path.name), ("sync", partial), ("name", "a.txt"), ("sync", "new")]
+    assert events == expected
+
+
+def test_a_file_has_the_mode_of_any_new_file(tmp_path):
+    (tmp_path / "a").touch()
+    with files.replacing(tmp_path / "b") as partial:
+        partial.unlink()
+        partial.touch(mode=0o600)
+    checkpoint.save(tmp_path / "c.pt", STATE)
+    modes = {(tmp_path / name).stat().st_mode for name in ("a", "b", "c.pt")}
+    assert len(modes) == 1
+
+
+def test_a_sealed_json_object_is_refused_when_it_was_changed(tmp_path):
+    path = tmp_path / "a.json"
+    value = {"a": (1, 2.5), "b": {"1": None, "c": "ä"}}
+    files.write_sealed_json(path, value)
+    text = path.read_text()
+    assert files.read_json(path, "test") == {"a": [1, 2.5], "b": {"1": None, "c": "ä"}}
+    path.write_text(text.replace("2.5", "2.7"))
+    with pytest.raises(ValueError, match="^test: expected .*a.json as it was written.*blake2b"):
+        files.read_json(path, "test")
+    path.write_text(json.dumps({"a": 1}))
+    assert files.read_json(path, "test") == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_json_that_no_reader_takes(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="^test: expected JSON in .*a.json, got"):
+        files.read_json(tmp_path / "a.json", "test")
 
 
 def test_random_state_round_trip():

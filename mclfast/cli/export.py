@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mclfast.cli.options import add_allow_external
 from mclfast.cli.settings import an_integer
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: RUN_DIR/peerN)"
     )
+    add_allow_external(parser)
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
@@ -64,4 +66,6 @@ def _trainer_of(known: argparse.Namespace) -> Trainer:
         return build(TrainConfig.from_values(values))
     # Built from the backbone, as with --resume, so that the parts of the network have its names.
     path, mode = origin
-    return build_transfer(path, mode, transfer_config(path, mode, values))
+    allowed = known.allow_external
+    config = transfer_config(path, mode, values, allow_external=allowed)
+    return build_transfer(path, mode, config, allow_external=allowed)

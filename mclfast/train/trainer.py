@@ -250,12 +250,19 @@ class Trainer:
         return self._accuracy()
 
     def _accuracy(self) -> CohortAccuracy:
-        return cohort_accuracy(
-            self.cohort,
-            self.data,
-            batch_size=self.config.eval_batch_size,
-            ensemble=self.method.ensemble,
-        )
+        try:
+            return cohort_accuracy(
+                self.cohort,
+                self.data,
+                batch_size=self.config.eval_batch_size,
+                ensemble=self.method.ensemble,
+            )
+        except FloatingPointError as error:
+            # A checkpoint is checked when it is read, so that these weights come from training.
+            raise FloatingPointError(
+                f"lr: expected networks with finite logits, got: {error}; try a smaller learning "
+                "rate or clip_grad_norm"
+            ) from None
 
     def _finish(self, run_dir: Path, result: RunResult) -> None:
         title = f"{self.config.method} on {self.data.name}, seed {self.config.seed}"

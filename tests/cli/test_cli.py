@@ -22,6 +22,7 @@ from PIL import Image
 
 from helpers.command import call, contents, error_of
 from helpers.every_method import METHODS
+from helpers.exports import edit
 from mclfast import data, methods, models
 from mclfast._base.settings import field_types
 from mclfast.cli.main import main
@@ -307,10 +308,8 @@ def test_eval_and_export_of_every_method(name, tmp_path, capsys):
 
 
 def test_eval_measures_anew(run_dir, capsys):
-    description = run_dir / "peer0" / "backbone.json"
-    about = json.loads(description.read_text())
-    true = about["accuracy"]
-    description.write_text(json.dumps(about | {"accuracy": None}))
+    true = json.loads((run_dir / "peer0" / "backbone.json").read_text())["accuracy"]
+    edit(run_dir / "peer0", accuracy=None)
     assert call("eval", run_dir / "peer0", "--device", "cpu") == 0
     assert reached(capsys.readouterr().out.strip()) == (f"{true:.4f}", "nothing")
 
@@ -514,12 +513,9 @@ def test_resume_with_another_setting(run_dir, capsys):
 
 
 def test_eval_of_an_export_that_names_no_data(run_dir, capsys):
-    description = run_dir / "peer0" / "backbone.json"
-    about = json.loads(description.read_text())
-    del about["data"], about["accuracy"]
-    description.write_text(json.dumps(about))
+    edit(run_dir / "peer0", data=...)
     message = error_of(capsys, "eval", run_dir / "peer0")
-    assert message.startswith("path: expected accuracy, data in ")
+    assert message.startswith("path: expected data (text) in ")
 
 
 def test_damaged_archive(tmp_path, capsys):
@@ -559,7 +555,8 @@ def test_a_full_disk(capsys):
 
 def test_diverging_run(capsys):
     message = error_of(capsys, "train", *TINY, "--epochs", "2", "--run-dir", "a", "--lr", "1e38")
-    assert message.startswith("lr: expected a finite loss")
+    assert message.startswith("lr: expected networks with finite logits")
+    assert message.endswith("try a smaller learning rate or clip_grad_norm")
 
 
 def test_traceback_on_request(monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mclfast._base.files import write_text
+from mclfast._base.schema import MAPPING, check_fields, number
 
 if TYPE_CHECKING:
     from mclfast.train.evaluation import CohortAccuracy
@@ -59,9 +60,72 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """Reads a file of :func:`write_csv`; a value that an epoch lacks is left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    """Reads a file of :func:`write_csv`; a value that an epoch lacks is left out.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is no such table, or holds text where a number should be; the text
+            begins with ``metrics``.
+    """
+    rows: list[dict[str, float]] = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file, strict=True):
+                # Values beyond the header have no name.
+                if None in row:
+                    raise ValueError(f"{len(row[None])} values without a column")
+                rows.append({k: float(v) for k, v in row.items() if v})
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"metrics: expected a table of numbers in {path}, got {error} in row {len(rows) + 1}"
+        ) from None
+    return rows
+
+
+_ACCURACY = number(0, 100, or_nan=True)
+_RECORD = {
+    "epoch": number(1),
+    "seconds": number(0),
+    "acc_mean": _ACCURACY,
+    "acc_ensemble": _ACCURACY,
+    "acc_best_head_so_far": number(0, 100),
+}
+_ANY_NUMBER = number(-math.inf, or_nan=True)
+
+
+def check_history(subject: str, place: object, rows: Sequence[object], peers: int) -> None:
+    """Accepts the records of a run's epochs, from the first on.
+
+    Args:
+        subject: begins the error message.
+        place: where they were read.
+        rows: one record per epoch.
+        peers: number of networks.
+
+    Raises:
+        ValueError: a record lacks a value, or has one that no run writes.
+    """
+    fields = _RECORD | {f"acc_peer{i}": _ACCURACY for i in range(peers)}
+    first: Mapping[str, float] = {}
+    seconds = 0.0
+    for number_, row in enumerate(rows, start=1):
+        where = f"record {number_} of {place}"
+        check_fields(subject, where, {"record": row}, {"record": MAPPING})
+        assert isinstance(row, dict)
+        check_fields(subject, where, row, dict.fromkeys(row, _ANY_NUMBER) | fields)
+        first = first or row
+        # An older run has no count of steps.
+        wanted = {"epoch": number_, "step": number_ * first.get("step", 0)}
+        for name, value in wanted.items():
+            if name in first and row.get(name) != value:
+                raise ValueError(
+                    f"{subject}: expected {name} {value:g} in {where}, got {row.get(name)}"
+                )
+        if row["seconds"] < seconds:
+            raise ValueError(
+                f"{subject}: expected seconds >= {seconds} in {where}, got {row['seconds']}"
+            )
+        seconds = row["seconds"]
 
 
 @dataclass(frozen=True)

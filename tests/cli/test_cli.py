@@ -555,8 +555,8 @@ def test_a_full_disk(capsys):
 
 def test_diverging_run(capsys):
     message = error_of(capsys, "train", *TINY, "--epochs", "2", "--run-dir", "a", "--lr", "1e38")
-    assert message.startswith("lr: expected networks with finite logits")
-    assert message.endswith("try a smaller learning rate or clip_grad_norm")
+    assert message.startswith("lr: expected ")
+    assert "; try a smaller learning rate or clip_grad_norm" in message
 
 
 def test_traceback_on_request(monkeypatch):

@@ -297,7 +297,8 @@ class Trainer:
         Raises:
             ValueError: the state is of other settings, other data or other networks.
         """
-        place = run_state.restore(state, self._identity(), self.train_step)
+        steps = len(self.sampler)
+        place = run_state.restore(state, self._identity(), self.train_step, steps)
         self.step, self._so_far, self.history = place
 
     def _identity(self) -> Identity:

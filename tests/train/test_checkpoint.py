@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -372,3 +373,82 @@ def test_where_a_run_computes_may_change():
     other = trainer(eval_batch_size=10, data_root="moved")
     other.config.device = "cpu:0"
     other.load_state(first.state())
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[str, Any]:
+    """The state of a run after two of its epochs. Not to be changed."""
+    run = trainer()
+    run.fit(progress=False, stop_after=2)
+    return run.state()
+
+
+def changed(state: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of nested mappings and lists with another value at a place; ``...`` removes it."""
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    if isinstance(state, list):
+        return [changed(v, rest, value) if i == key else v for i, v in enumerate(state)]
+    new = dict(state) | {key: changed(state.get(key), rest, value)}
+    return {k: v for k, v in new.items() if v is not ...}
+
+
+BUFFER = ("optimizer", "state", 0, "momentum_buffer")
+BIAS = ("cohort", "networks.0.auxiliary.1.classifier.bias")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("step",), -1, "expected an integer >= 0 as step in it, got -1"),
+        (("step",), "2", "expected an integer >= 0 as step in it, got '2'"),
+        (("step",), 10**12, "expected step 2 to 2 after 2 epochs of 1 steps, 60 in all, got 10000"),
+        (("step",), 1, "expected step 2 to 2 after 2 epochs"),
+        (("history",), "many", "expected a list of .* as history in it, got 'many'"),
+        (("history",), [], "expected step 0 to 0 after 0 epochs"),
+        (("history", 0), 5, "expected a list of .*, each names with values as history"),
+        (("history", 1, "acc_mean"), "good", "expected a number .* as acc_mean in record 2 of "),
+        (("history", 1, "acc_mean"), 400.0, "as acc_mean in record 2 of history, got 400.0"),
+        (("history", 1, "acc_peer0"), ..., r"expected acc_peer0 \(.*\) in record 2 .*, got none"),
+        (("history", 1, "epoch"), 7, "expected epoch 2 in record 2 of history, got 7"),
+        (("history", 1, "step"), 7, "expected step 2 in record 2 of history, got 7"),
+        (("history", 1, "seconds"), -1.0, "as seconds in record 2 of history, got -1.0"),
+        (("rng", "cpu"), torch.zeros(3), "expected the state of a generator .* as cpu in rng"),
+        (("rng", "cpu"), torch.zeros(3, dtype=torch.uint8), "expected 5056 bytes as cpu in rng"),
+        (("rng",), ..., r"expected rng \(names with values\) in it, got none"),
+        (("settings",), None, "as settings in it, got None"),
+        (("data",), ["digits"], "as data in it, got "),
+        (("epoch_so_far",), 3, "as epoch_so_far in it, got 3"),
+        (("epoch_so_far", "seconds"), math.nan, "as seconds in epoch_so_far, got nan"),
+        (("epoch_so_far", "totals"), {"loss": 1}, "expected a finite 0-dim tensor as loss in "),
+        (("cohort",), [1], "as cohort in it, got "),
+        (BIAS, torch.zeros(9), r"expected shape \[10\] of cohort.*classifier.bias, got \[9\]"),
+        (BIAS, "zeros", r"expected shape \[10\] of cohort.*classifier.bias, got str"),
+        (BIAS, torch.full((10,), math.nan), "expected finite values of cohort.*classifier.bias"),
+        (BUFFER, torch.zeros(1), r"of momentum_buffer in state\[0\] of optimizer, got \[1\]"),
+        (BUFFER, 0.5, r"of momentum_buffer in state\[0\] of optimizer, got float"),
+        (("optimizer", "state", 999), {}, r"expected \d+ parameters, got state\[999\] of "),
+        (("optimizer", "param_groups"), [], r"expected \d param_groups in optimizer, got 0"),
+        (("optimizer", "param_groups", 0, "momentum"), 0.5, "expected momentum 0.9 in .*, got 0.5"),
+        (
+            ("optimizer", "param_groups", 0, "params"),
+            [0],
+            r"expected \d+ params in param_groups\[0\] .*, got 1",
+        ),
+        (("optimizer",), 4, "expected names with values as optimizer in it, got 4"),
+    ],
+)
+def test_states_that_lie(saved, path, value, message):
+    other = trainer()
+    before = {k: v.clone() for k, v in other.cohort.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^checkpoint: .*{message}"):
+        other.load_state(changed(saved, path, value))
+    assert (other.step, other.history) == (0, [])
+    assert all(torch.equal(v, before[k]) for k, v in other.cohort.state_dict().items())
+
+
+def test_older_states_lack_the_epoch_so_far(saved):
+    other = trainer()
+    other.load_state(changed(saved, ("epoch_so_far",), ...))
+    assert other.step == 2

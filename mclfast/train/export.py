@@ -129,6 +129,8 @@ def load_backbone(folder: Path | str, *, allow_external: bool = False) -> Export
         ValueError: a damaged file, an unknown network, a network of another package that was not
             allowed, weights that do not fit it, or weights that are not finite.
     """
+    # First, as without it nothing in the folder is of use.
+    safetensors = optional_import("safetensors", extra="train")
     folder = Path(folder)
     description = read_json(folder / DESCRIPTION, "export")
     name, counts = _network_of(description, folder, allow_external)
@@ -142,7 +144,7 @@ def load_backbone(folder: Path | str, *, allow_external: bool = False) -> Export
             raise ValueError(f"no tensor of size {other[0]}")
         network = models.create(name, num_classes=counts[0], in_channels=counts[1])
         network.load_state_dict(tensors)
-    except (RuntimeError, ValueError) as error:
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
         # A network of another kind lacks hundreds of names.
         reason = shortened(" ".join(str(error).split()), 200)
         raise ValueError(
@@ -204,10 +206,9 @@ def _tensors(content: bytes, digest: Any) -> dict[str, Tensor]:
         digest: digest of the file as it was written; None for an older export.
 
     Raises:
-        ValueError: other content than was written, no file of weights, or values that are not
-            finite.
+        SafetensorError: no file of weights.
+        ValueError: other content than was written, or values that are not finite.
     """
-    safetensors = optional_import("safetensors", extra="train")
     load = optional_import("safetensors.torch", extra="train").load
     if digest is not None and digest != digest_of_bytes(content):
         raise ValueError(
@@ -216,8 +217,8 @@ def _tensors(content: bytes, digest: Any) -> dict[str, Tensor]:
         )
     try:
         tensors: dict[str, Tensor] = load(content)
-    # A header may name a type that torch lacks, which is a KeyError.
-    except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError) as error:
+    # A header may name a type that torch lacks.
+    except KeyError as error:
         raise ValueError(f"no readable weights ({error})") from None
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):

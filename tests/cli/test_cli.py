@@ -553,6 +553,23 @@ def test_a_full_disk(capsys):
     assert call("train", "--resume", "a", "--no-progress") == 0
 
 
+@pytest.mark.parametrize("method", ["[lmcl]", "{a: 1}", "[]"])
+def test_a_method_that_is_no_text(tmp_path, capsys, method):
+    (tmp_path / "r.yaml").write_text(f"method: {method}")
+    for command in ("train", "plan"):
+        message = error_of(capsys, command, "--recipe", "r.yaml")
+        assert message.startswith("method: expected ")
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_damaged_checkpoint_gives_a_reason(run_dir, capsys, size):
+    (run_dir / "checkpoint.pt").write_bytes(b"x" * size)
+    for command in (["export", run_dir], ["train", "--resume", run_dir, "--no-progress"]):
+        message = error_of(capsys, *command)
+        assert message.startswith("checkpoint: expected an intact file")
+        assert ("got: an empty file" if size == 0 else "got: no end of an archive") in message
+
+
 def test_diverging_run(capsys):
     message = error_of(capsys, "train", *TINY, "--epochs", "2", "--run-dir", "a", "--lr", "1e38")
     assert message.startswith("lr: expected ")

@@ -104,10 +104,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             begins with ``what``.
         FileNotFoundError: there is no file at ``path``.
     """
+    # A named pipe would be waited for.
+    if not path.is_file():
+        raise FileNotFoundError(f"{what}: expected a file {path}, found none")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{what}: expected a file {path}, found none") from None
     # A number of thousands of digits is a ValueError too, and deep nesting a RecursionError.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: expected JSON in {path}, got {error}") from None
@@ -137,7 +138,8 @@ def read_yaml(path: Path, argument: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{argument}: expected a file {path}, found none")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # An impossible date is a ValueError, and deep nesting a RecursionError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{argument}: expected YAML in {path}, got {problem}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -68,6 +68,9 @@ def read_csv(path: Path) -> list[dict[str, float]]:
             begins with ``metrics``.
     """
     rows: list[dict[str, float]] = []
+    # A named pipe would be waited for.
+    if not path.is_file():
+        raise FileNotFoundError(f"metrics: expected a file {path}, found none")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file, strict=True):

@@ -319,7 +319,7 @@ def damaged(compared) -> Path:
         ("result.json", '{"peers": ["a"]}', "run: expected a list .* as peers in .*, got .'a'."),
         ("result.json", '{"peers": [', "run: expected JSON in"),
         ("result.json", "[]", "run: expected a JSON object"),
-        ("metrics.csv", None, ".*No such file or directory"),
+        ("metrics.csv", None, "metrics: expected a file .*metrics.csv, found none"),
         ("environment.json", None, "run: expected a file"),
     ],
 )

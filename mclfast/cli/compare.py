@@ -176,8 +176,8 @@ def _execute(
     """
     from mclfast.compare.runs import execute
 
-    for run, reason in lost.items():
-        print(f"{run.label}, seed {run.seed}: left out: {reason}", flush=True)
+    for run, why in lost.items():
+        print(f"{run.label}, seed {run.seed}: left out: {why}", flush=True)
     kept = [run for run in runs if run not in lost]
     open_ = [run for run in kept if not run.finished or run.folder in replaced]
     if len(open_) < len(kept):

@@ -93,6 +93,7 @@ _RECORD = {
     "acc_ensemble": _ACCURACY,
     "acc_best_head_so_far": number(0, 100),
 }
+_WHERE_GIVEN = {"lr": number(0), "train_loss": number(-math.inf), "step": number(1)}
 _ANY_NUMBER = number(-math.inf, or_nan=True)
 
 
@@ -110,12 +111,13 @@ def check_history(subject: str, place: object, rows: Sequence[object], peers: in
     """
     fields = _RECORD | {f"acc_peer{i}": _ACCURACY for i in range(peers)}
     first: Mapping[str, float] = {}
-    seconds = 0.0
+    seconds = best = 0.0
     for number_, row in enumerate(rows, start=1):
         where = f"record {number_} of {place}"
         check_fields(subject, where, {"record": row}, {"record": MAPPING})
         assert isinstance(row, dict)
-        check_fields(subject, where, row, dict.fromkeys(row, _ANY_NUMBER) | fields)
+        known = {name: kind for name, kind in _WHERE_GIVEN.items() if name in row}
+        check_fields(subject, where, row, dict.fromkeys(row, _ANY_NUMBER) | known | fields)
         first = first or row
         # An older run has no count of steps.
         wanted = {"epoch": number_, "step": number_ * first.get("step", 0)}
@@ -124,11 +126,25 @@ def check_history(subject: str, place: object, rows: Sequence[object], peers: in
                 raise ValueError(
                     f"{subject}: expected {name} {value:g} in {where}, got {row.get(name)}"
                 )
-        if row["seconds"] < seconds:
+        reached = [row[f"acc_peer{i}"] for i in range(peers)]
+        mean = sum(reached) / peers
+        # All accuracies of an epoch are there, or none is.
+        if math.isnan(mean + row["acc_ensemble"]) != math.isnan(row["acc_mean"]) or (
+            abs(row["acc_mean"] - mean) > 1e-6
+        ):
             raise ValueError(
-                f"{subject}: expected seconds >= {seconds} in {where}, got {row['seconds']}"
+                f"{subject}: expected acc_mean {mean:g} of the peers in {where}, and NaN for all "
+                f"or none, got {row['acc_mean']:g}"
             )
-        seconds = row["seconds"]
+        if not math.isnan(mean):
+            best = max(best, *reached)
+        least = {"seconds": seconds, "acc_best_head_so_far": best}
+        for name, value in least.items():
+            if row[name] < value:
+                raise ValueError(
+                    f"{subject}: expected {name} >= {value} in {where}, got {row[name]}"
+                )
+        seconds, best = row["seconds"], row["acc_best_head_so_far"]
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,21 @@ _SUM = Kind(
     "a finite 0-dim tensor",
     lambda value: isinstance(value, Tensor) and value.dim() == 0 and math.isfinite(value),
 )
+_PRESENT = Kind("a value as other parameters have", lambda value: value is not None)
 _FIELDS = {"step": integer(0), "history": list_of(MAPPING), "rng": MAPPING}
 #: Settings of an optimiser that the settings of the run fix; the learning rate changes.
-_FIXED = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "betas", "eps")
+_FIXED = (
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "maximize",
+    "betas",
+    "eps",
+    "differentiable",
+)
+#: Ways to compute that a device decides on.
+_WAYS = ("foreach", "fused", "capturable")
 
 
 def check_state(state: Mapping[str, Any], step: TrainStep, steps_per_epoch: int) -> None:
@@ -53,10 +65,11 @@ def check_state(state: Mapping[str, Any], step: TrainStep, steps_per_epoch: int)
     if step.scaler.is_enabled():
         fields = {"scale": number(1e-30), "_growth_tracker": integer(0)}
         check_fields("checkpoint", "scaler", state["scaler"], fields)
+    optimizers: dict[str, torch.optim.Optimizer | None]
     optimizers = {"optimizer": step.optimizer, "meta_optimizer": step.meta_optimizer}
     saved = {name: state[name] for name in optimizers}
-    for name, optimizer in step.method.own_optimizers().items():
-        optimizers[name], saved[name] = optimizer, state["own_optimizers"][name]
+    for name, own in step.method.own_optimizers().items():
+        optimizers[name], saved[name] = own, state["own_optimizers"][name]
     for name, optimizer in optimizers.items():
         if optimizer is not None and saved[name] is not None:
             _check_optimizer(name, optimizer, saved[name])
@@ -132,12 +145,22 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: Mapping
                 raise ValueError(
                     f"checkpoint: expected {key} {own[key]} in {place}, got {group.get(key)}"
                 )
+        for key in _WAYS:
+            if group.get(key) not in (None, True, False):
+                raise ValueError(
+                    f"checkpoint: expected true, false or null as {key} in {place}, got "
+                    f"{group[key]!r}"
+                )
+    entries = [values for values in saved["state"].values() if isinstance(values, dict)]
+    names = {key for values in entries for key, value in values.items() if value is not None}
     parameters = list(_parameters(optimizer))
     for index, values in saved["state"].items():
         place = f"state[{index!r}] of {name}"
         if type(index) is not int or not 0 <= index < len(parameters):
             raise ValueError(f"checkpoint: expected {len(parameters)} parameters, got {place}")
         check_fields("checkpoint", place, {"state": values}, {"state": MAPPING})
+        # A parameter that lost its momentum would start anew without a word.
+        check_fields("checkpoint", place, values, dict.fromkeys(names, _PRESENT))
         for key, value in values.items():
             # A count of steps is a single number, all else has the shape of the parameter; SGD
             # without momentum has none.

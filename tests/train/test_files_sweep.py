@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from sweeps import bit_flips, hostile_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -41,11 +41,21 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     from mclfast.train import checkpoint
     from mclfast.train.folder import CHECKPOINT
 
+    path = known.run_dir / CHECKPOINT
     trainer = _trainer_of(known)
     names = trainer.config.cohort
     if not 0 <= known.peer < len(names):
         raise ValueError(f"peer: expected 0 to {len(names) - 1}, got {known.peer}")
-    trainer.load_state(checkpoint.load(known.run_dir / CHECKPOINT))
+    try:
+        state = checkpoint.load(path)
+    except checkpoint.DamagedError as error:
+        if not checkpoint.previous_of(path).is_file():
+            raise
+        # Not read in its place: the user asked for the weights of the last checkpoint.
+        raise ValueError(
+            f"{error}; --resume goes on from the one before it, {checkpoint.previous_of(path)}"
+        ) from None
+    trainer.load_state(state)
     folder = trainer.export(known.peer, known.out or known.run_dir / f"peer{known.peer}")
     print(f"{names[known.peer]} written to {folder}")
     return 0

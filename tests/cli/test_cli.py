@@ -561,6 +561,15 @@ def test_a_method_that_is_no_text(tmp_path, capsys, method):
         assert message.startswith("method: expected ")
 
 
+def test_export_of_a_damaged_checkpoint_names_the_one_before(run_dir, capsys):
+    path = run_dir / "checkpoint.pt"
+    shutil.copy(path, run_dir / "checkpoint.previous.pt")
+    path.write_bytes(path.read_bytes()[:-1])
+    message = error_of(capsys, "export", run_dir)
+    assert message.startswith("checkpoint: expected an intact file")
+    assert message.endswith(f"goes on from the one before it, {run_dir}/checkpoint.previous.pt")
+
+
 @pytest.mark.parametrize("size", [0, 1])
 def test_a_damaged_checkpoint_gives_a_reason(run_dir, capsys, size):
     (run_dir / "checkpoint.pt").write_bytes(b"x" * size)

@@ -40,7 +40,7 @@ def seal(path: Path) -> None:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with an archive whose members are stored as they are.
+    """The fault of an archive whose members are stored as they are.
 
     One with a digest is compared with it; for an older one, the checksums of its members are.
     Members that are compressed, or together larger than the file, are refused before they are
@@ -58,8 +58,8 @@ def damage_of(path: Path) -> str | None:
     with path.open("rb") as file:
         try:
             return _damage(file)
-        # What a damaged directory asks for has no common type: a password, a place before the
-        # beginning; and a bad place of the disk is an OSError.
+        # A damaged directory may ask for anything: a password, a place before the beginning. A
+        # bad place of the disk is an OSError.
         except Exception as error:
             return str(error) or type(error).__name__
 

@@ -420,7 +420,7 @@ def test_bad_runs_are_named_and_the_others_are_reported(damaged, capsys):
     assert "| mcl | 0 | out: expected the files of a finished run in " in text
     assert "| mcl | 5 | out: expected the files of a finished run in " in text
     assert f"| baseline | 5 | out: expected YAML in {other}" in text
-    # What was asked for is trained again.
+    # All runs whose settings are lost are trained again where that is allowed.
     assert call(*plan, "--no-progress", "--overwrite") == 1
     assert "| baseline | 2 |" in Path("out/report.md").read_text()
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mclfast.bench.cases import PRESETS, PROVIDERS, preset
 from mclfast.bench.problem import MODES, Case
@@ -211,8 +211,27 @@ def _replot(known: argparse.Namespace) -> int:
             f"replot: expected schema {report.SCHEMA} in {known.replot}, "
             f"got {results.get('schema')}"
         )
+    _check_results(results, known.replot)
     outcome = Outcome(rows=results["rows"])
     _print(outcome, results["environment"]["threads"])
     folder = known.out or known.replot.parent
     _announce(draw.draw(outcome.rows, folder, results["environment"]))
     return 0
+
+
+def _check_results(results: dict[str, Any], path: Path) -> None:
+    """Raises ValueError where a file of results lacks a value that a table or picture shows."""
+    from mclfast._base.schema import MAPPING, TEXT, check_fields, integer, list_of, number, or_none
+
+    check_fields("replot", path, results, {"environment": MAPPING, "rows": list_of(MAPPING, 1)})
+    about = {"cpu": TEXT, "threads": integer(1), "gpu": or_none(TEXT)}
+    check_fields("replot", path, results["environment"], about)
+    value = number(0)
+    always = dict.fromkeys(("op", "provider", "mode", "metric", "dtype", "device"), TEXT)
+    always |= dict.fromkeys("MLBD", integer(0)) | dict.fromkeys(("p20", "p50", "p80"), value)
+    more = {"K": integer(0), "n": integer(0), "bank_dtype": TEXT}
+    for place, row in enumerate(results["rows"], start=1):
+        times = {"floor": value, "ratio_floor": value} if row.get("metric") == "time" else {}
+        shown = {k: value for k in row if k.startswith(("ratio_", "floor_"))}
+        shown |= {k: kind for k, kind in more.items() if k in row}
+        check_fields("replot", f"row {place} of {path}", row, always | times | shown)

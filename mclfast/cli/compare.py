@@ -100,13 +100,13 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     folder = known.out or _default_folder(design)
     check_folder("out", folder)
     runs = runs_of(design, folder)
-    replaced = changed(runs, overwrite=known.overwrite)
+    replaced, lost = changed(runs, overwrite=known.overwrite)
     if others := others_in(folder, runs):
         names = shortened(", ".join(others), 200)
         print(f"not of this comparison, and not in its report: {names}", flush=True)
     write_design(folder / "plan.yaml", design, known.command_line)
     try:
-        failed = _execute(known, runs, replaced)
+        failed = _execute(known, runs, replaced, lost)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -160,23 +160,29 @@ def _default_folder(design: Design) -> Path:
     return Path("runs") / f"compare-{config.data}-{cohort_name(config.cohort)}"
 
 
-def _execute(known: argparse.Namespace, runs: list[Run], replaced: set[Path]) -> dict[Run, str]:
+def _execute(
+    known: argparse.Namespace, runs: list[Run], replaced: set[Path], lost: dict[Run, str]
+) -> dict[Run, str]:
     """Trains all runs that are not finished.
 
     Args:
         known: arguments of the command.
         runs: all runs of the comparison.
         replaced: folders whose present runs are replaced.
+        lost: runs that are left out, with the reasons.
 
     Returns:
-        The reasons of the runs that failed.
+        The reasons of the runs that failed, those that are left out among them.
     """
     from mclfast.compare.runs import execute
 
-    open_ = [run for run in runs if not run.finished or run.folder in replaced]
-    if len(open_) < len(runs):
-        print(f"{len(runs) - len(open_)} of {len(runs)} runs are finished already", flush=True)
-    failed: dict[Run, str] = {}
+    for run, why in lost.items():
+        print(f"{run.label}, seed {run.seed}: left out: {why}", flush=True)
+    kept = [run for run in runs if run not in lost]
+    open_ = [run for run in kept if not run.finished or run.folder in replaced]
+    if len(open_) < len(kept):
+        print(f"{len(kept) - len(open_)} of {len(runs)} runs are finished already", flush=True)
+    failed = dict(lost)
     ended = execute(open_, jobs=known.jobs, replaced=replaced, progress=not known.no_progress)
     for number, (run, reason) in enumerate(ended, start=1):
         head = f"[{number}/{len(open_)}] {run.label}, seed {run.seed}: "

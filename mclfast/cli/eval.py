@@ -6,22 +6,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from mclfast.cli.options import exports_in
+from mclfast.cli.options import add_allow_external, exports_in
 from mclfast.cli.settings import an_integer
 
 HELP = "accuracy of an exported backbone, or of all those of a run"
-
-_NEEDED = {
-    "data",
-    "data_root",
-    "train_per_class",
-    "image_size",
-    "eval_batch_size",
-    "accuracy",
-    "class_names",
-    "mean",
-    "std",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that decode streamed images (default: one per core)",
     )
+    add_allow_external(parser)
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
@@ -51,16 +40,13 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     from mclfast.data import load as load_data
     from mclfast.data.dataset import with_channels
     from mclfast.train.evaluation import accuracy
-    from mclfast.train.export import DESCRIPTION, load_backbone
+    from mclfast.train.export import check_for_evaluation, load_backbone
 
     device = select_device(known.device)
     for folder in exports_in(known.path):
-        exported = load_backbone(folder)
+        exported = load_backbone(folder, allow_external=known.allow_external)
         about = exported.description
-        if missing := _NEEDED - about.keys():
-            raise ValueError(
-                f"path: expected {', '.join(sorted(missing))} in {folder / DESCRIPTION}, got none"
-            )
+        check_for_evaluation(about, folder)
         data = load_data(
             about["data"],
             root=known.data_root or about["data_root"],

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mclfast.cli.options import add_allow_external
 from mclfast.cli.settings import an_integer
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: RUN_DIR/peerN)"
     )
+    add_allow_external(parser)
 
 
 def run(known: argparse.Namespace, _: list[str]) -> int:
@@ -39,11 +41,21 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     from mclfast.train import checkpoint
     from mclfast.train.folder import CHECKPOINT
 
+    path = known.run_dir / CHECKPOINT
     trainer = _trainer_of(known)
     names = trainer.config.cohort
     if not 0 <= known.peer < len(names):
         raise ValueError(f"peer: expected 0 to {len(names) - 1}, got {known.peer}")
-    trainer.load_state(checkpoint.load(known.run_dir / CHECKPOINT))
+    try:
+        state = checkpoint.load(path)
+    except checkpoint.DamagedError as error:
+        if not checkpoint.previous_of(path).is_file():
+            raise
+        # Not read in its place: the user asked for the weights of the last checkpoint.
+        raise ValueError(
+            f"{error}; --resume goes on from the one before it, {checkpoint.previous_of(path)}"
+        ) from None
+    trainer.load_state(state)
     folder = trainer.export(known.peer, known.out or known.run_dir / f"peer{known.peer}")
     print(f"{names[known.peer]} written to {folder}")
     return 0
@@ -64,4 +76,6 @@ def _trainer_of(known: argparse.Namespace) -> Trainer:
         return build(TrainConfig.from_values(values))
     # Built from the backbone, as with --resume, so that the parts of the network have its names.
     path, mode = origin
-    return build_transfer(path, mode, transfer_config(path, mode, values))
+    allowed = known.allow_external
+    config = transfer_config(path, mode, values, allow_external=allowed)
+    return build_transfer(path, mode, config, allow_external=allowed)

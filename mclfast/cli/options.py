@@ -32,6 +32,20 @@ def add_run_options(parser: argparse.ArgumentParser, resume_help: str) -> None:
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
+def add_allow_external(parser: argparse.ArgumentParser) -> None:
+    """Adds --allow-external, for commands that build the network of an export.
+
+    Args:
+        parser: parser of the command.
+    """
+    parser.add_argument(
+        "--allow-external",
+        action="store_true",
+        help="build a network of timm or torchvision that the export names, which imports that "
+        "package; for exports that you trust",
+    )
+
+
 def settings_to_resume(known: argparse.Namespace, refused: tuple[str, ...]) -> dict[str, Any]:
     """The settings of the run that ``--resume`` names.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mclfast.cli.options import (
+    add_allow_external,
     add_run_options,
     cohort_name,
     exports_in,
@@ -78,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         resume_help="folder of an interrupted run to continue; the backbone it started from must "
         "still exist",
     )
+    add_allow_external(parser)
     _add_settings(parser)
 
 
@@ -117,7 +119,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     if known.published and not known.resume:
         return _score(known, given)
     path, mode, values = _backbone_and_mode(known)
-    config = transfer_config(path, mode, values | given)
+    config = transfer_config(path, mode, values | given, allow_external=known.allow_external)
     name = f"{config.data}-{mode}-{cohort_name(config.cohort)}-seed{config.seed}"
     return _train(known, path, mode, config, run_folder_of(known, name))
 
@@ -137,11 +139,12 @@ def _score(known: argparse.Namespace, given: dict[str, Any]) -> int:
         raise _no_path()
     if known.run_dir is None:
         for folder in exports_in(known.path):
-            _train(known, folder, "linear", published_config(folder, given), None)
+            config = published_config(folder, given, allow_external=known.allow_external)
+            _train(known, folder, "linear", config, None)
         return 0
     # One folder holds one run.
     folder = one_export_in(known.path)
-    config = published_config(folder, given)
+    config = published_config(folder, given, allow_external=known.allow_external)
     return _train(known, folder, "linear", config, run_folder_of(known, ""))
 
 
@@ -163,7 +166,7 @@ def _train(
     if run_dir is not None:
         # Before an old run is removed, and before data and network are made.
         require_packages()
-    trainer = build_transfer(path, mode, config, run_dir)
+    trainer = build_transfer(path, mode, config, run_dir, allow_external=known.allow_external)
     if run_dir is not None and not known.resume:
         # Removed only now, so that settings that cannot work cost no old run.
         remove_old_run(run_dir)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mclfast._base.checks import shortened
-from mclfast._base.files import write_json, write_text
+from mclfast._base.files import write_sealed_json, write_text
 from mclfast._base.machine import peak_resident, select_device
 from mclfast.config import TrainConfig
 from mclfast.models import parameter_count
@@ -94,7 +94,7 @@ def _train(config: TrainConfig, folder: Path, replace: bool, progress: bool, alo
         "parameters": [parameter_count(p.backbone) for p in trainer.cohort.peers],
         "parameters_in_training": parameter_count(trainer.cohort) + parameter_count(trainer.method),
     }
-    write_json(folder / COST, cost)
+    write_sealed_json(folder / COST, cost)
 
 
 def _checkpoint_time(folder: Path) -> int | None:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from mclfast._base.checks import shortened
 from mclfast._base.files import read_json, read_yaml
+from mclfast._base.schema import MAPPING, TEXT, check_fields, integer, list_of, or_none
 from mclfast.compare.design import Design
 from mclfast.compare.one_run import COST, FAILURE, perform
 from mclfast.config import TrainConfig
 from mclfast.train.export import DESCRIPTION
 from mclfast.train.folder import CHECKPOINT, CONFIG, ENVIRONMENT, RESULT, read_result
-from mclfast.train.history import RunResult
+from mclfast.train.history import RunResult, evaluated
 from mclfast.train.state import differences
 
 
@@ -94,21 +95,32 @@ def others_in(folder: Path, runs: Sequence[Run]) -> list[str]:
     return sorted(f"{run.parent.name}/{run.name}" for run in found if run not in own)
 
 
-def changed(runs: Sequence[Run], *, overwrite: bool) -> set[Path]:
-    """Folders that hold an earlier run with other settings.
+def changed(runs: Sequence[Run], *, overwrite: bool) -> tuple[set[Path], dict[Run, str]]:
+    """Folders that hold an earlier run with other settings, and runs whose settings are lost.
 
     Args:
         runs: runs of the comparison.
         overwrite: whether such runs may be replaced.
 
+    Returns:
+        The folders to replace, and the reasons of runs that can be neither gone on with nor shown,
+        as their folder holds settings that cannot be read.
+
     Raises:
-        ValueError: there are such runs, and ``overwrite`` is false.
+        ValueError: there are runs with other settings, and ``overwrite`` is false.
     """
-    found = set()
+    found, lost = set(), {}
     for run in runs:
         if not (run.folder / CONFIG).is_file():
             continue
-        before, now = read_yaml(run.folder / CONFIG, "out"), run.config.to_values()
+        try:
+            before, now = read_yaml(run.folder / CONFIG, "out"), run.config.to_values()
+        except (OSError, ValueError) as error:
+            if overwrite:
+                found.add(run.folder)
+            else:
+                lost[run] = f"{error}; remove that folder, or use --overwrite, to train it again"
+            continue
         for name, *values in differences(before, now):
             if not overwrite:
                 old, new = (shortened(repr(value), 60) for value in values)
@@ -117,7 +129,7 @@ def changed(runs: Sequence[Run], *, overwrite: bool) -> set[Path]:
                     "--overwrite to replace runs with other settings, or another --out"
                 )
             found.add(run.folder)
-    return found
+    return found, lost
 
 
 def execute(
@@ -223,17 +235,59 @@ def load(run: Run) -> Finished:
     Raises:
         ValueError: a file is missing or damaged; the text begins with ``out``.
     """
-    cost = run.folder / COST
     try:
-        return Finished(
-            run,
-            read_result(run.folder),
-            read_json(cost, "run") if cost.is_file() else {},
-            read_json(run.folder / ENVIRONMENT, "run"),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        result = read_result(run.folder)
+        _check_fits(run, result)
+        return Finished(run, result, _read_cost(run), _read_environment(run))
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"out: expected the files of a finished run in {run.folder}, got: {reason}; remove "
+            f"out: expected the files of a finished run in {run.folder}, got: {error}; remove "
             "that folder to train it again"
         ) from None
+
+
+def _check_fits(run: Run, result: RunResult) -> None:
+    """Raises ValueError if a result is not that of a run with these networks and epochs."""
+    config = run.config
+    every = config.eval_every
+    evaluations = {n for n in range(1, config.epochs + 1) if n % every == 0} | {config.epochs}
+    for name, wanted, got in (
+        ("peers", len(config.cohort), len(result.peers)),
+        ("epochs", config.epochs, len(result.history)),
+        ("evaluated epochs", len(evaluations), len(evaluated(result.history))),
+    ):
+        if got != wanted:
+            raise ValueError(f"run: expected {wanted} {name}, got {got}")
+
+
+_COUNT = integer(0)
+_COST = {
+    "device": TEXT,
+    "threads": integer(1),
+    "peak_memory_bytes": or_none(_COUNT),
+    "parameters": list_of(_COUNT, 1),
+    "parameters_in_training": _COUNT,
+}
+
+
+def _read_cost(run: Run) -> dict[str, Any]:
+    path = run.folder / COST
+    if not path.is_file():
+        return {}
+    cost = read_json(path, "run")
+    check_fields("run", path, cost, _COST)
+    if len(cost["parameters"]) != len(run.config.cohort):
+        raise ValueError(
+            f"run: expected {len(run.config.cohort)} numbers of parameters in {path}, got "
+            f"{len(cost['parameters'])}"
+        )
+    return cost
+
+
+def _read_environment(run: Run) -> dict[str, Any]:
+    path = run.folder / ENVIRONMENT
+    environment = read_json(path, "run")
+    check_fields("run", path, environment, {"mclfast": MAPPING, "torch": MAPPING})
+    check_fields("run", path, environment["mclfast"], {"version": TEXT, "git": or_none(TEXT)})
+    check_fields("run", path, environment["torch"], {"version": TEXT})
+    return environment

@@ -61,6 +61,7 @@ def available() -> list[str]:
 
 def method_class(name: str) -> type[Method]:
     """The class of a method; ValueError for an unknown name."""
-    if name not in _METHODS:
+    # A settings file may hold a list here, which no mapping can be asked for.
+    if not isinstance(name, str) or name not in _METHODS:
         raise unknown_name("method", name, _METHODS)
     return _METHODS[name]

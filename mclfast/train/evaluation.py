@@ -59,12 +59,24 @@ def _percent_correct(
     data: Dataset,
     batch_size: int,
 ) -> list[float]:
-    """Accuracy of every head; ``heads`` maps images to a sequence of logits."""
+    """Accuracy of every head; ``heads`` maps images to a sequence of logits.
+
+    Raises:
+        FloatingPointError: logits are infinite or NaN, of which the largest means nothing.
+    """
+    correct, finite = [], []
     with evaluation_mode(module):
-        correct = [
-            torch.stack([(logits.argmax(1) == y).sum() for logits in heads(x)])
-            for x, y in batches_for(module, images, data, batch_size)
-        ]
+        for x, y in batches_for(module, images, data, batch_size):
+            found = heads(x)
+            correct.append(torch.stack([(logits.argmax(1) == y).sum() for logits in found]))
+            finite.append(torch.stack([logits.isfinite().all() for logits in found]))
+    # Read after the last batch, so that no batch waits for the device.
+    for head, fits in enumerate(torch.stack(finite).all(0).tolist()):
+        if not fits:
+            raise FloatingPointError(
+                "network: expected finite logits of the test images, got infinite or NaN values "
+                f"of classifier {head}"
+            )
     return (100.0 * torch.stack(correct).sum(0).double() / len(images)).tolist()
 
 
@@ -92,6 +104,9 @@ def cohort_accuracy(
         data: the data set whose test images are read.
         batch_size: images at a time.
         ensemble: function from the outputs to the logits [B, C] of all peers together.
+
+    Raises:
+        FloatingPointError: a classifier gives infinite or NaN logits.
     """
 
     def heads(x: Tensor) -> list[Tensor]:
@@ -107,5 +122,14 @@ def cohort_accuracy(
 
 
 def accuracy(network: nn.Module, data: Dataset, *, batch_size: int = 256) -> float:
-    """Accuracy in percent of one network [b, C, H, W] -> logits on the test set."""
+    """Accuracy in percent of one network [b, C, H, W] -> logits on the test set.
+
+    Args:
+        network: network with parameters.
+        data: the data set whose test images are read.
+        batch_size: images at a time.
+
+    Raises:
+        FloatingPointError: the logits are infinite or NaN.
+    """
     return _percent_correct(network, lambda x: [network(x)], data.test, data, batch_size)[0]

@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from mclfast import env
-from mclfast._base.files import read_json, read_yaml, write_json, write_text
+from mclfast._base.files import (
+    digest_of_bytes,
+    read_json,
+    read_yaml,
+    write_json,
+    write_sealed_json,
+    write_text,
+)
 from mclfast._base.optional import optional_import
+from mclfast._base.schema import check_fields, list_of, number
 from mclfast.train import checkpoint, plots
 from mclfast.train.export import DESCRIPTION, WEIGHTS
-from mclfast.train.history import RunResult, read_csv, write_csv
+from mclfast.train.history import RunResult, check_history, read_csv, result_of, write_csv
 
 #: Written before the first epoch.
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
@@ -22,6 +30,16 @@ CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.csv"
 #: Written after the last epoch.
 RESULT, CURVES = "result.json", "curves.png"
+
+#: Key of the result: digest of the records that it was written with.
+_METRICS_DIGEST = "metrics_blake2b"
+_ACCURACY = number(0, 100)
+_RESULT = {
+    "peers": list_of(_ACCURACY, 1),
+    "ensemble": _ACCURACY,
+    "published_protocol": _ACCURACY,
+    "seconds": number(0),
+}
 
 
 def require_packages() -> None:
@@ -62,16 +80,21 @@ def write_result(folder: Path, result: RunResult, names: Sequence[str], title: s
         names: names of the peers.
         title: heading of the curves.
     """
-    write_json(
+    # Again, so that the digest is that of these records.
+    write_csv(folder / METRICS, result.history)
+    write_sealed_json(
         folder / RESULT,
         {
             "peers": result.peers,
             "ensemble": result.ensemble,
             "published_protocol": result.published_protocol,
             "seconds": round(result.seconds, 2),
+            _METRICS_DIGEST: digest_of_bytes((folder / METRICS).read_bytes()),
         },
     )
     plots.run_curves(result.history, names, folder / CURVES, title)
+    # A finished run needs no second checkpoint to go on from.
+    checkpoint.previous_of(folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def read_settings(folder: Path, argument: str) -> dict[str, Any]:
@@ -94,15 +117,41 @@ def read_result(folder: Path) -> RunResult:
     """The result of the finished run in a folder.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged.
+        FileNotFoundError, ValueError: a file is missing or damaged, or the files are not those of
+            one run.
     """
     values = read_json(folder / RESULT, "run")
+    check_fields("run", folder / RESULT, values, _RESULT)
+    history = read_csv(folder / METRICS)
+    digest = values.get(_METRICS_DIGEST)
+    if digest is not None and digest != digest_of_bytes((folder / METRICS).read_bytes()):
+        raise ValueError(
+            f"run: expected {folder / METRICS} as it was written, got other content than "
+            f"{_METRICS_DIGEST} in {RESULT} says"
+        )
+    if not history:
+        raise ValueError(f"run: expected records in {folder / METRICS}, got none")
+    peers = tuple(values["peers"])
+    recorded = sum(name.startswith("acc_peer") for name in history[0])
+    if recorded != len(peers):
+        raise ValueError(
+            f"run: expected {recorded} peers in {folder / RESULT} as in {METRICS}, got {len(peers)}"
+        )
+    check_history("run", folder / METRICS, history, len(peers))
+    last = result_of(history, len(peers))
+    for name in ("peers", "ensemble", "published_protocol"):
+        told, wanted = values[name], getattr(last, name)
+        if told != (list(wanted) if name == "peers" else wanted):
+            raise ValueError(
+                f"run: expected {name} {wanted} in {folder / RESULT} as in the last record of "
+                f"{METRICS}, got {told}"
+            )
     return RunResult(
-        peers=tuple(values["peers"]),
+        peers=peers,
         ensemble=values["ensemble"],
         published_protocol=values["published_protocol"],
         seconds=values["seconds"],
-        history=read_csv(folder / METRICS),
+        history=history,
     )
 
 
@@ -120,8 +169,9 @@ def refuse_old_run(folder: Path) -> None:
 
 def remove_old_run(folder: Path) -> None:
     """Removes what a run writes, so that a new one does not mix with it."""
-    for name in (CHECKPOINT, RESULT, CURVES, METRICS, CONFIG):
-        (folder / name).unlink(missing_ok=True)
+    files = [folder / name for name in (RESULT, CURVES, METRICS, CONFIG)]
+    for path in (*checkpoint.all_of(folder / CHECKPOINT), *files):
+        path.unlink(missing_ok=True)
     for name in (DESCRIPTION, WEIGHTS):
         for path in folder.glob(f"peer*/{name}"):
             path.unlink()

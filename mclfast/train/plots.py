@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,8 @@ def run_curves(history: History, names: Sequence[str], path: Path, title: str) -
     _finish(left, "test accuracy (%)", **_BESIDE)
     epochs = [row["epoch"] for row in history]
     for i, key in enumerate(parts):
-        values = [row[key] for row in history]
+        # A run that another version began may have parts that later epochs lack.
+        values = [row.get(key, math.nan) for row in history]
         # Parts can lie on one another: dashes let the one below be seen.
         right.plot(
             epochs,

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mclfast._base.checks import shortened
 from mclfast._base.random import RngState, rng_state, set_rng_state
+from mclfast._base.schema import MAPPING, check_fields
 from mclfast.data.dataset import Dataset
 from mclfast.execution.step import TrainStep
+from mclfast.train.state_checks import check_state
 
 #: Where a run computes, and where its data lie, may change; what it computes may not.
 FREE_SETTINGS = frozenset(
@@ -108,21 +110,26 @@ def gather(identity: Identity, step: TrainStep, place: Place) -> dict[str, Any]:
     }
 
 
-def restore(state: dict[str, Any], identity: Identity, step: TrainStep) -> Place:
+def restore(
+    state: dict[str, Any], identity: Identity, step: TrainStep, steps_per_epoch: int
+) -> Place:
     """Brings a training step, and the global generators, to a state that :func:`gather` gave.
 
     Args:
         state: content of a checkpoint, possibly an older one.
         identity: facts of the run that goes on.
         step: gets the saved values.
+        steps_per_epoch: number of steps of each epoch.
 
     Returns:
         How far the saved run had come.
 
     Raises:
-        ValueError: the state is of other settings, other data or other networks.
+        ValueError: the state is of other settings, other data or other networks, or no run can
+            have saved it.
     """
     try:
+        check_fields("checkpoint", "it", state, {"settings": MAPPING, "data": MAPPING})
         pairs = ((state["settings"], identity.settings), (state["data"], identity.data))
         for saved, mine in pairs:
             for name, *values in differences(saved, mine):
@@ -130,13 +137,14 @@ def restore(state: dict[str, Any], identity: Identity, step: TrainStep) -> Place
                 raise ValueError(
                     f"{name}: expected {want} as in the checkpoint being resumed, got {got}"
                 )
+        check_state(state, step, steps_per_epoch)
         step.load_state_dict(state)
         set_rng_state(RngState(**state["rng"]))
         # Older checkpoints were written between epochs only.
         so_far = EpochSoFar(**state.get("epoch_so_far", {}))
         totals = {name: total.to(step.device) for name, total in so_far.totals.items()}
         return Place(state["step"], replace(so_far, totals=totals), state["history"])
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"checkpoint: expected the state of these networks and this method, got: {reason}"

@@ -180,7 +180,7 @@ class Trainer:
         path = run_dir / run_folder.CHECKPOINT
         if path.exists():
             # In host memory: beside the modules, a second copy of the banks may not fit the GPU.
-            self.load_state(checkpoint.load(path))
+            self.load_state(checkpoint.load_newest(path))
             return
         memory = {"mode": self.train_step.memory, "reason": self.memory_reason}
         run_folder.write_start(run_dir, self._identity().settings, memory)
@@ -250,12 +250,19 @@ class Trainer:
         return self._accuracy()
 
     def _accuracy(self) -> CohortAccuracy:
-        return cohort_accuracy(
-            self.cohort,
-            self.data,
-            batch_size=self.config.eval_batch_size,
-            ensemble=self.method.ensemble,
-        )
+        try:
+            return cohort_accuracy(
+                self.cohort,
+                self.data,
+                batch_size=self.config.eval_batch_size,
+                ensemble=self.method.ensemble,
+            )
+        except FloatingPointError as error:
+            # A checkpoint is checked when it is read, so that these weights come from training.
+            raise FloatingPointError(
+                f"lr: expected networks with finite logits, got: {error}; try a smaller learning "
+                "rate or clip_grad_norm"
+            ) from None
 
     def _finish(self, run_dir: Path, result: RunResult) -> None:
         title = f"{self.config.method} on {self.data.name}, seed {self.config.seed}"
@@ -290,7 +297,8 @@ class Trainer:
         Raises:
             ValueError: the state is of other settings, other data or other networks.
         """
-        place = run_state.restore(state, self._identity(), self.train_step)
+        steps = len(self.sampler)
+        place = run_state.restore(state, self._identity(), self.train_step, steps)
         self.step, self._so_far, self.history = place
 
     def _identity(self) -> Identity:

@@ -53,7 +53,11 @@ def default_settings(mode: str) -> dict[str, Any]:
 
 
 def transfer_config(
-    folder: Path | str, mode: str, values: Mapping[str, Any] | None = None
+    folder: Path | str,
+    mode: str,
+    values: Mapping[str, Any] | None = None,
+    *,
+    allow_external: bool = False,
 ) -> TrainConfig:
     """The settings of a transfer: the defaults of the mode, replaced by ``values``.
 
@@ -61,18 +65,21 @@ def transfer_config(
         folder: folder of an exported backbone.
         mode: "linear" or "finetune".
         values: fields of ``TrainConfig``; cohort and method are always those of the transfer.
+        allow_external: see ``load_backbone``.
 
     Raises:
         FileNotFoundError, ValueError: see ``load_backbone`` and ``TrainConfig.from_values``.
     """
     usual = default_settings(mode)
-    network = load_backbone(folder).description["network"]
+    network = load_backbone(folder, allow_external=allow_external).description["network"]
     return TrainConfig.from_values(
         {**usual, **(values or {}), "method": "baseline", "cohort": [network]}
     )
 
 
-def published_config(folder: Path | str, values: Mapping[str, Any] | None = None) -> TrainConfig:
+def published_config(
+    folder: Path | str, values: Mapping[str, Any] | None = None, *, allow_external: bool = False
+) -> TrainConfig:
     """The settings of a published linear evaluation, replaced by ``values``.
 
     Features are scored on the data set that the backbone was trained on, unless ``values`` name
@@ -82,13 +89,14 @@ def published_config(folder: Path | str, values: Mapping[str, Any] | None = None
         folder: folder of an exported backbone.
         values: fields of ``TrainConfig``. The milestones follow from ``epochs``, see
             ``published_settings``.
+        allow_external: see ``load_backbone``.
 
     Raises:
         FileNotFoundError, ValueError: see ``transfer_config``; ValueError also if neither the
             values nor the export name a data set.
     """
     values = dict(values or {})
-    about = load_backbone(folder).description
+    about = load_backbone(folder, allow_external=allow_external).description
     name = values.setdefault("data", about.get("data"))
     if name is None:
         raise ValueError(f"data: expected --data, as {folder} names no data set, got none")
@@ -98,7 +106,8 @@ def published_config(folder: Path | str, values: Mapping[str, Any] | None = None
     if has_image_size(name):
         values.setdefault("image_size", about.get("image_size"))
     epochs = coerce("epochs", int, values.get("epochs", 100))
-    return transfer_config(folder, "linear", published_settings(epochs) | values)
+    settings = published_settings(epochs) | values
+    return transfer_config(folder, "linear", settings, allow_external=allow_external)
 
 
 def transfer(
@@ -108,13 +117,20 @@ def transfer(
     run_dir: Path | str | None = None,
     *,
     progress: bool = True,
+    allow_external: bool = False,
 ) -> RunResult:
     """Trains an exported backbone on the data set of a config, see ``build_transfer``."""
-    return build_transfer(folder, mode, config, run_dir).fit(progress=progress)
+    trainer = build_transfer(folder, mode, config, run_dir, allow_external=allow_external)
+    return trainer.fit(progress=progress)
 
 
 def build_transfer(
-    folder: Path | str, mode: Mode, config: TrainConfig, run_dir: Path | str | None = None
+    folder: Path | str,
+    mode: Mode,
+    config: TrainConfig,
+    run_dir: Path | str | None = None,
+    *,
+    allow_external: bool = False,
 ) -> Trainer:
     """The trainer of a transfer; the seed fixes the new classifier.
 
@@ -127,13 +143,14 @@ def build_transfer(
         config: settings made by ``transfer_config`` or ``published_config``. A training set
             smaller than a batch makes one batch.
         run_dir: folder that the run is written into, see ``Trainer``; None writes nothing.
+        allow_external: see ``load_backbone``.
 
     Raises:
         FileNotFoundError, ValueError: see ``load_backbone``; ValueError also for images whose
             channels do not fit the backbone, and for an unknown mode.
     """
     _check_mode(mode)
-    exported = load_backbone(folder)
+    exported = load_backbone(folder, allow_external=allow_external)
     name, channels = (exported.description[key] for key in ("network", "in_channels"))
     data = with_channels(load_images(config), channels)
     torch.manual_seed(config.seed)

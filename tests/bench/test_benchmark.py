@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -535,6 +536,28 @@ def test_command(tmp_path, capsys):
     json_path.write_text('{"schema": 0}')
     assert cli.main(["bench", "--replot", str(json_path)]) == 2
     assert "expected schema 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("rows"), r"expected rows \(a list of .*\) in .*, got none"),
+        (lambda r: r["environment"].pop("threads"), r"expected threads \(.*\) in .*, got none"),
+        (lambda r: r["rows"][1].pop("op"), r"expected op \(text\) in row 2 of .*, got none"),
+        (lambda r: r["rows"][0].update(p50="fast"), "as p50 in row 1 of .*, got 'fast'"),
+        (
+            lambda r: r["rows"][0].update(ratio_floor=None),
+            "as ratio_floor in row 1 of .*, got None",
+        ),
+    ],
+)
+def test_results_that_lie(tmp_path, capsys, change, message):
+    results = json.loads(next(RESULTS.glob("*/banks.json")).read_text())
+    change(results)
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    assert cli.main(["bench", "--replot", str(tmp_path / "r.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^mclfast bench: error: replot: .*{message}$", line)
 
 
 def test_command_refuses_what_it_cannot_do(capsys):

@@ -230,7 +230,9 @@ def test_interrupted_comparison_goes_on(monkeypatch, capsys):
     assert "1 of 2 runs are finished already" in capsys.readouterr().out
     for run in ("baseline/seed0", "mcl/seed0"):
         whole, cut = (result_of(Path(folder, run)) for folder in ("whole", "out"))
-        del whole["seconds"], cut["seconds"]
+        # The records hold times, and so do their digests.
+        for name in ("seconds", "blake2b", "metrics_blake2b"):
+            del whole[name], cut[name]
         assert whole == cut
 
 
@@ -313,10 +315,11 @@ def damaged(compared) -> Path:
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("result.json", "{}", "no 'peers'"),
+        ("result.json", "{}", r"run: expected peers \(a list .*\) in .*result.json, got none"),
+        ("result.json", '{"peers": ["a"]}', "run: expected a list .* as peers in .*, got .'a'."),
         ("result.json", '{"peers": [', "run: expected JSON in"),
         ("result.json", "[]", "run: expected a JSON object"),
-        ("metrics.csv", None, ".*No such file or directory"),
+        ("metrics.csv", None, "metrics: expected a file .*metrics.csv, found none"),
         ("environment.json", None, "run: expected a file"),
     ],
 )
@@ -324,10 +327,102 @@ def test_damaged_files_of_a_run(damaged, file, content, reason):
     (damaged / file).unlink()
     if content is not None:
         (damaged / file).write_text(content)
-    run = Run("mcl", 5, TrainConfig.from_values({"method": "mcl"}), damaged)
     message = f"^out: expected the files of a finished run in {damaged}, got: {reason}.*; remove "
     with pytest.raises(ValueError, match=message):
-        load(run)
+        load(run_in(damaged))
+
+
+def run_in(folder: Path) -> Run:
+    """The run of method mcl with seed 5 in a folder, with its settings."""
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    return Run("mcl", 5, TrainConfig.from_values(values), folder)
+
+
+def lie(folder: Path, file: str, **changes: Any) -> None:
+    """Changes values of a JSON file, which loses its digest; ``...`` removes a value."""
+    value = json.loads((folder / file).read_text()) | {"blake2b": ...} | changes
+    (folder / file).write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        ("result.json", {"ensemble": "good"}, "expected a number .* as ensemble in .*, got 'good'"),
+        ("result.json", {"ensemble": None}, "expected a number .* as ensemble in .*, got None"),
+        ("result.json", {"peers": [10.0]}, "expected 2 peers in .* as in .*, got 1"),
+        ("result.json", {"peers": [1e400, 1.0]}, "as peers in .*, got .inf, 1.0."),
+        ("result.json", {"published_protocol": 101}, "as published_protocol in .*, got 101"),
+        ("result.json", {"seconds": -1}, "as seconds in .*, got -1"),
+        ("result.json", {"ensemble": 3.25}, "expected ensemble .* as in the last .*, got 3.25"),
+        ("cost.json", {"parameters": ...}, r"expected parameters \(a list of .*, got none"),
+        ("cost.json", {"parameters": [5]}, "expected 2 numbers of parameters in .*, got 1"),
+        ("cost.json", {"parameters": ["5", 5]}, "as parameters in .*, got .'5', 5."),
+        ("cost.json", {"device": None}, "expected text as device in .*, got None"),
+        ("cost.json", {"threads": "two"}, "as threads in .*, got 'two'"),
+        ("cost.json", {"peak_memory_bytes": "much"}, "as peak_memory_bytes in .*, got 'much'"),
+        ("environment.json", {"mclfast": "1.0"}, "expected names with values as mclfast in "),
+        ("environment.json", {"torch": {}}, r"expected version \(text\) in .*, got none"),
+    ],
+)
+def test_well_formed_lies_of_a_run(damaged, file, changes, reason):
+    load(run_in(damaged))
+    lie(damaged, file, **changes)
+    with pytest.raises(ValueError, match=rf"^out: .* got: run: .*{reason}.*; remove ") as error:
+        load(run_in(damaged))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("acc_mean", "acc_meen", r"run: expected acc_mean \(.*\) in record 1 of .*, got none"),
+        ("epoch,", "epic,", r"run: expected epoch \(.*\) in record 1 of .*, got none"),
+        ("\n1,", "\n2,", "run: expected epoch 1 in record 1 of .*, got 2.0"),
+        ("\n1,", "\none,", "metrics: expected a table of numbers .*'one' in row 1"),
+        ("\n1,", "\n1,1,", "metrics: expected a table .* 1 values without a column in row 1"),
+        ("\n1,", "\n1\0,", "metrics: expected a table of numbers in .*row 1"),
+        ("\n1,", '\n"1,', "metrics: expected a table of numbers in .*row 1"),
+    ],
+)
+def test_well_formed_lies_of_records(damaged, old, new, reason):
+    lie(damaged, "result.json", metrics_blake2b=...)
+    text = (damaged / "metrics.csv").read_text()
+    (damaged / "metrics.csv").write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"^out: .* got: {reason}.*; remove ") as error:
+        load(run_in(damaged))
+    assert "\n" not in str(error.value)
+
+
+def test_records_that_were_changed_later(damaged):
+    text = (damaged / "metrics.csv").read_text()
+    (damaged / "metrics.csv").write_text(text.replace("train_loss", "train_lost"))
+    with pytest.raises(ValueError, match="expected .*metrics.csv as it was written"):
+        load(run_in(damaged))
+
+
+def test_a_result_of_an_older_version_has_no_digest(damaged):
+    before = load(run_in(damaged))
+    lie(damaged, "result.json", metrics_blake2b=...)
+    lie(damaged, "cost.json")
+    assert load(run_in(damaged))[1:] == before[1:]
+
+
+def test_bad_runs_are_named_and_the_others_are_reported(damaged, capsys):
+    lie(damaged, "result.json", peers="many")
+    lie(damaged.parent / "seed0", "cost.json", device=...)
+    other = damaged.parents[1] / "baseline" / "seed5"
+    (other / "config.yaml").write_text("a: [")
+    plan = ["compare", "--plan", "out/plan.yaml", "--methods", "baseline,mcl,narrow", *HERE]
+    assert call(*plan, "--no-progress") == 1
+    assert f"baseline, seed 5: left out: out: expected YAML in {other}" in capsys.readouterr().out
+    text = Path("out/report.md").read_text()
+    assert "| baseline | 1 of 2 |" in text and "| narrow | 2 |" in text
+    assert "| mcl | 0 | out: expected the files of a finished run in " in text
+    assert "| mcl | 5 | out: expected the files of a finished run in " in text
+    assert f"| baseline | 5 | out: expected YAML in {other}" in text
+    # All runs whose settings are lost are trained again where that is allowed.
+    assert call(*plan, "--no-progress", "--overwrite") == 1
+    assert "| baseline | 2 |" in Path("out/report.md").read_text()
 
 
 def test_a_damaged_run_is_reported_and_the_others_go_on(damaged, capsys):
@@ -338,10 +433,11 @@ def test_a_damaged_run_is_reported_and_the_others_go_on(damaged, capsys):
     text = Path("out/report.md").read_text()
     assert "| mcl | 1 of 2 |" in text and "| baseline | 2 |" in text
     assert f"| mcl | 5 | out: expected the files of a finished run in {damaged}, " in text
-    # It has no checkpoint to be mended from either.
+    # Without its result it is gone on with, and the checkpoint has the records too.
     (damaged / "result.json").unlink()
-    assert call(*plan, "--no-progress") == 1
-    assert "[1/1] mcl, seed 5: failed: out: expected the files" in capsys.readouterr().out
+    assert call(*plan, "--no-progress") == 0
+    assert "[1/1] mcl, seed 5: mean of peers" in capsys.readouterr().out
+    assert (damaged / "metrics.csv").is_file()
 
 
 def test_a_run_cut_before_its_exports_writes_them(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,43 @@ def test_the_index_is_made_once_and_again_after_a_change(root, monkeypatch):
     os.utime(root / "val" / "set-001.tar", ns=(1, 1))
     loaded(root)
     assert scans == [5, 3, 5, 5, 3]
+
+
+def test_an_index_that_was_damaged_or_lies_is_made_anew(root, monkeypatch):
+    first = loaded(root)
+    place = root / "train" / shards.INDEX
+    content = place.read_bytes()
+    scans = []
+    scan = shards._scan
+    monkeypatch.setattr(shards, "_scan", lambda paths: (scans.append(1), scan(paths))[1])
+
+    def is_made_anew() -> bool:
+        scans.clear()
+        found = loaded(root).train
+        assert found.fingerprint == first.train.fingerprint
+        assert torch.equal(found.labels, first.train.labels)
+        return len(scans) == 1
+
+    assert not is_made_anew()
+    for byte in (5, 60, 700, len(content) // 2, len(content) - 1):
+        changed = bytearray(content)
+        changed[byte] ^= 8
+        place.write_bytes(changed)
+        assert is_made_anew()
+    with np.load(place) as stored:
+        good = dict(stored)
+    for name, value in (
+        ("shard", good["shard"] + 9),
+        ("label", good["label"] - 1),
+        ("size", good["size"][:-1]),
+        ("offset", good["offset"] * 1.0),
+        ("shard", good["shard"][:0]),
+    ):
+        np.savez(place, **{**good, name: value})
+        assert is_made_anew()
+    # An index without a digest is an older one.
+    np.savez(place, **good)
+    assert not is_made_anew()
 
 
 def test_the_index_goes_to_the_cache_where_the_folder_is_read_only(root, cache, monkeypatch):

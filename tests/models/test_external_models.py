@@ -154,7 +154,11 @@ def test_export_round_trip(tmp_path) -> None:
     about = {"num_classes": 4, "in_channels": 3}
     export_backbone(net, tmp_path, network="timm:mobile", description=about)
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(load_backbone(tmp_path).network(x), net(x))
+    found = load_backbone(tmp_path, allow_external=True)
+    assert torch.equal(found.network(x), net(x))
+    message = "^export: expected a network of mclfast.models .*'timm:mobile'; .*--allow-external"
+    with pytest.raises(ValueError, match=message):
+        load_backbone(tmp_path)
 
 
 def test_a_run_may_name_them() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,142 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, plain):
     assert victim.exists()
 
 
+def flip(path: Path) -> None:
+    """Turns over one bit of a weight."""
+    content = bytearray(path.read_bytes())
+    place = content.index(STATE["weights"].numpy().tobytes())
+    content[place + 7] ^= 0x40
+    path.write_bytes(content)
+
+
+def test_the_previous_checkpoint_takes_the_place_of_a_damaged_one(tmp_path):
+    path = tmp_path / "c.pt"
+    for step in (1, 2, 3):
+        checkpoint.save(path, STATE | {"step": step})
+    assert sorted(os.listdir(tmp_path)) == ["c.previous.pt", "c.pt"]
+    assert checkpoint.load(checkpoint.previous_of(path))["step"] == 2
+    flip(path)
+    with pytest.raises(ValueError, match="^checkpoint: expected an intact file .*c.pt, got: other"):
+        checkpoint.load(path)
+    with pytest.warns(RuntimeWarning, match=r"file .*c.pt, got: other .*c\.damaged\.pt.* step 2"):
+        assert checkpoint.load_newest(path)["step"] == 2
+    # The next checkpoint displaces the damaged one, not the intact one.
+    assert checkpoint.load(path)["step"] == 2
+    checkpoint.save(path, STATE | {"step": 4})
+    steps = [checkpoint.load(p)["step"] for p in (path, checkpoint.previous_of(path))]
+    assert steps == [4, 2]
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.load(checkpoint.damaged_of(path))
+
+
+def test_two_damaged_checkpoints_are_both_named(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, STATE)
+    flip(path)
+    with pytest.raises(ValueError, match=r"c\.pt, got: .*no earlier one beside it") as error:
+        checkpoint.load_newest(path)
+    message(error)
+    checkpoint.save(path, STATE)
+    flip(path)
+    with pytest.raises(ValueError, match=r"c\.pt, got: .*c\.previous\.pt, got: ") as error:
+        checkpoint.load_newest(path)
+    message(error)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load_newest(tmp_path / "d.pt")
+
+
+def test_the_previous_checkpoint_is_kept_where_files_have_one_name(tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    path = tmp_path / "c.pt"
+    for step in (1, 2):
+        checkpoint.save(path, STATE | {"step": step})
+    assert checkpoint.load(checkpoint.previous_of(path))["step"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["c.previous.pt", "c.pt"]
+
+
+def test_checksums_are_written_though_the_program_turned_them_off(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        checkpoint.save(tmp_path / "c.pt", STATE)
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert zipfile.ZipFile(tmp_path / "c.pt").testzip() is None
+
+
+def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path):
+    whole = trainer(method="baseline", epochs=3)
+    whole.fit(progress=False)
+
+    def again() -> Trainer:
+        config = TrainConfig.from_values(whole.config.to_values())
+        return build(config, tmp_path)
+
+    again().fit(progress=False, stop_after=2)
+    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 0x10
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    other = again()
+    with pytest.warns(RuntimeWarning, match="checkpoint.pt, got: other content"):
+        other.fit(progress=False)
+    for name, value in whole.cohort.state_dict().items():
+        assert torch.equal(value, other.cohort.state_dict()[name])
+    # A finished run keeps no second checkpoint.
+    kept = {path.name for path in tmp_path.glob("checkpoint*")}
+    assert kept == {"checkpoint.pt", "checkpoint.damaged.pt"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs the names of open files")
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events: list[tuple[str, str]] = []
+    sync, replace = os.fsync, os.replace
+
+    def name(number: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{number}")).name
+
+    monkeypatch.setattr(files.os, "fsync", lambda n: (events.append(("sync", name(n))), sync(n)))
+    monkeypatch.setattr(
+        files.os, "replace", lambda a, b: (events.append(("name", b.name)), replace(a, b))
+    )
+    files.write_text(tmp_path / "new" / "a.txt", "a")
+    partial = f".a.txt.{os.getpid()}.partial"
+    expected = [("sync", tmp_path.name), ("sync", partial), ("name", "a.txt"), ("sync", "new")]
+    assert events == expected
+
+
+def test_a_file_has_the_mode_of_any_new_file(tmp_path):
+    (tmp_path / "a").touch()
+    with files.replacing(tmp_path / "b") as partial:
+        partial.unlink()
+        partial.touch(mode=0o600)
+    checkpoint.save(tmp_path / "c.pt", STATE)
+    modes = {(tmp_path / name).stat().st_mode for name in ("a", "b", "c.pt")}
+    assert len(modes) == 1
+
+
+def test_a_sealed_json_object_is_refused_when_it_was_changed(tmp_path):
+    path = tmp_path / "a.json"
+    value = {"a": (1, 2.5), "b": {"1": None, "c": "ä"}}
+    files.write_sealed_json(path, value)
+    text = path.read_text()
+    assert files.read_json(path, "test") == {"a": [1, 2.5], "b": {"1": None, "c": "ä"}}
+    path.write_text(text.replace("2.5", "2.7"))
+    with pytest.raises(ValueError, match="^test: expected .*a.json as it was written.*blake2b"):
+        files.read_json(path, "test")
+    path.write_text(json.dumps({"a": 1}))
+    assert files.read_json(path, "test") == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_json_that_no_reader_takes(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="^test: expected JSON in .*a.json, got"):
+        files.read_json(tmp_path / "a.json", "test")
+
+
 def test_random_state_round_trip():
     before = rng_state()
     first = torch.rand(3)
@@ -235,3 +373,90 @@ def test_where_a_run_computes_may_change():
     other = trainer(eval_batch_size=10, data_root="moved")
     other.config.device = "cpu:0"
     other.load_state(first.state())
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[str, Any]:
+    """The state of a run after two of its epochs. Not to be changed."""
+    run = trainer()
+    run.fit(progress=False, stop_after=2)
+    return run.state()
+
+
+def changed(state: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of nested mappings and lists with another value at a place; ``...`` removes it."""
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    if isinstance(state, list):
+        return [changed(v, rest, value) if i == key else v for i, v in enumerate(state)]
+    new = dict(state) | {key: changed(state.get(key), rest, value)}
+    return {k: v for k, v in new.items() if v is not ...}
+
+
+BUFFER = ("optimizer", "state", 0, "momentum_buffer")
+BIAS = ("cohort", "networks.0.auxiliary.1.classifier.bias")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("step",), -1, "expected an integer >= 0 as step in it, got -1"),
+        (("step",), "2", "expected an integer >= 0 as step in it, got '2'"),
+        (("step",), 10**12, "expected step 2 to 2 after 2 epochs of 1 steps, 60 in all, got 10000"),
+        (("step",), 1, "expected step 2 to 2 after 2 epochs"),
+        (("history",), "many", "expected a list of .* as history in it, got 'many'"),
+        (("history",), [], "expected step 0 to 0 after 0 epochs"),
+        (("history", 0), 5, "expected a list of .*, each names with values as history"),
+        (("history", 1, "acc_mean"), "good", "expected a number .* as acc_mean in record 2 of "),
+        (("history", 1, "acc_mean"), 400.0, "as acc_mean in record 2 of history, got 400.0"),
+        (("history", 1, "acc_peer0"), ..., r"expected acc_peer0 \(.*\) in record 2 .*, got none"),
+        (("history", 1, "epoch"), 7, "expected epoch 2 in record 2 of history, got 7"),
+        (("history", 1, "step"), 7, "expected step 2 in record 2 of history, got 7"),
+        (("history", 1, "seconds"), -1.0, "as seconds in record 2 of history, got -1.0"),
+        (("rng", "cpu"), torch.zeros(3), "expected the state of a generator .* as cpu in rng"),
+        (("rng", "cpu"), torch.zeros(3, dtype=torch.uint8), "expected 5056 bytes as cpu in rng"),
+        (("rng",), ..., r"expected rng \(names with values\) in it, got none"),
+        (("settings",), None, "as settings in it, got None"),
+        (("data",), ["digits"], "as data in it, got "),
+        (("epoch_so_far",), 3, "as epoch_so_far in it, got 3"),
+        (("epoch_so_far", "seconds"), math.nan, "as seconds in epoch_so_far, got nan"),
+        (("epoch_so_far", "totals"), {"loss": 1}, "expected a finite 0-dim tensor as loss in "),
+        (("cohort",), [1], "as cohort in it, got "),
+        (BIAS, torch.zeros(9), r"expected shape \[10\] of cohort.*classifier.bias, got \[9\]"),
+        (BIAS, "zeros", r"expected shape \[10\] of cohort.*classifier.bias, got str"),
+        (BIAS, torch.full((10,), math.nan), "expected finite values of cohort.*classifier.bias"),
+        (BUFFER, torch.zeros(1), r"of momentum_buffer in state\[0\] of optimizer, got \[1\]"),
+        (BUFFER, 0.5, r"of momentum_buffer in state\[0\] of optimizer, got float"),
+        (BUFFER, ..., r"expected momentum_buffer \(a value as .*\) in state\[0\] of .*, got none"),
+        (BUFFER, None, "a value as other parameters have as momentum_buffer in .*, got None"),
+        (("optimizer", "param_groups", 0, "foreach"), "x", "true, false or null as foreach in "),
+        (("history", 0, "lr"), -1.0, "expected a number >= 0 as lr in record 1 of history"),
+        (("history", 0, "train_loss"), math.nan, "as train_loss in record 1 of history, got nan"),
+        (("history", 0, "acc_peer0"), 99.0, "expected acc_mean 99 of the peers in record 1 of "),
+        (("history", 0, "acc_peer0"), math.nan, "expected acc_mean nan of the peers in record 1"),
+        (("history", 1, "acc_best_head_so_far"), 0.0, "expected acc_best_head_so_far >= .*, got 0"),
+        (("optimizer", "state", 999), {}, r"expected \d+ parameters, got state\[999\] of "),
+        (("optimizer", "param_groups"), [], r"expected \d param_groups in optimizer, got 0"),
+        (("optimizer", "param_groups", 0, "momentum"), 0.5, "expected momentum 0.9 in .*, got 0.5"),
+        (
+            ("optimizer", "param_groups", 0, "params"),
+            [0],
+            r"expected \d+ params in param_groups\[0\] .*, got 1",
+        ),
+        (("optimizer",), 4, "expected names with values as optimizer in it, got 4"),
+    ],
+)
+def test_states_that_lie(saved, path, value, message):
+    other = trainer()
+    before = {k: v.clone() for k, v in other.cohort.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^checkpoint: .*{message}"):
+        other.load_state(changed(saved, path, value))
+    assert (other.step, other.history) == (0, [])
+    assert all(torch.equal(v, before[k]) for k, v in other.cohort.state_dict().items())
+
+
+def test_older_states_lack_the_epoch_so_far(saved):
+    other = trainer()
+    other.load_state(changed(saved, ("epoch_so_far",), ...))
+    assert other.step == 2

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.exports import edit
 from mclfast import __version__, models
+from mclfast.cli.main import main
 from mclfast.config import TrainConfig
 from mclfast.train.builder import build
 from mclfast.train.evaluation import accuracy
@@ -52,13 +54,6 @@ def folder(run: Trainer, tmp_path: Path) -> Path:
     """A copy of an export, to be damaged."""
     assert run.run_dir is not None
     return Path(shutil.copytree(run.run_dir / "peer0", tmp_path / "peer"))
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    description = json.loads((folder / DESCRIPTION).read_text())
-    description |= changes
-    description = {k: v for k, v in description.items() if v is not ...}
-    (folder / DESCRIPTION).write_text(json.dumps(description))
 
 
 @pytest.mark.parametrize("peer", [0, 1])
@@ -146,11 +141,13 @@ def test_no_weights(folder):
 
 
 def truncate(folder: Path, size: int) -> None:
+    edit(folder)
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:size])
 
 
 def other_tensors(folder: Path) -> None:
+    edit(folder)
     save_file({"a": torch.zeros(2)}, folder / WEIGHTS)
 
 
@@ -188,3 +185,127 @@ def test_unknown_network(folder):
     edit(folder, network="resnet9")
     with pytest.raises(ValueError, match="^export: expected a network .*, got 'resnet9'"):
         load_backbone(folder)
+
+
+def test_every_changed_byte_of_the_weights_is_found(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    for place in (0, 9, 200, len(content) // 2, len(content) - 5001, len(content) - 1):
+        changed = bytearray(content)
+        changed[place] ^= 0x40
+        (folder / WEIGHTS).write_bytes(changed)
+        with pytest.raises(ValueError, match="got: other content than weights_blake2b in backbone"):
+            load_backbone(folder)
+
+
+def test_a_changed_description_is_found(folder):
+    text = (folder / DESCRIPTION).read_text()
+    (folder / DESCRIPTION).write_text(
+        text.replace('"eval_batch_size": 100', '"eval_batch_size": 8')
+    )
+    with pytest.raises(ValueError, match="^export: expected .*backbone.json as it was written"):
+        load_backbone(folder)
+
+
+def test_weights_and_description_of_two_exports(run, folder):
+    shutil.copy(run.run_dir / "peer1" / WEIGHTS, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="got: other content than weights_blake2b"):
+        load_backbone(folder)
+
+
+def test_an_older_export_has_no_digest(run, folder):
+    edit(folder)
+    found = load_backbone(folder)
+    assert found.description == load_backbone(run.run_dir / "peer0").description
+
+
+def test_weights_have_the_mode_of_their_neighbours(run):
+    modes = {(run.run_dir / "peer0" / name).stat().st_mode for name in (WEIGHTS, DESCRIPTION)}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(folder, value):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["fc.bias"][3] = value
+    save_file(tensors, folder / WEIGHTS)
+    edit(folder)
+    with pytest.raises(ValueError, match="got: infinite or NaN values in fc.bias"):
+        load_backbone(folder)
+
+
+def test_logits_that_are_not_finite(run):
+    network = load_backbone(run.run_dir / "peer0").network
+    # Finite, and no variance: its root is NaN.
+    network.state_dict()["bn1.running_var"].fill_(-1)
+    with pytest.raises(FloatingPointError, match="^network: expected finite logits .*classifier 0"):
+        accuracy(network, run.data)
+
+
+@pytest.mark.parametrize("counts", [{"num_classes": 10**9}, {"in_channels": 10**9}])
+def test_false_sizes_are_refused_before_memory_is_taken(folder, counts):
+    edit(folder, **counts)
+    with pytest.raises(ValueError, match="got: no tensor of size 1000000000"):
+        load_backbone(folder)
+
+
+def header(text: bytes, more: bytes = b"") -> bytes:
+    return len(text).to_bytes(8, "little") + text + more
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(b"{}"),
+        header(b"[" * 1000),
+        header(
+            b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,4]}}', b"abcd"
+        ),
+        header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400000]}}', b"abcd"),
+        header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', b"abcd"),
+        header(b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}', b"abcd"),
+        (2**63).to_bytes(8, "little") + b"{}",
+        b"PK\x03\x04 an archive",
+    ],
+)
+def test_lying_headers(folder, content):
+    (folder / WEIGHTS).write_bytes(content)
+    edit(folder)
+    with pytest.raises(ValueError, match="^export: expected intact weights of resnet8") as error:
+        load_backbone(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_an_export_imports_nothing_from_the_current_folder(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "timm.py").write_text(f"open({str(tmp_path / 'trap')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    edit(folder, network="timm:resnet18")
+    for command in (["eval"], ["transfer", "--data", "digits"], ["transfer", "--published"]):
+        assert main([command[0], str(folder), *command[1:]]) == 2
+        error = capsys.readouterr().err
+        assert "got 'timm:resnet18'; " in error and "--allow-external" in error
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_batch_size": 0}, "expected an integer >= 1 as eval_batch_size in .*, got 0$"),
+        ({"eval_batch_size": True}, "expected an integer >= 1 as eval_batch_size in .*, got True$"),
+        ({"class_names": 10}, "expected a list of 1 or more, each text as class_names .*, got 10$"),
+        ({"class_names": [1, 2]}, "as class_names in .*, got .1, 2.$"),
+        ({"mean": "0.5"}, "as mean in .*, got '0.5'$"),
+        ({"std": [1e400]}, "as std in .*, got .inf.$"),
+        ({"std": ...}, r"expected std \(a list of .*\) in .*, got none$"),
+        ({"data": ["digits"]}, "expected text as data in "),
+        ({"data_root": 5}, "expected text or null as data_root in .*, got 5$"),
+        ({"train_per_class": 10**12}, "as train_per_class in .*, got 1000000000000$"),
+        ({"accuracy": "good"}, "expected a number >= 0 and <= 100 or null as .*'good'$"),
+    ],
+)
+def test_descriptions_that_lie(folder, capsys, changes, message):
+    edit(folder, **changes)
+    assert main(["eval", str(folder), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^mclfast eval: error: path: .*{message}", line)

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from helpers.exports import edit
 from helpers.torchvision_record import RECORD
 from mclfast import data, models
 from mclfast.cli.main import main
@@ -286,6 +287,7 @@ def test_a_resumed_command_equals_an_unbroken_one(tmp_path, capsys, mode):
     save_file(
         {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}, folder / WEIGHTS
     )
+    edit(folder)
     capsys.readouterr()
     assert main(["transfer", "--resume", str(broken), "--no-progress"]) == 0
     assert f"resnet8 of {folder}, {mode}: " in capsys.readouterr().out
@@ -335,16 +337,15 @@ def test_an_export_of_another_network_or_version(exported, tmp_path, capsys):
         return line
 
     folder = Path(shutil.copytree(exported, tmp_path / "peer0"))
-    about = json.loads((folder / "backbone.json").read_text())
-    (folder / "backbone.json").write_text(json.dumps(about | {"network": "resnet_of_2030"}))
+    edit(folder, network="resnet_of_2030")
     description = folder / "backbone.json"
     assert f"export: expected a network of mclfast.models in {description}, got " in error()
-    (folder / "backbone.json").write_text(json.dumps(about | {"network": "vgg16"}))
+    edit(folder, network="vgg16")
     # Without the hundreds of names that do not fit.
     line = error()
     assert "export: expected intact weights of vgg16" in line and len(line) < 500
     # What only eval needs is not asked for.
-    (folder / "backbone.json").write_text(json.dumps(about | {"mclfast": "0.0.1"}))
+    edit(folder, network="resnet8", mclfast="0.0.1")
     assert main(command(folder, tmp_path / "run", "--epochs", "1")) == 0
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mclfast._base.archives import damage_of, seal
 from mclfast._base.files import replacing
 from mclfast._base.optional import optional_import
 from mclfast.data.dataset import Dataset
@@ -253,14 +253,27 @@ def _index_places(folder: Path) -> list[Path]:
 def _load(place: Path, stamps: np.ndarray) -> dict[str, np.ndarray] | None:
     """Reads the index; None if it is absent, damaged or out of date."""
     try:
+        if not place.is_file() or damage_of(place) is not None:
+            return None
         with np.load(place, allow_pickle=False) as stored:
             if int(stored["version"]) != _VERSION or not np.array_equal(stored["stamps"], stamps):
                 return None
-            return {name: stored[name] for name in ("shard", *_COLUMNS)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            columns = {name: stored[name] for name in ("shard", *_COLUMNS)}
+    except (OSError, ValueError, TypeError, KeyError, EOFError):
         return None
+    return columns if _is_index(columns, len(stamps)) else None
+
+
+def _is_index(columns: dict[str, np.ndarray], shards: int) -> bool:
+    """Whether columns are such as :func:`_scan` gives for that many shards."""
+    count = columns["shard"].size
+    if not all(c.shape == (count,) and c.dtype.kind == "i" for c in columns.values()) or not count:
+        return False
+    return bool(columns["shard"].max() < shards) and all(c.min() >= 0 for c in columns.values())
 
 
 def _save(place: Path, stamps: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-    with replacing(place) as partial, partial.open("wb") as file:
-        np.savez(file, version=np.array(_VERSION), stamps=stamps, **columns)  # type: ignore[arg-type]
+    with replacing(place) as partial:
+        with partial.open("wb") as file:
+            np.savez(file, version=np.array(_VERSION), stamps=stamps, **columns)  # type: ignore[arg-type]
+        seal(partial)

@@ -1,0 +1,1 @@
+"""Long sweeps of faults: the suite runs a few of each, ``make nightly`` many."""

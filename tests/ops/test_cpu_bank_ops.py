@@ -36,8 +36,9 @@ def library_path() -> str:
     return loaded[0] if loaded else str(importlib.import_module("mclfast._C").__file__)
 
 
-# `make asan` must not test the ordinary build by mistake.
-assert os.environ.get("MCLFAST_SANITIZE") != "1" or "asan" in library_path()
+# `make asan` and `make tsan` must not test the ordinary build by mistake.
+KIND = {"1": "asan", "thread": "tsan"}.get(os.environ.get("MCLFAST_SANITIZE", ""), "")
+assert KIND in library_path()
 
 
 @dataclass

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
 
 from mclfast._base.random import RngState, rng_state, set_rng_state
 from mclfast.bilevel.dual_ops import ConvolutionTape, DualOps, RecordConvolutions, unpacked
+from mclfast.bilevel.forward_choice import ForwardChoice
+from mclfast.bilevel.nest import Nest
 from mclfast.bilevel.step import Params, Step, grad, inner_product, zeros_for_none
 
 Part = Callable[[Params], Any]
@@ -34,7 +36,7 @@ class NetworkFunctions(NamedTuple):
     """Networks as functions of the parameters.
 
     Attributes:
-        parts: functions that give outputs, any nest of tuples, lists and dictionaries with tensors.
+        parts: functions that give outputs, any nest that :class:`mclfast.bilevel.nest.Nest` takes.
         alone: whether the loss takes the outputs of a single part, not the list of all outputs.
     """
 
@@ -53,6 +55,7 @@ class SplitStep(Step):
         objective: function from the outputs to the loss.
         networks: functions that give the outputs.
         params: parameters before the step.
+        choice: says whether :meth:`product` may use forward mode; all steps of a call share it.
         tape: place to keep outputs of convolutions in :meth:`gradient` for :meth:`product`; used
             for a single part only.
     """
@@ -63,11 +66,13 @@ class SplitStep(Step):
         objective: Callable[[Any], Tensor],
         networks: NetworkFunctions,
         params: Params,
+        choice: ForwardChoice,
         tape: ConvolutionTape | None = None,
     ) -> None:
         super().__init__(argument, objective, params)
         self.parts = networks.parts
         self.alone = networks.alone
+        self.choice = choice
         self.tape = tape if len(self.parts) == 1 else None
         #: States of the generators before each part, and before the loss.
         self.states: list[RngState] = []
@@ -78,37 +83,51 @@ class SplitStep(Step):
     def _loss(self, outputs: list[Any]) -> Tensor:
         return self.objective(outputs[0] if self.alone else outputs)
 
-    def gradient(self) -> tuple[Tensor, list[Tensor]]:
+    def gradient(
+        self, hyperparams: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         graph = len(self.parts) == 1
         leaves = self.leaves()
+        wanted = [*leaves.values(), *hyperparams]
         outputs = []
-        for part in self.parts:
+        for j in range(len(self.parts)):
             self.states.append(rng_state())
             with torch.set_grad_enabled(graph), self._recording():
-                outputs.append(part(leaves if graph else self.params))
+                outputs.append(self._run(j, leaves) if graph else self.parts[j](self.params))
         self.states.append(rng_state())
         if graph:
             loss = self.checked(self._loss(outputs))
-            return loss.detach(), self.used(grad([loss], leaves.values()))
-        nests = [_Nest(values) for values in outputs]
+            return loss.detach(), *self.split(grad([loss], wanted), hyperparams)
+        nests = [Nest(values) for values in outputs]
         free, loss = self._loss_of(nests)
         after = rng_state()
-        cotangents = _divided(grad([loss], _joined(free)), free)
-        total: list[Tensor | None] = [None] * len(leaves)
-        for part, state, own in zip(self.parts, self.states, cotangents, strict=False):
-            set_rng_state(state)
-            total = _added(total, grad(_Nest(part(leaves)).tensors, leaves.values(), own))
+        found = grad([loss], [*_joined(free), *hyperparams])
+        cotangents = _divided(found, free)
+        count = len(found) - len(hyperparams)
+        total: list[Tensor | None] = [*[None] * len(leaves), *found[count:]]
+        for j, own in enumerate(cotangents):
+            set_rng_state(self.states[j])
+            total = _added(total, grad(Nest(self._run(j, leaves)).tensors, wanted, own))
         set_rng_state(after)
-        return loss.detach(), self.used(total)
+        return loss.detach(), *self.split(total, hyperparams)
+
+    def _run(self, part: int, leaves: Params) -> Any:
+        """Outputs of a part with a graph, which tells whether forward mode is right for it."""
+        with self.choice.watching(part):
+            outputs = self.parts[part](leaves)
+        self.choice.look(part, Nest(outputs).tensors)
+        return outputs
 
     def product(
         self, direction: Sequence[Tensor], hyperparams: Sequence[Tensor], *, with_params: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        try:
-            return self._forward_mode_product(direction, hyperparams, with_params)
-        except NotImplementedError:
-            # An operation of the networks has no rule for forward mode.
-            return super().product(direction, hyperparams, with_params=with_params)
+        if self.choice.allowed:
+            try:
+                return self._forward_mode_product(direction, hyperparams, with_params)
+            except (NotImplementedError, CheckpointError) as error:
+                # A checkpointed block is run again without its tangents.
+                self.choice.refuse(str(error).splitlines()[0])
+        return super().product(direction, hyperparams, with_params=with_params)
 
     def _forward_mode_product(
         self, direction: Sequence[Tensor], hyperparams: Sequence[Tensor], with_params: bool
@@ -141,7 +160,7 @@ class SplitStep(Step):
     def _recording(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.tape is None else RecordConvolutions(self.tape)
 
-    def _loss_of(self, nests: Sequence[_Nest]) -> tuple[list[list[Tensor]], Tensor]:
+    def _loss_of(self, nests: Sequence[Nest]) -> tuple[list[list[Tensor]], Tensor]:
         """The outputs as new leaves of autograd, and the loss computed from them."""
         free = [[t.detach().requires_grad_() for t in nest.tensors] for nest in nests]
         outputs = [nest.rebuilt(own) for nest, own in zip(nests, free, strict=True)]
@@ -163,37 +182,16 @@ class SplitStep(Step):
                 for (name, value), along in zip(leaves.items(), direction, strict=True)
             }
             with DualOps(self.tape):
-                nest = _Nest(self.parts[part](duals))
+                nest = Nest(self.parts[part](duals))
             pairs = [unpacked(t) for t in nest.tensors]
         return DualRun(leaves, nest, [value for value, _ in pairs], [t for _, t in pairs])
-
-
-class _Nest:
-    """Outputs of a part; ``tensors`` are its tensors that can have a gradient."""
-
-    def __init__(self, outputs: Any) -> None:
-        self._flat, self._spec = pytree.tree_flatten(outputs)
-        self._places = [
-            i for i, x in enumerate(self._flat) if isinstance(x, Tensor) and x.is_floating_point()
-        ]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self._flat[i] for i in self._places]
-
-    def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
-        """The same nest with other tensors."""
-        flat = list(self._flat)
-        for i, tensor in zip(self._places, tensors, strict=True):
-            flat[i] = tensor
-        return pytree.tree_unflatten(flat, self._spec)
 
 
 class DualRun(NamedTuple):
     """A part run in forward mode; a tangent is None if its value depends on no parameter."""
 
     leaves: Params
-    nest: _Nest
+    nest: Nest
     values: list[Tensor]
     tangents: list[Tensor | None]
 

@@ -10,7 +10,7 @@ its gradient loses the channels-last layout. All other operations keep PyTorch's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -304,7 +304,7 @@ def _instance_norm(
     return _made_dual(*dual_group_norm(x, x_t, x.shape[1], affine, eps))
 
 
-_NORMS = {
+_NORMS: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
     F.instance_norm: _instance_norm,

@@ -22,7 +22,7 @@ from mclfast.bilevel.forward_choice import ForwardChoice
 from mclfast.bilevel.known_ops import reads
 from mclfast.bilevel.param_vector import ParamVector
 from mclfast.bilevel.split_step import NetworkFunctions, Part, SplitStep
-from mclfast.bilevel.step import Step, grad
+from mclfast.bilevel.step import Step, grad, zeros_for_none
 from mclfast.bilevel.twice import named_refusals
 
 
@@ -187,10 +187,10 @@ def bilevel_gradient(
             adjoint.add_(u, weight_decay).add_(ParamVector(like, along))
             momentum_adjoint = u.mul_(momentum)
         if from_hyperparams:
-            more = grad(list(trained.values()), hyperparams, adjoint.tensors, retain_graph=True)
-            hyper_grads = [
-                a if b is None else a + b for a, b in zip(hyper_grads, more, strict=True)
-            ]
+            start = list(trained.values())
+            found = grad(start, hyperparams, adjoint.tensors, retain_graph=True)
+            more = zeros_for_none(found, hyperparams)
+            hyper_grads = [a + b for a, b in zip(hyper_grads, more, strict=True)]
 
     return BilevelResult(tuple(hyper_grads), tuple(losses[:inner_steps]), outer_loss)
 

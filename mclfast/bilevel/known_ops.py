@@ -19,15 +19,15 @@ from torch.overrides import TorchFunctionMode
 #: Operations by the names of their nodes in a graph of autograd, "ReluBackward0" for "Relu".
 FORWARD_MODE = frozenset(
     """
-    Abs AdaptiveAvgPool2D AdaptiveMaxPool2D Add Addcmul Addmm Alias Amax AsStrided AvgPool2D AvgPool3D Bmm Cat
-    Celu ChannelShuffle Clamp ClampMax ClampMin Clone ConstantPadNd Convolution Cos Div Elu Erf Exp
-    Expand Flip Gather Gelu Hardshrink Hardswish Hardtanh Im2Col Index IndexSelect LeakyRelu Lerp
-    LinalgVectorNorm Log LogSigmoid MaskedFill Max MaxPool2DWithIndices Maximum Mean Minimum Mish Mm
-    Mul Neg Permute PixelShuffle PixelUnshuffle Pow PreluKernel ReflectionPad2D Relu Repeat
-    ReplicationPad2D ReshapeAlias Roll Rsqrt Select Sigmoid Sign Silu Sin Slice Softplus Softshrink
-    Split SplitWithSizes Sqrt Squeeze Stack Std Sub Sum T Tanh Threshold ToCopy Transpose Unbind
-    UnsafeSplit UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest2D Var View
-    Where
+    Abs AdaptiveAvgPool2D AdaptiveMaxPool2D Add Addcmul Addmm Alias Amax AsStrided AvgPool2D
+    AvgPool3D Bmm Cat Celu ChannelShuffle Clamp ClampMax ClampMin Clone ConstantPadNd Convolution
+    Cos Div Elu Erf Exp Expand Flip Gather Gelu Hardshrink Hardswish Hardtanh Im2Col Index
+    IndexSelect LeakyRelu Lerp LinalgVectorNorm Log LogSigmoid MaskedFill Max MaxPool2DWithIndices
+    Maximum Mean Minimum Mish Mm Mul Neg Permute PixelShuffle PixelUnshuffle Pow PreluKernel
+    ReflectionPad2D Relu Repeat ReplicationPad2D ReshapeAlias Roll Rsqrt Select Sigmoid Sign Silu
+    Sin Slice Softplus Softshrink Split SplitWithSizes Sqrt Squeeze Stack Std Sub Sum T Tanh
+    Threshold ToCopy Transpose Unbind UnsafeSplit UnsafeView Unsqueeze UpsampleBicubic2D
+    UpsampleBilinear2D UpsampleNearest2D Var View Where
     """.split()
 )
 #: Functions whose forward-mode rule is one of this package.
@@ -95,7 +95,9 @@ def reads(outputs: Iterable[Tensor], tensors: Sequence[Tensor]) -> bool:
 
 def _edges(outputs: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
     """Every node behind the outputs with each number of its outputs that is used."""
-    waiting = [(o.grad_fn, o.output_nr) for o in outputs if o.grad_fn is not None]
+    waiting: list[tuple[Any, int]] = [
+        (o.grad_fn, o.output_nr) for o in outputs if o.grad_fn is not None
+    ]
     seen = set(waiting)
     while waiting:
         edge = waiting.pop()

@@ -23,12 +23,27 @@ _MISSING = re.compile(
 )
 
 
+class MissingDerivative(NotImplementedError):
+    """An operation cannot be differentiated twice.
+
+    Args:
+        operation: its name, or the error of PyTorch where that has none.
+    """
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(
+            "inner, outer, network: expected operations that can be differentiated twice, got "
+            f"{operation}"
+        )
+        self.operation = operation
+
+
 @contextmanager
 def named_refusals() -> Iterator[None]:
     """Errors of PyTorch on a missing second derivative become one that names the operation.
 
     Raises:
-        NotImplementedError: an operation in the block cannot be differentiated twice.
+        MissingDerivative: an operation in the block cannot be differentiated twice.
     """
     try:
         yield
@@ -37,13 +52,11 @@ def named_refusals() -> Iterator[None]:
         if found is None:
             raise
         name = found["name"] or found["custom"] or f"one ({str(error).splitlines()[0]})"
-        raise NotImplementedError(
-            f"network: expected operations that can be differentiated twice, got {name}"
-        ) from error
+        raise MissingDerivative(name) from error
 
 
 def check_twice(network: Callable[[Any], Any], params: Mapping[str, Tensor]) -> None:
-    """Raises NotImplementedError where an operation of a network cannot be differentiated twice.
+    """Raises MissingDerivative where an operation of a network cannot be differentiated twice.
 
     A graph of operations that are known is not differentiated.
 

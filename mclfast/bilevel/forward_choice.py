@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mclfast.bilevel.known_ops import RecordNorms, reads, unknown_operations
+from mclfast.bilevel.known_ops import INEXACT, RecordNorms, reads, unknown_operations
 
 _LOG = logging.getLogger(__name__)
 #: What was said already; a run says it once, not at each of its bilevel steps.
@@ -43,20 +43,30 @@ class ForwardChoice:
         self._unseen.discard(part)
         # Whatever keeps nodes is dropped here, or the graph would live on.
         norms, self._norms = self._norms.nodes, None
-        if unknown := unknown_operations(outputs, norms):
+        unknown = unknown_operations(outputs, norms)
+        if unknown:
             self.refuse(
                 f"no forward-mode rule is known to be right for {', '.join(sorted(unknown))}"
             )
         if reads(outputs, self._hyperparams):
             self.refuse("the network reads hyperparameters")
+        for operation in sorted(unknown & INEXACT.keys()):
+            _say(
+                "bilevel gradient as of the unrolled steps, which is not exact: %s",
+                INEXACT[operation],
+            )
 
     def refuse(self, reason: str) -> None:
         """Takes the plain product from now on, and says why."""
         self.allowed = False
-        if reason not in _said:
-            _said.add(reason)
-            _LOG.warning(
-                "bilevel gradient by plain double backward, which takes more time and memory than "
-                "forward mode: %s",
-                reason,
-            )
+        _say(
+            "bilevel gradient by plain double backward, which takes more time and memory than "
+            "forward mode: %s",
+            reason,
+        )
+
+
+def _say(text: str, reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        _LOG.warning(text, reason)

@@ -77,7 +77,9 @@ def bilevel_gradient(
     are known to be right (:mod:`mclfast.bilevel.known_ops`; attention is not among them), and if no
     network reads ``hyperparams``. Otherwise X is differentiated as without ``network``, and a line
     in the log of ``mclfast.bilevel`` says why. Attention of PyTorch is computed by its plain
-    operations, because the fused ones cannot be differentiated twice.
+    operations, because the fused ones cannot be differentiated twice. PyTorch's second derivative
+    of ``weight_norm`` is wrong, and with it the gradient through unrolled steps, this one too; the
+    log says so.
 
     The outer loss may depend on ``hyperparams`` directly too. Hyperparameters may be among the
     parameters or lead to them, as learned initial values do: the gradient then goes on through

@@ -30,6 +30,11 @@ FORWARD_MODE = frozenset(
     UpsampleBilinear2D UpsampleNearest2D Var View Where
     """.split()
 )
+#: Operations whose second derivative in PyTorch is wrong, in plain double backward too.
+INEXACT = {
+    "WeightNormInterface": "PyTorch takes the norm in weight_norm for a constant when it "
+    "differentiates the gradient"
+}
 #: Functions whose forward-mode rule is one of this package.
 NORMS = (F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm)
 _NORM_NODES = {"CudnnBatchNorm", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm"}

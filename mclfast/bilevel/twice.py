@@ -19,7 +19,8 @@ from mclfast.bilevel.step import grad, inner_product
 _MISSING = re.compile(
     r"derivative for '?(?:aten::)?(?P<name>\w+?)(?:_backward)?'? is not implemented"
     r"|no autograd formula registered for (?P<custom>[\w:.]+)"
-    r"|(?P<once>once_differentiable|does not (?:currently )?support double backward)"
+    r"|(?P<once>once_differentiable|does not (?:currently )?support double backward"
+    r"|don't support automatic differentiation)"
 )
 
 

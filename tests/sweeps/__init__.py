@@ -1,0 +1,1 @@
+"""Long sweeps, which the test suite runs with a small count."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -83,8 +84,24 @@ def unknown_operations(outputs: Iterable[Tensor], norms: set[Any]) -> set[str]:
     return {
         operation(node)
         for node, _ in _edges(outputs)
-        if not (operation(node) in FORWARD_MODE or node in norms or hasattr(node, "variable"))
+        if not (
+            operation(node) in FORWARD_MODE
+            or node in norms
+            or hasattr(node, "variable")
+            or _is_linear(node)
+        )
     }
+
+
+def _is_linear(node: Any) -> bool:
+    """Whether a node is of a ``torch.autograd.Function`` with a rule that no value goes into.
+
+    A rule of forward mode that reads what the function has saved may take it for a constant.
+    """
+    function = getattr(node, "_forward_cls", None)
+    if function is None or function.jvp is torch.autograd.Function.jvp:
+        return False
+    return not node.saved_tensors and not any(isinstance(v, Tensor) for v in vars(node).values())
 
 
 def reads(outputs: Iterable[Tensor], tensors: Sequence[Tensor]) -> bool:

@@ -173,6 +173,45 @@ def test_hyperparameters_read_by_the_network(
     assert [r.getMessage() for r in caplog.records if "reads hyperparameters" in r.getMessage()]
 
 
+class Double(torch.autograd.Function):
+    """Linear, with a rule for forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 2 * tangent
+
+
+class Square(torch.autograd.Function):
+    """Its rule for forward mode takes the value that it saved for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.value = x.detach().clone()
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 2 * ctx.value * tangent
+
+
+def test_functions_with_a_rule_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    assert Problem(lambda x: Double.apply(x).tanh()).check(monkeypatch) == 3
+    assert Problem(lambda x: Square.apply(x).tanh()).check(monkeypatch) == 0
+
+
 def test_blocks_that_are_run_again_for_their_gradient(monkeypatch: pytest.MonkeyPatch):
     """The second run of a checkpointed block knows no tangents."""
     block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Tanh())

@@ -28,6 +28,8 @@ class ForwardChoice:
         self._hyperparams = hyperparams
         self._unseen = set(range(parts))
         self._norms: RecordNorms | None = None
+        #: Whether a network depends on hyperparameters, and not on its parameters alone.
+        self.reads_hyperparams = False
         #: Whether the products may go through the networks in forward mode.
         self.allowed = True
 
@@ -49,10 +51,11 @@ class ForwardChoice:
                 f"no forward-mode rule is known to be right for {', '.join(sorted(unknown))}"
             )
         if reads(outputs, self._hyperparams):
+            self.reads_hyperparams = True
             self.refuse("the network reads hyperparameters")
         for operation in sorted(unknown & INEXACT.keys()):
             _say(
-                "bilevel gradient as of the unrolled steps, which is not exact: %s",
+                "bilevel gradient equal to that of unrolled steps, which is not exact: %s",
                 INEXACT[operation],
             )
 

@@ -7,7 +7,8 @@ l = dL/do and m = (d2L/do2) J u held constant, its gradient is
     for phi     <d2L/(do dphi), J u>, without another pass through the networks
     for theta   the gradient of <l, J u> + <m, o>, one backward pass through values and tangents
 
-A gradient of the gradient would differentiate the backward pass of every layer instead.
+A gradient of the gradient would differentiate the backward pass of every layer instead. It serves
+where forward mode does not; of several networks, one at a time then too.
 """
 
 from __future__ import annotations
@@ -123,18 +124,28 @@ class SplitStep(Step):
     ) -> tuple[list[Tensor], list[Tensor]]:
         if self.choice.allowed:
             try:
-                return self._forward_mode_product(direction, hyperparams, with_params)
+                return self._split_product(direction, hyperparams, with_params, forward=True)
             except (NotImplementedError, CheckpointError) as error:
                 # A checkpointed block is run again without its tangents.
                 self.choice.refuse(str(error).splitlines()[0])
+        if len(self.parts) > 1 and not self.choice.reads_hyperparams:
+            return self._split_product(direction, hyperparams, with_params, forward=False)
         return super().product(direction, hyperparams, with_params=with_params)
 
-    def _forward_mode_product(
-        self, direction: Sequence[Tensor], hyperparams: Sequence[Tensor], with_params: bool
+    def _split_product(
+        self,
+        direction: Sequence[Tensor],
+        hyperparams: Sequence[Tensor],
+        with_params: bool,
+        forward: bool,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        graph = with_params and len(self.parts) == 1
+        """The product with the loss apart; the parts by forward mode or by double backward."""
+        graph = forward and with_params and len(self.parts) == 1
         places = range(len(self.parts))
-        runs = [self.dual_run(j, direction, graph) for j in places]
+        runs = [
+            self.dual_run(j, direction, graph) if forward else self.reverse_run(j, direction)
+            for j in places
+        ]
         tangents = [run.tangents for run in runs]
         set_rng_state(self.states[-1])
         free, loss = self._loss_of([run.nest for run in runs])
@@ -151,9 +162,12 @@ class SplitStep(Step):
         del first, along, loss
         total: list[Tensor | None] = [None] * len(self.params)
         for j in places:
-            cotangents = [*of_values[j], *of_tangents[j]]
-            # The run gets no name, so that its graph is freed before the next one is made.
-            grads = (runs[j] if graph else self.dual_run(j, direction, True)).grad(cotangents)
+            if forward:
+                cotangents = [*of_values[j], *of_tangents[j]]
+                # The run gets no name, so that its graph is freed before the next one is made.
+                grads = (runs[j] if graph else self.dual_run(j, direction, True)).grad(cotangents)
+            else:
+                grads = self.reverse_grad(j, direction, of_values[j], of_tangents[j])
             total = _added(total, grads)
         return self.filled(total), for_hyperparams
 
@@ -185,6 +199,36 @@ class SplitStep(Step):
                 nest = Nest(self.parts[part](duals))
             pairs = [unpacked(t) for t in nest.tensors]
         return DualRun(leaves, nest, [value for value, _ in pairs], [t for _, t in pairs])
+
+    def reverse_run(self, part: int, direction: Sequence[Tensor]) -> DualRun:
+        """Values and tangents of a part without forward mode, and without a graph.
+
+        A backward pass with cotangents c is linear in c: the gradient of <J^T c, u> for c is J u,
+        for any c.
+        """
+        set_rng_state(self.states[part])
+        leaves = self.leaves()
+        nest = Nest(self.parts[part](leaves))
+        cotangents = [torch.zeros_like(o, requires_grad=True) for o in nest.tensors]
+        backward = grad(nest.tensors, leaves.values(), cotangents, create_graph=True)
+        tangents = grad([inner_product(backward, direction)], cotangents)
+        values = [o.detach() for o in nest.tensors]
+        return DualRun(leaves, Nest(nest.rebuilt(values)), values, tangents)
+
+    def reverse_grad(
+        self,
+        part: int,
+        direction: Sequence[Tensor],
+        of_values: Sequence[Tensor | None],
+        of_tangents: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Gradient for the parameters from the cotangents of values and tangents of a part."""
+        set_rng_state(self.states[part])
+        leaves = self.leaves()
+        outputs = Nest(self.parts[part](leaves)).tensors
+        backward = grad(outputs, leaves.values(), of_tangents, create_graph=True)
+        sums = [inner_product(backward, direction), inner_product(outputs, of_values)]
+        return grad(sums, leaves.values())
 
 
 class DualRun(NamedTuple):

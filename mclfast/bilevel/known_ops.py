@@ -20,11 +20,11 @@ from torch.overrides import TorchFunctionMode
 #: Operations by the names of their nodes in a graph of autograd, "ReluBackward0" for "Relu".
 FORWARD_MODE = frozenset(
     """
-    Abs AdaptiveAvgPool2D AdaptiveMaxPool2D Add Addcmul Addmm Alias Amax AsStrided AvgPool2D
-    AvgPool3D Bmm Cat Celu ChannelShuffle Clamp ClampMax ClampMin Clone ConstantPadNd Convolution
-    Cos Div Elu Erf Exp Expand Flip Gather Gelu Hardshrink Hardswish Hardtanh Im2Col Index
-    IndexSelect LeakyRelu Lerp LinalgVectorNorm Log LogSigmoid MaskedFill Max MaxPool2DWithIndices
-    Maximum Mean Minimum Mish Mm Mul Neg Permute PixelShuffle PixelUnshuffle Pow PreluKernel
+    Abs AdaptiveAvgPool2D AdaptiveMaxPool2D Add Addcmul Addmm Amax AsStrided AvgPool2D AvgPool3D Bmm
+    Cat Celu ChannelShuffle Clamp ClampMax ClampMin Clone ConstantPadNd Convolution Cos Div Elu Erf
+    Exp Expand Flip Gather Gelu Hardshrink Hardswish Hardtanh Im2Col Index IndexSelect LeakyRelu
+    Lerp LinalgVectorNorm Log LogSigmoid MaskedFill Max MaxPool2DWithIndices Maximum Mean Minimum
+    Mish Mm Mul NativeDropout Neg Permute PixelShuffle PixelUnshuffle Pow PreluKernel
     ReflectionPad2D Relu Repeat ReplicationPad2D ReshapeAlias Roll Rsqrt Select Sigmoid Sign Silu
     Sin Slice Softplus Softshrink Split SplitWithSizes Sqrt Squeeze Stack Std Sub Sum T Tanh
     Threshold ToCopy Transpose Unbind UnsafeSplit UnsafeView Unsqueeze UpsampleBicubic2D

@@ -74,6 +74,37 @@ class Own(nn.Module):
         return self.function(x)
 
 
+def _written(x: Tensor) -> Tensor:
+    y = x * 2
+    y[:, 0] = x[:, 1] * x[:, 2]
+    return y
+
+
+#: Functions of maps, as networks call them between their layers.
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "squeeze and excitation": lambda x: x * x.mean((2, 3), True).sigmoid(),
+    "cut and join": lambda x: torch.cat([x[:, :2], x.chunk(2, 1)[1] ** 2], 1),
+    "write into": _written,
+    "addcmul": lambda x: torch.addcmul(x, x, x.cos()),
+    "amax": lambda x: x.amax((2, 3)),
+    "clamp": lambda x: x.clamp(-0.3, 0.3) * x.clamp(min=-0.5) + x.clamp_max(0.4),
+    "exp and log": lambda x: (x.exp() + 1).log(),
+    "flip and roll": lambda x: x.flip(2) * x.roll(1, 3),
+    "gather": lambda x: x.gather(1, torch.zeros(4, 2, 4, 4).long()) * x[:, [0, 2]],
+    "index_select": lambda x: x.index_select(1, torch.tensor([0, 2])).square(),
+    "lerp": lambda x: torch.lerp(x, x.sin(), 0.3),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "masked_fill": lambda x: x.masked_fill(x > 0.5, 0.0).erf(),
+    "max": lambda x: x.max(1).values * torch.minimum(x, x.sin())[:, 0],
+    "maximum": lambda x: torch.maximum(x, x.square()),
+    "native_dropout": lambda x: torch.native_dropout(x, 0.3, True)[0],
+    "normalize": lambda x: nn.functional.normalize(x, dim=1),
+    "sqrt and where": lambda x: torch.where(x > 0, (x.square() + 1).sqrt(), x.tanh()),
+    "to": lambda x: x.to(torch.float64, copy=True).square(),
+    "var and std": lambda x: x.var((2, 3)) * x.std((2, 3)),
+}
+
+
 def _cases() -> dict[str, tuple[str, Callable[[], nn.Module]]]:
     found: dict[str, tuple[str, Callable[[], nn.Module]]] = {}
 
@@ -225,20 +256,9 @@ def _cases() -> dict[str, tuple[str, Callable[[], nn.Module]]]:
         "map",
         lambda: nn.Conv2d(4, 4, 3, padding="same", groups=2, dilation=2, padding_mode="reflect"),
     )
-    add("squeeze and excitation", "map", lambda: Own(lambda x: x * x.mean((2, 3), True).sigmoid()))
-    add(
-        "cut and join",
-        "map",
-        lambda: Own(lambda x: torch.cat([x[:, :2], x.chunk(2, 1)[1] ** 2], 1)),
-    )
-    add("write into", "map", lambda: Own(_written))
+    for name, function in FUNCTIONS.items():
+        add(name, "map", lambda function=function: Own(function))
     return found
-
-
-def _written(x: Tensor) -> Tensor:
-    y = x * 2
-    y[:, 0] = x[:, 1] * x[:, 2]
-    return y
 
 
 #: For each layer, the view of its input and a function that makes it.

@@ -61,8 +61,9 @@ class RecordNorms(TorchFunctionMode):
         if func in NORMS:
             node = output.grad_fn
             for _ in range(_NODES_AFTER_A_NORM):
-                if node is None or operation(node) in _NORM_NODES:
+                if node is not None and operation(node) in _NORM_NODES:
                     self.nodes.add(node)
+                if node is None or node in self.nodes or not node.next_functions:
                     break
                 node = node.next_functions[0][0]
         return output

@@ -128,15 +128,15 @@ def test_every_memory_mode_equals_the_unrolled_steps(layer: str, mode: str):
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("mode", ["ordinary", "sequential"])
+@pytest.mark.parametrize("mode", ["ordinary", "sequential", "offload"])
 def test_frozen_parameters_take_no_part(mode: str):
-    def frozen() -> TrainStep:
-        step = make_step(lambda: nn.BatchNorm2d(4), **MODES[mode])
+    def frozen(**settings: Any) -> TrainStep:
+        step = make_step(lambda: nn.BatchNorm2d(4), **settings)
         for parameter in step.cohort.peers[0].parameters():
             parameter.requires_grad_(False)
         return step
 
-    step = frozen()
+    step = frozen(**MODES[mode])
     images, labels = batch()
     want = expected(frozen(), images, labels)
     step.bilevel(images, labels)
@@ -145,6 +145,12 @@ def test_frozen_parameters_take_no_part(mode: str):
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-11)
     other = expected(make_step(lambda: nn.BatchNorm2d(4)), images, labels)
     assert not torch.allclose(found[0], other[0], rtol=1e-6)
+    # Nor in ordinary steps, in spite of weight decay.
+    before = {name: p.detach().clone() for name, p in step.cohort.named_parameters()}
+    step(images, labels)
+    step.wait()
+    for name, parameter in step.cohort.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
 @pytest.mark.parametrize("mode", ["ordinary", "sequential", "offload"])

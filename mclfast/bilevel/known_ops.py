@@ -1,4 +1,4 @@
-"""What the graph of a network tells: its operations, and the tensors that it reads.
+"""The operations in the graph of a network, and the tensors that it reads.
 
 A rule of PyTorch for forward mode need not be right once it is differentiated again: some read
 saved statistics as constants, and others fail. So forward mode serves a network only if all of its

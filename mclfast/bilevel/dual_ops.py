@@ -1,14 +1,16 @@
-"""Forward-mode rules that are cheap to differentiate again: convolution, batch normalisation, ReLU.
+"""Forward-mode rules of this package: convolution, normalisations, ReLU.
 
 PyTorch's own rule for batch normalisation is a chain of some thirty elementwise operations, whose
 graph keeps most of its intermediates. Here value and tangent are computed together, and their
-backward pass is written out. PyTorch's rule for ReLU in place copies the tangent, and its gradient
-loses the channels-last layout. All other operations keep PyTorch's rules.
+backward pass is written out. The other normalisations have rules here because those of PyTorch are
+wrong once they are differentiated again. PyTorch's rule for ReLU in place copies the tangent, and
+its gradient loses the channels-last layout. All other operations keep PyTorch's rules;
+:mod:`mclfast.bilevel.known_ops` says which of them are right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mclfast.bilevel.dual_batch_norm import Running, dual_batch_norm
+from mclfast.bilevel.dual_norms import Affine, dual_group_norm, dual_layer_norm
 
 _AXES = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _RELU_IN_PLACE = {torch.relu_, torch.Tensor.relu_}
@@ -66,7 +69,7 @@ class RecordConvolutions(TorchFunctionMode):
 
 
 class DualOps(TorchFunctionMode):
-    """Mode that takes over convolution, batch normalisation and in-place ReLU of dual tensors.
+    """Mode that takes over convolutions, normalisations and in-place ReLU of dual tensors.
 
     Args:
         tape: outputs of an earlier forward pass with the same calls and values; None to compute
@@ -90,8 +93,8 @@ class DualOps(TorchFunctionMode):
             recorded = None if self.tape is None else self.tape.take(self.calls)
             self.calls += 1
             return _convolution(func, recorded, *args, **kwargs)
-        if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
+        if (norm := _NORMS.get(func)) is not None:
+            return norm(*args, **kwargs)
         if func in _RELU_IN_PLACE:
             return _ReLUInPlace.apply(*args)
         if func is F.relu:
@@ -108,6 +111,12 @@ def unpacked(x: Tensor) -> tuple[Tensor, Tensor | None]:
     value, tangent = forward_ad.unpack_dual(x)
     # Some rules of PyTorch give a wider tangent under autocast.
     return value, None if tangent is None else tangent.to(value.dtype)
+
+
+def _with_tangent(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and tangent; zeros for the tangent of a tensor that depends on no parameter."""
+    value, tangent = unpacked(x)
+    return value, torch.zeros_like(value) if tangent is None else tangent
 
 
 def _made_dual(value: Tensor, tangent: Tensor) -> Tensor:
@@ -242,12 +251,71 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    x, x_t = unpacked(input)
-    if not training or x_t is None:
+    if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    x, x_t = _with_tangent(input)
     running = Running(running_mean, running_var, momentum)
     value, tangent = dual_batch_norm(x, x_t, *_unpacked(weight), *_unpacked(bias), running, eps)
     return _made_dual(value, tangent)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    affine = Affine(*_unpacked(weight), *_unpacked(bias))
+    found = dual_layer_norm(*_with_tangent(_cast(input)), normalized_shape, affine, eps)
+    return _made_dual(*found)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    affine = Affine(*_unpacked(weight), *_unpacked(bias))
+    return _made_dual(*dual_group_norm(*_with_tangent(_cast(input)), num_groups, affine, eps))
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    x, x_t = _with_tangent(input)
+    if running_mean is not None:
+        with torch.no_grad():
+            F.instance_norm(x, running_mean, running_var, momentum=momentum, eps=eps)
+    affine = Affine(*_unpacked(weight), *_unpacked(bias))
+    return _made_dual(*dual_group_norm(x, x_t, x.shape[1], affine, eps))
+
+
+_NORMS: dict[Any, Callable[..., Tensor]] = {
+    F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    F.layer_norm: _layer_norm,
+}
+
+
+def _cast(input: Tensor) -> Tensor:
+    """The input as autocast of a GPU has it for these norms, in float32."""
+    cast = input.is_cuda and torch.is_autocast_enabled("cuda")
+    return input.float() if cast else input
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:

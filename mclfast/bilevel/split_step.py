@@ -7,7 +7,8 @@ l = dL/do and m = (d2L/do2) J u held constant, its gradient is
     for phi     <d2L/(do dphi), J u>, without another pass through the networks
     for theta   the gradient of <l, J u> + <m, o>, one backward pass through values and tangents
 
-A gradient of the gradient would differentiate the backward pass of every layer instead.
+A gradient of the gradient would differentiate the backward pass of every layer instead. It serves
+where forward mode does not; of several networks, one at a time then too.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
 
 from mclfast._base.random import RngState, rng_state, set_rng_state
 from mclfast.bilevel.dual_ops import ConvolutionTape, DualOps, RecordConvolutions, unpacked
+from mclfast.bilevel.forward_choice import ForwardChoice
+from mclfast.bilevel.nest import Nest
 from mclfast.bilevel.step import Params, Step, grad, inner_product, zeros_for_none
 
 Part = Callable[[Params], Any]
@@ -34,7 +37,7 @@ class NetworkFunctions(NamedTuple):
     """Networks as functions of the parameters.
 
     Attributes:
-        parts: functions that give outputs, any nest of tuples, lists and dictionaries with tensors.
+        parts: functions that give outputs, any nest that :class:`mclfast.bilevel.nest.Nest` takes.
         alone: whether the loss takes the outputs of a single part, not the list of all outputs.
     """
 
@@ -53,6 +56,7 @@ class SplitStep(Step):
         objective: function from the outputs to the loss.
         networks: functions that give the outputs.
         params: parameters before the step.
+        choice: says whether :meth:`product` may use forward mode; all steps of a call share it.
         tape: place to keep outputs of convolutions in :meth:`gradient` for :meth:`product`; used
             for a single part only.
     """
@@ -63,11 +67,13 @@ class SplitStep(Step):
         objective: Callable[[Any], Tensor],
         networks: NetworkFunctions,
         params: Params,
+        choice: ForwardChoice,
         tape: ConvolutionTape | None = None,
     ) -> None:
         super().__init__(argument, objective, params)
         self.parts = networks.parts
         self.alone = networks.alone
+        self.choice = choice
         self.tape = tape if len(self.parts) == 1 else None
         #: States of the generators before each part, and before the loss.
         self.states: list[RngState] = []
@@ -78,44 +84,68 @@ class SplitStep(Step):
     def _loss(self, outputs: list[Any]) -> Tensor:
         return self.objective(outputs[0] if self.alone else outputs)
 
-    def gradient(self) -> tuple[Tensor, list[Tensor]]:
+    def gradient(
+        self, hyperparams: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         graph = len(self.parts) == 1
         leaves = self.leaves()
+        wanted = [*leaves.values(), *hyperparams]
         outputs = []
-        for part in self.parts:
+        for j in range(len(self.parts)):
             self.states.append(rng_state())
             with torch.set_grad_enabled(graph), self._recording():
-                outputs.append(part(leaves if graph else self.params))
+                outputs.append(self._run(j, leaves) if graph else self.parts[j](self.params))
         self.states.append(rng_state())
         if graph:
             loss = self.checked(self._loss(outputs))
-            return loss.detach(), self.used(grad([loss], leaves.values()))
-        nests = [_Nest(values) for values in outputs]
+            return loss.detach(), *self.split(grad([loss], wanted), hyperparams)
+        nests = [Nest(values) for values in outputs]
         free, loss = self._loss_of(nests)
         after = rng_state()
-        cotangents = _divided(grad([loss], _joined(free)), free)
-        total: list[Tensor | None] = [None] * len(leaves)
-        for part, state, own in zip(self.parts, self.states, cotangents, strict=False):
-            set_rng_state(state)
-            total = _added(total, grad(_Nest(part(leaves)).tensors, leaves.values(), own))
+        found = grad([loss], [*_joined(free), *hyperparams])
+        cotangents = _divided(found, free)
+        count = len(found) - len(hyperparams)
+        total: list[Tensor | None] = [*[None] * len(leaves), *found[count:]]
+        for j, own in enumerate(cotangents):
+            set_rng_state(self.states[j])
+            total = _added(total, grad(Nest(self._run(j, leaves)).tensors, wanted, own))
         set_rng_state(after)
-        return loss.detach(), self.used(total)
+        return loss.detach(), *self.split(total, hyperparams)
+
+    def _run(self, part: int, leaves: Params) -> Any:
+        """Outputs of a part with a graph, which tells whether forward mode is right for it."""
+        with self.choice.watching(part):
+            outputs = self.parts[part](leaves)
+        self.choice.look(part, Nest(outputs).tensors)
+        return outputs
 
     def product(
         self, direction: Sequence[Tensor], hyperparams: Sequence[Tensor], *, with_params: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        try:
-            return self._forward_mode_product(direction, hyperparams, with_params)
-        except NotImplementedError:
-            # An operation of the networks has no rule for forward mode.
-            return super().product(direction, hyperparams, with_params=with_params)
+        if self.choice.allowed:
+            try:
+                return self._split_product(direction, hyperparams, with_params, forward=True)
+            except (NotImplementedError, CheckpointError) as error:
+                # A checkpointed block is run again without its tangents.
+                self.choice.refuse(str(error).splitlines()[0])
+        if len(self.parts) > 1 and not self.choice.reads_hyperparams:
+            return self._split_product(direction, hyperparams, with_params, forward=False)
+        return super().product(direction, hyperparams, with_params=with_params)
 
-    def _forward_mode_product(
-        self, direction: Sequence[Tensor], hyperparams: Sequence[Tensor], with_params: bool
+    def _split_product(
+        self,
+        direction: Sequence[Tensor],
+        hyperparams: Sequence[Tensor],
+        with_params: bool,
+        forward: bool,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        graph = with_params and len(self.parts) == 1
+        """The product with the loss apart; the parts by forward mode or by double backward."""
+        graph = forward and with_params and len(self.parts) == 1
         places = range(len(self.parts))
-        runs = [self.dual_run(j, direction, graph) for j in places]
+        runs = [
+            self.dual_run(j, direction, graph) if forward else self.reverse_run(j, direction)
+            for j in places
+        ]
         tangents = [run.tangents for run in runs]
         set_rng_state(self.states[-1])
         free, loss = self._loss_of([run.nest for run in runs])
@@ -132,16 +162,19 @@ class SplitStep(Step):
         del first, along, loss
         total: list[Tensor | None] = [None] * len(self.params)
         for j in places:
-            cotangents = [*of_values[j], *of_tangents[j]]
-            # The run gets no name, so that its graph is freed before the next one is made.
-            grads = (runs[j] if graph else self.dual_run(j, direction, True)).grad(cotangents)
+            if forward:
+                cotangents = [*of_values[j], *of_tangents[j]]
+                # The run gets no name, so that its graph is freed before the next one is made.
+                grads = (runs[j] if graph else self.dual_run(j, direction, True)).grad(cotangents)
+            else:
+                grads = self.reverse_grad(j, direction, of_values[j], of_tangents[j])
             total = _added(total, grads)
         return self.filled(total), for_hyperparams
 
     def _recording(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.tape is None else RecordConvolutions(self.tape)
 
-    def _loss_of(self, nests: Sequence[_Nest]) -> tuple[list[list[Tensor]], Tensor]:
+    def _loss_of(self, nests: Sequence[Nest]) -> tuple[list[list[Tensor]], Tensor]:
         """The outputs as new leaves of autograd, and the loss computed from them."""
         free = [[t.detach().requires_grad_() for t in nest.tensors] for nest in nests]
         outputs = [nest.rebuilt(own) for nest, own in zip(nests, free, strict=True)]
@@ -163,37 +196,46 @@ class SplitStep(Step):
                 for (name, value), along in zip(leaves.items(), direction, strict=True)
             }
             with DualOps(self.tape):
-                nest = _Nest(self.parts[part](duals))
+                nest = Nest(self.parts[part](duals))
             pairs = [unpacked(t) for t in nest.tensors]
         return DualRun(leaves, nest, [value for value, _ in pairs], [t for _, t in pairs])
 
+    def reverse_run(self, part: int, direction: Sequence[Tensor]) -> DualRun:
+        """Values and tangents of a part without forward mode, and without a graph.
 
-class _Nest:
-    """Outputs of a part; ``tensors`` are its tensors that can have a gradient."""
+        A backward pass with cotangents c is linear in c: the gradient of <J^T c, u> for c is J u,
+        for any c.
+        """
+        set_rng_state(self.states[part])
+        leaves = self.leaves()
+        nest = Nest(self.parts[part](leaves))
+        cotangents = [torch.zeros_like(o, requires_grad=True) for o in nest.tensors]
+        backward = grad(nest.tensors, leaves.values(), cotangents, create_graph=True)
+        tangents = grad([inner_product(backward, direction)], cotangents)
+        values = [o.detach() for o in nest.tensors]
+        return DualRun(leaves, Nest(nest.rebuilt(values)), values, tangents)
 
-    def __init__(self, outputs: Any) -> None:
-        self._flat, self._spec = pytree.tree_flatten(outputs)
-        self._places = [
-            i for i, x in enumerate(self._flat) if isinstance(x, Tensor) and x.is_floating_point()
-        ]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self._flat[i] for i in self._places]
-
-    def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
-        """The same nest with other tensors."""
-        flat = list(self._flat)
-        for i, tensor in zip(self._places, tensors, strict=True):
-            flat[i] = tensor
-        return pytree.tree_unflatten(flat, self._spec)
+    def reverse_grad(
+        self,
+        part: int,
+        direction: Sequence[Tensor],
+        of_values: Sequence[Tensor | None],
+        of_tangents: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Gradient for the parameters from the cotangents of values and tangents of a part."""
+        set_rng_state(self.states[part])
+        leaves = self.leaves()
+        outputs = Nest(self.parts[part](leaves)).tensors
+        backward = grad(outputs, leaves.values(), of_tangents, create_graph=True)
+        sums = [inner_product(backward, direction), inner_product(outputs, of_values)]
+        return grad(sums, leaves.values())
 
 
 class DualRun(NamedTuple):
     """A part run in forward mode; a tangent is None if its value depends on no parameter."""
 
     leaves: Params
-    nest: _Nest
+    nest: Nest
     values: list[Tensor]
     tangents: list[Tensor | None]
 

@@ -33,11 +33,22 @@ class Step:
         """The objective as a function of the parameters."""
         return self.objective(params)
 
-    def gradient(self) -> tuple[Tensor, list[Tensor]]:
-        """Value and gradient; a parameter that the objective does not use has gradient zero."""
+    def gradient(
+        self, hyperparams: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Value and gradient of the objective.
+
+        Args:
+            hyperparams: tensors to differentiate by, beside the parameters.
+
+        Returns:
+            The value and the gradients for the parameters and for the hyperparameters; zeros where
+            the objective does not use one.
+        """
         leaves = self.leaves()
         loss = self.checked(self.loss(leaves))
-        return loss.detach(), self.used(grad([loss], leaves.values()))
+        found = grad([loss], [*leaves.values(), *hyperparams])
+        return loss.detach(), *self.split(found, hyperparams)
 
     def product(
         self, direction: Sequence[Tensor], hyperparams: Sequence[Tensor], *, with_params: bool
@@ -57,8 +68,8 @@ class Step:
         grads = grad([self.loss(leaves)], leaves.values(), create_graph=True)
         wanted = [*(leaves.values() if with_params else ()), *hyperparams]
         found = grad([inner_product(grads, direction)], wanted)
-        split = len(wanted) - len(hyperparams)
-        return self.filled(found[:split]), zeros_for_none(found[split:], hyperparams)
+        count = len(wanted) - len(hyperparams)
+        return self.filled(found[:count]), zeros_for_none(found[count:], hyperparams)
 
     def leaves(self) -> Params:
         """The parameters as new leaves of autograd."""
@@ -69,6 +80,13 @@ class Step:
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             raise ValueError(f"{self.argument}: expected a 0-dim loss, got {describe(loss)}")
         return loss
+
+    def split(
+        self, found: Sequence[Tensor | None], hyperparams: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients for parameters and for hyperparameters, from those of both in one list."""
+        count = len(self.params)
+        return self.used(found[:count]), zeros_for_none(found[count:], hyperparams)
 
     def used(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradient with zeros for None; ValueError if all of it is None."""
@@ -91,6 +109,7 @@ def grad(
     cotangents: Sequence[Tensor | None] | None = None,
     *,
     create_graph: bool = False,
+    retain_graph: bool | None = None,
 ) -> list[Tensor | None]:
     """:func:`torch.autograd.grad` that also takes outputs without a graph.
 
@@ -110,6 +129,7 @@ def grad(
             inputs,
             [c for _, c in pairs],
             create_graph=create_graph,
+            retain_graph=retain_graph,
             allow_unused=True,
         )
     )

@@ -24,6 +24,7 @@ from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, detached
 from mclfast.config import TrainConfig, learning_rate
 from mclfast.execution import layout, modes
 from mclfast.execution.batch_parts import forward_in_parts, shuffled_order
+from mclfast.execution.bilevel_trial import check_networks, refused_by_setting
 from mclfast.execution.parts import make_sgd
 from mclfast.methods.base import Method
 
@@ -60,7 +61,8 @@ class TrainStep:
         compute: forward, loss and backward, as they are or as a CUDA graph.
 
     Raises:
-        ValueError: settings that do not go with these networks, this method or this device.
+        ValueError: settings that do not go with these networks, this method or this device; among
+            them bilevel steps for networks that cannot be differentiated twice.
 
     Examples:
         >>> import torch
@@ -128,6 +130,10 @@ class TrainStep:
         # all of the above.
         self.set_memory(config.memory if memory is None else memory)
 
+        # Then all is in place for a trial of what a run may fail at later.
+        if self.has_bilevel:
+            check_networks(cohort, self._blank_images(), config, self.memory != "ordinary")
+
     def set_memory(self, memory: str) -> None:
         """Decides how the peers run from now on, see :mod:`mclfast.execution.modes`.
 
@@ -151,10 +157,11 @@ class TrainStep:
     def _example(self) -> PeerOutputs:
         """Outputs for two blank images."""
         with evaluation_mode(self.cohort):
-            outputs: PeerOutputs = self.cohort(
-                torch.zeros(2, *self.image_shape, device=self.device)
-            )
+            outputs: PeerOutputs = self.cohort(self._blank_images())
         return outputs
+
+    def _blank_images(self) -> Tensor:
+        return torch.zeros(2, *self.image_shape, device=self.device)
 
     @property
     def has_bilevel(self) -> bool:
@@ -245,7 +252,8 @@ class TrainStep:
             lr: learning rate of the unrolled steps; the one set for the epoch if None.
 
         Raises:
-            ValueError: a method without meta parameters.
+            ValueError: a method without meta parameters, or an operation of the networks or of the
+                method's objectives that cannot be differentiated twice.
         """
         if self.meta_optimizer is None:
             raise ValueError(
@@ -259,7 +267,7 @@ class TrainStep:
         alone = self.memory != "ordinary"
         network, whole = networks_for(self.cohort, images, one_at_a_time=alone)
         autocast = nullcontext() if c.amp == "fp16" else self.autocast()
-        with layout.plain_calls(self.cohort), autocast:
+        with layout.plain_calls(self.cohort), autocast, refused_by_setting(c):
             result = bilevel_gradient(
                 lambda outputs: inner(whole(outputs), batch),
                 lambda outputs: outer(whole(outputs), batch),

@@ -176,3 +176,108 @@ def test_hyperparameters_from_a_generator():
     want = bilevel_gradient(inner, outer, params, hyper, lr=0.05).grads
     got = bilevel_gradient(inner, outer, params, (h for h in hyper), lr=0.05).grads
     assert len(got) == 2 and all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+STEPS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.3}
+
+
+def call(kind, inner, outer, params, hyper, **steps):
+    """The bilevel gradient without networks, or with ones that give the parameters back."""
+    if kind == "losses":
+        return bilevel_gradient(inner, outer, params, hyper, **STEPS, **steps)
+
+    def network(p):
+        return {k: v * 1 for k, v in p.items()}
+
+    if kind == "whole":
+        return bilevel_gradient(inner, outer, params, hyper, network=network, **STEPS, **steps)
+    parts = [lambda p: network(p)["a"], lambda p: [p["b"] * 1, p["unused"] * 1]]
+
+    def named(outputs):
+        return {"a": outputs[0], "b": outputs[1][0], "unused": outputs[1][1]}
+
+    losses = (lambda o: inner(named(o))), (lambda o: outer(named(o)))
+    return bilevel_gradient(*losses, params, hyper, network=parts, **STEPS, **steps)
+
+
+def close(got, want):
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
+
+
+KINDS = pytest.mark.parametrize("kind", ["losses", "whole", "parts"])
+
+
+@KINDS
+@pytest.mark.parametrize("steps", [(1, 0), (2, 1)], ids=str)
+def test_the_outer_loss_reads_hyperparameters(kind, steps):
+    params, hyper, inner, outer = problem()
+    counts = dict(zip(("inner_steps", "outer_steps"), steps, strict=True))
+
+    def direct(p):
+        return outer(p) + (hyper[0] ** 3).sum() + (hyper[1] * p["b"]).sum()
+
+    got = call(kind, inner, direct, params, hyper, **counts).grads
+    close(got, unrolled(params, hyper, inner, direct, *steps, *STEPS.values())[1])
+    # A hyperparameter that only the outer loss reads.
+    only = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    found = call(kind, inner, lambda p: outer(p) + only.square(), params, [only], **counts)
+    assert found.grads[0] == 1.0
+
+
+@KINDS
+@pytest.mark.parametrize("steps", [(1, 0), (2, 1)], ids=str)
+def test_learned_initial_values(kind, steps):
+    """Hyperparameters among the parameters, and ones that parameters are computed from."""
+    params, hyper, inner, outer = problem()
+    counts = dict(zip(("inner_steps", "outer_steps"), steps, strict=True))
+    a = params["a"].requires_grad_()
+    factor = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    params["b"] = params["b"] * factor
+
+    def near_the_start(p):
+        return inner(p) + (p["a"] - a).square().sum()
+
+    hyper = [a, *hyper, factor]
+    got = call(kind, near_the_start, outer, params, hyper, **counts).grads
+    # The graph of the parameters is still there.
+    with torch.no_grad():
+        again = call(kind, near_the_start, outer, params, hyper, **counts).grads
+    want = unrolled(params, hyper, near_the_start, outer, *steps, *STEPS.values())[1]
+    assert all(w.abs().max() > 1e-4 for w in want)
+    close(got, want)
+    close(again, want)
+
+
+@KINDS
+def test_parameters_that_do_not_train(kind):
+    params, hyper, inner, outer = problem()
+    params["b"] = torch.nn.Parameter(params["b"], requires_grad=False)
+    params["unused"] = torch.nn.Parameter(params["unused"])
+    fixed = params["b"].detach().clone()
+    trained = {k: v.detach() for k, v in params.items() if k != "b"}
+    losses = [lambda p, loss=loss: loss({**p, "b": fixed}) for loss in (inner, outer)]
+    _, want = unrolled(trained, hyper, *losses, 2, 1, *STEPS.values())
+    seen = []
+
+    def looked(p):
+        seen.append(p["b"].detach().clone())
+        return outer(p)
+
+    close(call(kind, inner, looked, params, hyper).grads, want)
+    assert torch.equal(params["b"], fixed) and all(torch.equal(b, fixed) for b in seen)
+    frozen = {k: torch.nn.Parameter(v, requires_grad=False) for k, v in params.items()}
+    with pytest.raises(ValueError, match="^params: expected .* with requires_grad, got none"):
+        call(kind, inner, outer, frozen, hyper)
+
+
+@KINDS
+def test_operations_that_cannot_be_differentiated_twice(kind):
+    params, hyper, inner, outer = problem()
+    hard = torch.nn.functional.hardsigmoid
+
+    def wrong(p):
+        return inner(p) + hard(p["a"] * p["b"]).square().sum()
+
+    with pytest.raises(NotImplementedError, match="differentiated twice, got hardsigmoid$"):
+        call(kind, wrong, outer, params, hyper)

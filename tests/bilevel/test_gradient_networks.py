@@ -306,6 +306,17 @@ def test_memory_of_graphs():
     assert one <= 1.3 * base
 
 
+def test_one_network_at_a_time_without_forward_mode():
+    problem = Problem(nn.Sequential(nn.Softmax2d(), nn.Conv2d(4, 4, 1)))
+    problem.images = torch.randn(64, 2, 7, 7, dtype=torch.float64)
+    problem.labels = torch.arange(64) % 3
+    whole, parts = (
+        peak_saved(lambda network=network: problem.gradient(network))
+        for network in (problem.whole, problem.parts)
+    )
+    assert parts < 0.7 * whole
+
+
 def test_autocast_comes_close():
     problem = Problem(dtype=torch.float32)
     problem.peers.eval()

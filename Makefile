@@ -12,7 +12,7 @@ PIP = $(BIN)/python -m pip install -q $(PIP_ARGS)
 # Without a GPU the CPU build of torch is enough: see the file.
 CONSTRAINT = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints/torch-cpu.txt)
 
-.PHONY: help venv demo test lint asan gpu-check clean
+.PHONY: help venv demo test lint asan tsan nightly gpu-check clean
 
 help:
 	@echo "make venv   environment in .venv with mclfast installed from here"
@@ -20,6 +20,8 @@ help:
 	@echo "make test   lint, types and tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make asan   the tests of the C++ code under AddressSanitizer and UBSan"
+	@echo "make tsan   the same under ThreadSanitizer, for every instruction set"
+	@echo "make nightly  both, and long sweeps of faults (hours)"
 	@echo "make gpu-check  build, tests and benchmark on an NVIDIA GPU"
 	@echo "make clean  remove the environment and everything built"
 
@@ -57,6 +59,14 @@ asan: venv
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=build/asan/lib MCLFAST_SANITIZE=1 \
 		$(BIN)/pytest -q tests/ops/test_cpu_ops.py tests/ops/test_cpu_bank_ops.py
+
+tsan: venv
+	PYTHON=$(abspath $(BIN)/python) scripts/tsan.sh
+
+# SHARE=0.01 runs a hundredth of each sweep.
+SHARE ?= 1
+nightly: venv asan tsan
+	PYTHONPATH=tests $(BIN)/python -m sweeps --share $(SHARE) --json build/nightly/sweeps.json
 
 # Uses $(PYTHON) and what it has installed: GPU machines bring their own torch and triton.
 gpu-check:

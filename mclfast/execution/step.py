@@ -24,6 +24,16 @@ from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, detached
 from mclfast.config import TrainConfig, learning_rate
 from mclfast.execution import layout, modes
 from mclfast.execution.batch_parts import forward_in_parts, shuffled_order
+from mclfast.execution.non_finite import (
+    Before,
+    Named,
+    NonFiniteError,
+    Watch,
+    of_images,
+    of_outputs,
+    of_parameters,
+    of_terms,
+)
 from mclfast.execution.parts import make_sgd
 from mclfast.methods.base import Method
 
@@ -37,7 +47,7 @@ class TrainStep:
         config: settings of the step. Read are the optimiser's and the bilevel step's settings,
             ``schedule`` and ``epochs`` (for the learning rate), ``amp``, ``clip_grad_norm``,
             ``memory``, ``offload``, ``channels_last``, ``compile_peers``, ``peers_parallel``,
-            ``cuda_graphs``, ``device``, ``seed`` and ``batch_size``.
+            ``cuda_graphs``, ``non_finite``, ``device``, ``seed`` and ``batch_size``.
         labels: [n] int64, class of every training image; memory banks and samplers are made for
             them.
         image_shape: channels, height and width of an image.
@@ -58,6 +68,9 @@ class TrainStep:
         memory: name of the memory mode.
         runner: runs the peers in that mode.
         compute: forward, loss and backward, as they are or as a CUDA graph.
+        watch: looks for numbers that are not finite.
+        skipped: error of the last step, if ``non_finite`` is "skip" and its update was left out;
+            else None.
 
     Raises:
         ValueError: settings that do not go with these networks, this method or this device.
@@ -123,6 +136,14 @@ class TrainStep:
         self.meta_optimizer = make_sgd(config, meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+
+        # With offload the peers have made their updates by the end of the backward pass. On a GPU
+        # only a step that may have to be left out is worth waiting for.
+        self.watch = Watch(
+            at_once=config.offload == "none"
+            and (self.device.type == "cpu" or config.non_finite == "skip")
+        )
+        self.skipped: NonFiniteError | None = None
 
         # The runner comes last: with offload it takes the optimiser's steps, and a graph records
         # all of the above.
@@ -190,9 +211,27 @@ class TrainStep:
             batch: labels and sample numbers on the device; number of the step and epoch.
 
         Returns:
-            "loss", 0-dim, and its parts by name; nothing here waits for the device.
+            "loss", 0-dim, and its parts by name. Nothing here waits for a GPU, unless
+            ``non_finite`` is "skip".
+
+        Raises:
+            NonFiniteError: the loss or a gradient is infinite or NaN, and ``non_finite`` is not
+                "skip". On a CPU nothing of the step remains; on a GPU the error comes with the
+                next step, or with :meth:`check`, after the update.
         """
+        before = self._before() if self.watch.at_once else None
+        self.skipped = None
         outputs, parts = self.compute(images, batch)
+        try:
+            self._look(images, batch, outputs, parts)
+        except NonFiniteError as error:
+            if before is not None:
+                before.restore()
+                self.optimizer.zero_grad(set_to_none=True)
+            if self.config.non_finite != "skip":
+                raise
+            self.skipped = error
+            return parts
         if self.config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
@@ -202,6 +241,41 @@ class TrainStep:
             update_average(self.average, self.cohort, self.method.teacher_decay(batch.step))
         self.method.after_step(outputs, batch)
         return parts
+
+    def check(self) -> None:
+        """Waits for the device, and looks at the last step if that is still to be done.
+
+        Raises:
+            NonFiniteError: the last step made numbers that are not finite.
+        """
+        self.wait()
+        self.watch.read()
+
+    def _before(self) -> Before:
+        whole = [self.cohort] if self.average is None else [self.cohort, self.average]
+        return Before(whole, [self.method])
+
+    def _look(
+        self,
+        images: Tensor | list[Tensor],
+        batch: Batch,
+        outputs: PeerOutputs,
+        parts: dict[str, Tensor],
+    ) -> None:
+        """Raises NonFiniteError where the loss or a gradient is not finite."""
+        modules = (("cohort", self.cohort), ("method", self.method))
+        # The scaler finds and skips gradients that overflow in fp16 by itself.
+        gradients = [] if self.scaler.is_enabled() else of_parameters("gradient", modules)
+
+        def others() -> list[Named]:
+            # Once the update is made, weights show what they have become.
+            weights = of_parameters("weight", modules) if self.watch.at_once else []
+            return [*of_images(images), *weights, *of_outputs(outputs), *terms]
+
+        *terms, loss = of_terms(parts)
+        # An average that moves in the forward pass is not as it was before the step.
+        moved = self.average is not None and self.method.teacher_mode == "train"
+        self.watch.look([loss, *gradients], others, images, batch, before_update=not moved)
 
     def _gradients(
         self, images: Tensor | list[Tensor], batch: Batch
@@ -246,6 +320,7 @@ class TrainStep:
 
         Raises:
             ValueError: a method without meta parameters.
+            NonFiniteError: the gradient is infinite or NaN, see :meth:`__call__`.
         """
         if self.meta_optimizer is None:
             raise ValueError(
@@ -272,6 +347,17 @@ class TrainStep:
                 momentum=c.momentum,
                 weight_decay=c.weight_decay,
             )
+        gradients = [
+            Named(f"bilevel gradient {i} of method", grad, term="bilevel", decides=True)
+            for i, grad in enumerate(result.grads)
+        ]
+        try:
+            self.watch.look(gradients, lambda: [], images, batch, before_update=False)
+        except NonFiniteError as error:
+            if self.config.non_finite != "skip":
+                raise
+            self.skipped = error
+            return
         for parameter, grad in zip(meta, result.grads, strict=True):
             parameter.grad = grad
         self.meta_optimizer.step()
@@ -306,6 +392,7 @@ class TrainStep:
                 surplus names are found before anything is changed.
         """
         self.wait()
+        self.watch.forget()
         parts = self._parts()
         for name, part in parts.items():
             _check_names(name, part, state[name])

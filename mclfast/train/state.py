@@ -27,6 +27,7 @@ FREE_SETTINGS = frozenset(
         "compile_peers",
         "cuda_graphs",
         "peers_parallel",
+        "non_finite",
     }
 )
 

@@ -75,9 +75,9 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         status: int = known.run(known, rest)
         return status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"\nmclfast {known.command}: interrupted", file=sys.stderr)
-        return 130
+        return getattr(error, "status", 130)
     except BrokenPipeError:
         raise
     except _USER_ERRORS as error:

@@ -60,8 +60,8 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"{self.kind} in {self.first}"
-        if self.term is not None and self.first != f"loss term {self.term}":
-            where += f", then in loss term {self.term}"
+        if self.term is not None and self.first != f"term {self.term}":
+            where += f", then in term {self.term}"
         return f"step {self.step} (epoch {self.epoch + 1}): {where}"
 
 
@@ -304,9 +304,7 @@ def of_outputs(outputs: PeerOutputs, who: str = "peer") -> Iterator[Named]:
 def of_terms(parts: dict[str, Tensor]) -> list[Named]:
     """The terms of the loss, and last the loss itself, which decides."""
     terms = [
-        Named(f"loss term {name}", value, term=name)
-        for name, value in parts.items()
-        if name != "loss"
+        Named(f"term {name}", value, term=name) for name, value in parts.items() if name != "loss"
     ]
     return [*terms, Named("the loss", parts["loss"], decides=True)]
 

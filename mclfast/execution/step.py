@@ -255,6 +255,11 @@ class TrainStep:
         whole = [self.cohort] if self.average is None else [self.cohort, self.average]
         return Before(whole, [self.method])
 
+    def _weights(self) -> list[Named]:
+        """Weights that may be the cause; none where they show what a bad step has made of them."""
+        modules = (("cohort", self.cohort), ("method", self.method))
+        return of_parameters("weight", modules) if self.watch.at_once else []
+
     def _look(
         self,
         images: Tensor | list[Tensor],
@@ -268,9 +273,7 @@ class TrainStep:
         gradients = [] if self.scaler.is_enabled() else of_parameters("gradient", modules)
 
         def others() -> list[Named]:
-            # Once the update is made, weights show what they have become.
-            weights = of_parameters("weight", modules) if self.watch.at_once else []
-            return [*of_images(images), *weights, *of_outputs(outputs), *terms]
+            return [*of_images(images), *self._weights(), *of_outputs(outputs), *terms]
 
         *terms, loss = of_terms(parts)
         # An average that moves in the forward pass is not as it was before the step.
@@ -352,7 +355,7 @@ class TrainStep:
             for i, grad in enumerate(result.grads)
         ]
         try:
-            self.watch.look(gradients, lambda: [], images, batch, before_update=False)
+            self.watch.look(gradients, self._weights, images, batch, before_update=False)
         except NonFiniteError as error:
             if self.config.non_finite != "skip":
                 raise

@@ -13,6 +13,7 @@ from mclfast import env
 from mclfast._base.files import read_json, read_yaml, write_json, write_text
 from mclfast._base.optional import optional_import
 from mclfast.train import checkpoint, plots
+from mclfast.train.evidence import EVIDENCE
 from mclfast.train.export import DESCRIPTION, WEIGHTS
 from mclfast.train.history import RunResult, read_csv, write_csv
 
@@ -106,6 +107,23 @@ def read_result(folder: Path) -> RunResult:
     )
 
 
+def resumable(folder: Path) -> bool:
+    """Whether a run has a checkpoint to go on from; if it has none, whether it may start anew.
+
+    Raises:
+        ValueError: there is no checkpoint, and epochs were trained, which a new start would lose.
+    """
+    if (folder / CHECKPOINT).is_file():
+        return True
+    for name in (METRICS, RESULT):
+        if (folder / name).exists():
+            raise ValueError(
+                f"resume: expected {CHECKPOINT} in {folder}, which has {name} of epochs that were "
+                "trained, found none; train anew with --run-dir and --overwrite"
+            )
+    return False
+
+
 def refuse_old_run(folder: Path) -> None:
     """Raises ValueError where there is a run in a folder that a new one is to be written into."""
     if (folder / CONFIG).exists():
@@ -120,7 +138,7 @@ def refuse_old_run(folder: Path) -> None:
 
 def remove_old_run(folder: Path) -> None:
     """Removes what a run writes, so that a new one does not mix with it."""
-    for name in (CHECKPOINT, RESULT, CURVES, METRICS, CONFIG):
+    for name in (CHECKPOINT, RESULT, CURVES, METRICS, CONFIG, EVIDENCE):
         (folder / name).unlink(missing_ok=True)
     for name in (DESCRIPTION, WEIGHTS):
         for path in folder.glob(f"peer*/{name}"):

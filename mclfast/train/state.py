@@ -39,10 +39,12 @@ class EpochSoFar:
     Attributes:
         totals: sums of the loss and its parts over the steps done, each 0-dim.
         seconds: time taken.
+        skipped: steps that were left out, as their numbers were not finite.
     """
 
     totals: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    skipped: int = 0
 
 
 class Place(NamedTuple):
@@ -52,11 +54,13 @@ class Place(NamedTuple):
         step: training steps done.
         epoch_so_far: losses and time of the epoch that is not finished.
         history: one record per finished epoch.
+        left_out: numbers of the steps that a rollback has found to leave out.
     """
 
     step: int
     epoch_so_far: EpochSoFar
     history: list[dict[str, float]]
+    left_out: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def gather(identity: Identity, step: TrainStep, place: Place) -> dict[str, Any]:
         "step": place.step,
         "epoch_so_far": asdict(place.epoch_so_far),
         "history": place.history,
+        "left_out": sorted(place.left_out),
     }
 
 
@@ -136,7 +141,8 @@ def restore(state: dict[str, Any], identity: Identity, step: TrainStep) -> Place
         # Older checkpoints were written between epochs only.
         so_far = EpochSoFar(**state.get("epoch_so_far", {}))
         totals = {name: total.to(step.device) for name, total in so_far.totals.items()}
-        return Place(state["step"], replace(so_far, totals=totals), state["history"])
+        left_out = frozenset(state.get("left_out", ()))
+        return Place(state["step"], replace(so_far, totals=totals), state["history"], left_out)
     except (KeyError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -114,7 +114,6 @@ def _checkpoint_time(folder: Path) -> int | None:
 
 def _leave_with_parent() -> None:
     sys.stdin.read()
-    # Ends the process there and then if it is not in training.
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_PATIENCE)
     os._exit(1)
@@ -123,6 +122,8 @@ def _leave_with_parent() -> None:
 def main() -> int:
     """Reads a run from stdin and trains it; returns 1 if it failed, else 0."""
     task = json.loads(sys.stdin.readline())
+    # Training has a handler of its own, which saves first.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     folder = Path(task["folder"])
     try:

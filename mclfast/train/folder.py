@@ -115,12 +115,13 @@ def resumable(folder: Path) -> bool:
     """
     if (folder / CHECKPOINT).is_file():
         return True
-    for name in (METRICS, RESULT):
-        if (folder / name).exists():
-            raise ValueError(
-                f"resume: expected {CHECKPOINT} in {folder}, which has {name} of epochs that were "
-                "trained, found none; train anew with --run-dir and --overwrite"
-            )
+    # The metrics of the first epoch are written just before its checkpoint.
+    epochs = len(read_csv(folder / METRICS)) if (folder / METRICS).is_file() else 0
+    if epochs > 1 or (folder / RESULT).exists():
+        raise ValueError(
+            f"resume: expected {CHECKPOINT} in {folder}, where {epochs} epochs were trained, found "
+            "none; train anew with --run-dir and --overwrite"
+        )
     return False
 
 

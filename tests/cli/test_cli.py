@@ -144,7 +144,7 @@ def test_train_with_a_recipe_in_the_default_folder(tmp_path, capsys):
     )
     arguments = ("train", "--recipe", "mine.yaml", "--epochs=1", "--seed", "4", "--device", "cpu")
     assert call(*arguments) == 0
-    folder = tmp_path / "runs" / "digits-full-baseline-resnet8-seed4"
+    folder = tmp_path / "runs" / "digits-full-baseline-resnet8-seed4-mine-epochs=1"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["epochs"], config["seed"], config["amp"]) == (1, 4, "off")
     captured = capsys.readouterr()
@@ -559,7 +559,9 @@ def test_a_full_disk(capsys):
 
 def test_diverging_run(capsys):
     message = error_of(capsys, "train", *TINY, "--epochs", "2", "--run-dir", "a", "--lr", "1e38")
-    assert message.startswith("lr: expected a finite loss")
+    assert message.startswith("non_finite: expected finite numbers, got step 1 (epoch 2): ")
+    assert " in weight of cohort networks.0.backbone." in message
+    assert message.endswith("; mclfast replay a shows the step again")
 
 
 def test_traceback_on_request(monkeypatch):

@@ -284,19 +284,22 @@ def _peer_of(name: str) -> int | None:
 
 
 def of_outputs(outputs: PeerOutputs, who: str = "peer") -> Iterator[Named]:
-    """What the peers give: features, logits and embeddings of each stage, and maps."""
-    for j, stages in enumerate(outputs.features):
-        own = f"of {who} {j}"
-        for s, feature in enumerate(stages):
-            yield Named(f"features of stage {s} {own}", feature, j)
-        for s, logits in enumerate(outputs.logits[j]):
-            last = s == len(outputs.logits[j]) - 1
-            yield Named(f"{'logits' if last else f'logits of stage {s}'} {own}", logits, j)
-        for embeddings in outputs.embeddings[j : j + 1]:
-            for s, embedding in enumerate(embeddings):
-                yield Named(f"embeddings of stage {s} {own}", embedding, j)
+    """What the peers give, in the order in which it is computed.
+
+    The last of its stages is a peer's own output, and needs no number.
+    """
+    for j in range(len(outputs.features)):
+        given = (
+            ("features", outputs.features[j]),
+            ("logits", outputs.logits[j]),
+            ("embeddings", outputs.embeddings[j] if outputs.embeddings else ()),
+        )
+        for what, stages in given:
+            for s, tensor in enumerate(stages, start=1):
+                stage = f" of stage {s - 1}" if s < len(stages) else ""
+                yield Named(f"{what}{stage} of {who} {j}", tensor, j)
         for last_map in outputs.maps[j : j + 1]:
-            yield Named(f"last map {own}", last_map, j)
+            yield Named(f"map of {who} {j}", last_map, j)
     if outputs.teacher is not None:
         yield from of_outputs(outputs.teacher, "teacher")
 

@@ -92,11 +92,16 @@ class NonFiniteError(FloatingPointError):
         self.finding = finding
         self.images, self.batch = images, batch
         self.before_update = before_update
+        self._advice = advice
 
     def with_advice(self, advice: str) -> NonFiniteError:
-        """The same error with another piece of advice at its end."""
+        """The same error with more advice at its end."""
         return NonFiniteError(
-            self.finding, self.images, self.batch, before_update=self.before_update, advice=advice
+            self.finding,
+            self.images,
+            self.batch,
+            before_update=self.before_update,
+            advice=self._advice + advice,
         )
 
 

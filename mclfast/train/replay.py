@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,14 +188,17 @@ def _finite(value: Any) -> bool:
 
 
 def _first_bad_gradient(step: TrainStep, images: Tensor | list[Tensor], batch: Batch) -> str | None:
-    """The operation whose backward is the first to give NaN, as PyTorch's anomaly mode names it."""
-    try:
-        with torch.autograd.set_detect_anomaly(True):
-            step(images, batch)
-    except NonFiniteError:
-        return None
-    except RuntimeError as error:
-        return str(error).split("\n", 1)[0]
+    """The operation whose backward is the first to give NaN, and the line that called it."""
+    with warnings.catch_warnings(record=True) as caught, suppress(NonFiniteError):
+        warnings.simplefilter("always")
+        try:
+            with torch.autograd.set_detect_anomaly(True):
+                step(images, batch)
+        except RuntimeError as error:
+            # The warning has the traceback of the call, whose last line is the innermost.
+            lines = [line.strip() for w in caught for line in str(w.message).split("\n")]
+            places = [line for line in lines if line.startswith('File "')]
+            return ", called in ".join([str(error).split("\n", 1)[0].rstrip("."), *places[-1:]])
     return None
 
 

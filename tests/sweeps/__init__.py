@@ -1,0 +1,1 @@
+"""Long searches for faults, which the suite runs with small counts."""

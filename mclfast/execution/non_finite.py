@@ -70,7 +70,8 @@ class NonFiniteError(FloatingPointError):
 
     Args:
         finding: which step, and the first such number.
-        images: images of the step, or views of them.
+        images: images of the step, or views of them; None if a step has been made since, so that
+            no memory is held for them.
         batch: the step's batch.
         before_update: whether parameters, buffers and generators are those from before the step.
         advice: what a user can do, added to the text.
@@ -79,7 +80,7 @@ class NonFiniteError(FloatingPointError):
     def __init__(
         self,
         finding: Finding,
-        images: Tensor | list[Tensor],
+        images: Tensor | list[Tensor] | None,
         batch: Batch,
         *,
         before_update: bool,
@@ -146,7 +147,7 @@ class Watch:
             return
         earlier = [look for look in self._pending if look.batch.step < batch.step]
         self._pending = [look for look in self._pending if look.batch.step >= batch.step]
-        self._pending.append(_Look.at([*others(), *deciding], images, batch, False))
+        self._pending.append(_Look.at([*others(), *deciding], None, batch, False))
         for look in earlier:
             look.raise_if_bad()
 
@@ -188,7 +189,7 @@ class _Look:
     named: list[tuple[int, Named]]
     kinds: Tensor
     ready: torch.cuda.Event | None
-    images: Tensor | list[Tensor]
+    images: Tensor | list[Tensor] | None
     batch: Batch
     before_update: bool
 
@@ -196,7 +197,7 @@ class _Look:
     def at(
         cls,
         named: Sequence[Named],
-        images: Tensor | list[Tensor],
+        images: Tensor | list[Tensor] | None,
         batch: Batch,
         before_update: bool,
     ) -> _Look:

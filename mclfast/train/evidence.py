@@ -33,20 +33,22 @@ class Evidence:
     state: dict[str, Any] | None
 
 
-def write(folder: Path, error: NonFiniteError, state: dict[str, Any] | None) -> None:
+def write(
+    folder: Path, error: NonFiniteError, images: Tensor | list[Tensor], state: dict[str, Any] | None
+) -> None:
     """Keeps the step of an error in the folder of its run.
 
     Args:
         folder: the run folder.
-        error: the error, with the step's images and batch.
+        error: the error, with the step's batch.
+        images: images of the step, or views of them.
         state: state of the run before the step, None if it is gone.
     """
-    single = isinstance(error.images, Tensor)
-    views = [error.images] if isinstance(error.images, Tensor) else error.images
+    views = [images] if isinstance(images, Tensor) else images
     content = {
         "finding": asdict(error.finding),
         "views": [view.detach().cpu() for view in views],
-        "single": single,
+        "single": isinstance(images, Tensor),
         "labels": error.batch.labels.cpu(),
         "index": error.batch.index.cpu(),
         "state": state,

@@ -343,9 +343,17 @@ class Trainer:
         # A full disk is no reason to hide what has happened before.
         with suppress(OSError):
             check_held(self.run_dir)
-            evidence.write(self.run_dir, error, self.state() if error.before_update else None)
+            images = self._images_of(error.batch) if error.images is None else error.images
+            state = self.state() if error.before_update else None
+            evidence.write(self.run_dir, error, images, state)
             self._kept_evidence = True
         return self._kept_evidence
+
+    def _images_of(self, batch: Batch) -> Tensor | list[Tensor]:
+        """The images of a step once more, which depend on nothing but its number."""
+        row = self.sampler.epoch(batch.epoch)[batch.step - batch.epoch * len(self.sampler)]
+        images, _, _ = next(self.feed.batches(row[None], first_step=batch.step))
+        return images
 
     def _leave_if_asked(self) -> None:
         """Saves and leaves if :meth:`stop` was called."""

@@ -35,7 +35,6 @@ def hold(folder: Path, argument: str = "run_dir") -> Iterator[None]:
     """
     key = _key(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     if key in _held:
         _held[key][1] += 1
     else:
@@ -73,7 +72,12 @@ def _locked_file(folder: Path, argument: str) -> int:
     """Opens and locks the file of a folder, which its holder may remove at any moment."""
     path = folder / LOCK
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # Another run that could not begin may have removed the empty folder again.
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue
         try:
             _lock(file, folder, argument)
         except BaseException:

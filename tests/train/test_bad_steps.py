@@ -89,7 +89,7 @@ def test_means_of_an_epoch_are_over_the_steps_that_count():
 
     def noted(*arguments: Any) -> Any:
         outputs, parts = take(*arguments)
-        losses.append(float(parts["loss"]))
+        losses.append(float(parts["loss"].detach()))
         return outputs, parts
 
     trainer.train_step.compute = noted

@@ -65,6 +65,12 @@ class TrainConfig:
         (), "epochs at which the multistep schedule multiplies the learning rate by lr_decay"
     )
     lr_decay: float = setting(0.1, "factor of the multistep schedule")
+    non_finite: Literal["raise", "skip", "rollback"] = setting(
+        "raise",
+        "what to do at a step whose loss or gradients are infinite or NaN: end the run, leave the "
+        "step out (waits for a GPU in each step), or go back to the last checkpoint and leave the "
+        "step out",
+    )
     clip_grad_norm: float | None = setting(None, "largest gradient norm; none for no clipping")
     amp: Literal["off", "bf16", "fp16"] = setting("off", "automatic mixed precision")
     channels_last: Literal["auto", "on", "off"] = setting(
@@ -227,6 +233,11 @@ class TrainConfig:
                 "amp",
                 "off or bf16, as fp16 skips a step by the gradients of all peers,",
                 self.amp != "fp16",
+            ),
+            (
+                "non_finite",
+                "raise or rollback, as peers are updated one at a time,",
+                self.non_finite != "skip",
             ),
         ):
             if not fits:

@@ -81,17 +81,16 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command.
 
     Returns:
-        1 if a run failed, else 0.
+        1 if a run failed, 128 and the number of the signal if it was interrupted, else 0.
     """
     from mclfast import recipe
-    from mclfast._base.checks import shortened
 
     defaults = recipe.load(known.recipe) if known.recipe else {}
     settings = _settings(known, rest, defaults)
 
-    from mclfast.compare.design import make_design, write_design
-    from mclfast.compare.runs import changed, others_in, runs_of
+    from mclfast.compare.design import make_design
     from mclfast.train.folder import require_packages
+    from mclfast.train.lock import hold
 
     require_packages()
     if known.jobs < 0:
@@ -99,6 +98,17 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     design = make_design(known.plan, known.methods, known.seeds, settings, known.set, defaults)
     folder = known.out or _default_folder(design)
     check_folder("out", folder)
+    with hold(folder, "out"):
+        return _compare(known, design, folder)
+
+
+def _compare(known: argparse.Namespace, design: Design, folder: Path) -> int:
+    """Runs what is not finished in a locked folder, and reports; gives the exit status."""
+    from mclfast._base.checks import shortened
+    from mclfast.compare.design import write_design
+    from mclfast.compare.runs import changed, others_in, runs_of
+    from mclfast.train.signals import described, heeded, status_of
+
     runs = runs_of(design, folder)
     replaced, lost = changed(runs, overwrite=known.overwrite)
     if others := others_in(folder, runs):
@@ -106,11 +116,17 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
         print(f"not of this comparison, and not in its report: {names}", flush=True)
     write_design(folder / "plan.yaml", design, known.command_line)
     try:
-        failed = _execute(known, runs, replaced, lost)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        with heeded(_leave):
+            failed = _execute(known, runs, replaced, lost)
+    except KeyboardInterrupt as error:
+        print(f"\n{described(error)}; the same command goes on from here", file=sys.stderr)
+        return status_of(error)
     return _report(folder, design, runs, failed, known.command_line)
+
+
+def _leave() -> None:
+    """Ends the wait for the processes of the runs, which save when they are told to end."""
+    raise KeyboardInterrupt
 
 
 def _settings(

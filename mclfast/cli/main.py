@@ -1,4 +1,4 @@
-"""Runs ``mclfast train | plan | compare | eval | export | transfer | bench | env``."""
+"""Runs ``mclfast train | plan | compare | eval | export | transfer | replay | bench | env``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mclfast._version import __version__
-from mclfast.cli import bench, compare, env, eval, export, plan, train, transfer
+from mclfast.cli import bench, compare, env, eval, export, plan, replay, train, transfer
 from mclfast.cli.settings import OneLineParser
 from mclfast.ops.backends import BackendUnavailableError
 
@@ -20,6 +20,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "eval": eval,
     "export": export,
     "transfer": transfer,
+    "replay": replay,
     "bench": bench,
     "env": env,
 }
@@ -75,9 +76,9 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         status: int = known.run(known, rest)
         return status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"\nmclfast {known.command}: interrupted", file=sys.stderr)
-        return 130
+        return getattr(error, "status", 130)
     except BrokenPipeError:
         raise
     except _USER_ERRORS as error:

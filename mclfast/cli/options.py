@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mclfast.cli.settings import dashed
+from mclfast.cli.settings import dashed, shown
 
 if TYPE_CHECKING:
+    from mclfast.config import TrainConfig
     from mclfast.train.history import RunResult
     from mclfast.train.trainer import Trainer
+
+_LONGEST_NAME = 200
 
 
 def add_run_options(parser: argparse.ArgumentParser, resume_help: str) -> None:
@@ -63,23 +70,27 @@ def settings_to_resume(known: argparse.Namespace, refused: tuple[str, ...]) -> d
     return read_settings(known.resume, "resume")
 
 
-def run_folder_of(known: argparse.Namespace, default: str) -> Path:
-    """The folder that a run is written into.
+@contextmanager
+def run_folder_of(known: argparse.Namespace, default: str) -> Iterator[Path]:
+    """The folder that a run is written into, locked for the block.
 
     Args:
         known: arguments of the command.
         default: name of the folder under ``runs`` if the arguments name none.
 
     Raises:
-        ValueError: the folder holds a run that is not to be replaced, or is a file.
+        ValueError: another run writes into the folder, or it holds a run that is not to be
+            replaced, or is a file.
     """
     from mclfast.train.folder import refuse_old_run
+    from mclfast.train.lock import hold
 
     folder: Path = known.resume or known.run_dir or Path("runs") / default
     check_folder("run_dir", folder)
-    if not known.resume and not known.overwrite:
-        refuse_old_run(folder)
-    return folder
+    with hold(folder, "resume" if known.resume else "run_dir"):
+        if not known.resume and not known.overwrite:
+            refuse_old_run(folder)
+        yield folder
 
 
 def check_folder(argument: str, folder: Path) -> None:
@@ -102,22 +113,80 @@ def cohort_name(cohort: Sequence[str]) -> str:
     return "+".join(cohort).replace(":", "-").replace("/", "-")
 
 
-def fit(known: argparse.Namespace, trainer: Trainer) -> RunResult | None:
-    """Trains a run to its end; None if it was interrupted, after saying how to go on.
+def run_name(
+    config: TrainConfig, usual: Mapping[str, Any], *parts: str, leave_out: Collection[str] = ()
+) -> str:
+    """The name of a run's folder: its main settings, then every other one that is not usual.
+
+    Runs that compute different things thereby get different folders.
+
+    Args:
+        config: settings of the run.
+        usual: settings that need not be told, by name; a name that is missing is told.
+        parts: first parts of the name.
+        leave_out: names of settings that the parts tell already.
+    """
+    from mclfast.train.state import FREE_SETTINGS
+
+    told = [
+        f"{dashed(name)}={shown(tuple(value) if isinstance(value, list) else value)}"
+        for name, value in config.to_values().items()
+        if name not in FREE_SETTINGS and name not in leave_out and usual.get(name) != value
+    ]
+    whole = "-".join(_fit_for_a_name(part) for part in (*parts, *told))
+    if len(whole) <= _LONGEST_NAME:
+        return whole
+    # File systems take 255 bytes; the digest keeps long names apart.
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:12]
+    return f"{whole[: _LONGEST_NAME - 13]}-{digest}"
+
+
+def _fit_for_a_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+=,-]", "-", text)
+
+
+def fit(known: argparse.Namespace, trainer: Trainer) -> RunResult | int:
+    """Trains a run to its end; the exit status if it was interrupted, after saying how to go on.
 
     Raises:
         KeyboardInterrupt: a run without a folder was interrupted: there is nothing to go on from.
     """
-    try:
+    from mclfast.train.signals import described, heeded, status_of
+
+    if trainer.run_dir is None:
         return trainer.fit(progress=not known.no_progress)
-    except KeyboardInterrupt:
-        if trainer.run_dir is None:
-            raise
+    try:
+        with heeded(trainer.stop):
+            if known.resume:
+                print(f"resume {_place(trainer)}", flush=True)
+            return trainer.fit(progress=not known.no_progress)
+    except KeyboardInterrupt as error:
+        folder = shlex.quote(str(trainer.run_dir))
         print(
-            f"\ninterrupted; go on with: mclfast {known.command} --resume {trainer.run_dir}",
+            f"\n{described(error)}; go on with: mclfast {known.command} --resume {folder}",
             file=sys.stderr,
         )
-        return None
+        return status_of(error)
+
+
+def _place(trainer: Trainer) -> str:
+    """Brings a trainer to its checkpoint, and tells where that is.
+
+    Raises:
+        ValueError: there is no checkpoint of a run that had come to one.
+    """
+    from mclfast.train.folder import CHECKPOINT, resumable
+
+    run_dir, epochs = trainer.run_dir, trainer.config.epochs
+    assert run_dir is not None
+    if not resumable(run_dir):
+        return f"from the first step, as {run_dir} has no {CHECKPOINT} yet"
+    trainer.resume()
+    if len(trainer.history) == epochs:
+        return f"after step {trainer.step}, the last of {epochs} epochs: only results are written"
+    steps = epochs * len(trainer.sampler)
+    epoch = len(trainer.history) + 1
+    return f"after step {trainer.step} of {steps}, in epoch {epoch} of {epochs}"
 
 
 def exports_in(path: Path) -> list[Path]:

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mclfast.cli.options import add_run_options, cohort_name, fit, run_folder_of, settings_to_resume
+from mclfast.cli.options import (
+    add_run_options,
+    cohort_name,
+    fit,
+    run_folder_of,
+    run_name,
+    settings_to_resume,
+)
 from mclfast.cli.settings import run_settings
 
 if TYPE_CHECKING:
@@ -31,7 +38,7 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command.
 
     Returns:
-        130 if the run was interrupted, else 0.
+        128 and the number of the signal if the run was interrupted, else 0.
     """
     from mclfast import recipe
     from mclfast.config import TrainConfig
@@ -48,26 +55,40 @@ def run(known: argparse.Namespace, rest: list[str]) -> int:
             )
     elif known.recipe:
         values = recipe.load(known.recipe)
-    values |= run_settings(known, rest, values)
-    config = TrainConfig.from_values(values)
-    run_dir = run_folder_of(known, default_name(config))
-    # Before an old run is removed, and before data and networks are made.
-    require_packages()
-    trainer = build(config, run_dir)
-    if not known.resume:
-        # Removed only now, so that settings that cannot work cost no old run.
-        remove_old_run(run_dir)
-    _say_what_is_trained(trainer)
-    result = fit(known, trainer)
-    if result is None:
-        return 130
-    _report(trainer, result, run_dir)
+    given = run_settings(known, rest, values)
+    config = TrainConfig.from_values(values | given)
+    with run_folder_of(known, default_name(config, values, known.recipe)) as run_dir:
+        # Before an old run is removed, and before data and networks are made.
+        require_packages()
+        trainer = build(config, run_dir)
+        if not known.resume:
+            # Removed only now, so that settings that cannot work cost no old run.
+            remove_old_run(run_dir)
+        _say_what_is_trained(trainer)
+        result = fit(known, trainer)
+        if isinstance(result, int):
+            return result
+        _report(trainer, result, run_dir)
     return 0
 
 
-def default_name(config: TrainConfig) -> str:
-    """The folder's name of a run: ``<data>-<method>-<cohort>-seed<n>``."""
-    return f"{config.data}-{config.method}-{cohort_name(config.cohort)}-seed{config.seed}"
+def default_name(
+    config: TrainConfig, base: Mapping[str, Any] | None = None, recipe: str | None = None
+) -> str:
+    """The folder's name of a run, ``<data>-<method>-<cohort>-seed<n>``, and what is unusual.
+
+    Args:
+        config: settings of the run.
+        base: settings of the recipe, which its name stands for.
+        recipe: name or file of the recipe.
+    """
+    kept = {name: value for name, value in (base or {}).items() if name in config.to_values()}
+    usual = type(config).from_values(kept | {"method": config.method})
+    parts = [config.data, config.method, cohort_name(config.cohort), f"seed{config.seed}"]
+    if recipe:
+        parts.append(Path(recipe).stem)
+    told = ("data", "method", "cohort", "seed")
+    return run_name(config, usual.to_values(), *parts, leave_out=told)
 
 
 def _say_what_is_trained(trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from mclfast.cli.options import (
     fit,
     one_export_in,
     run_folder_of,
+    run_name,
     settings_to_resume,
 )
 from mclfast.cli.settings import dashed, shown, value_shape
@@ -111,7 +112,7 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
     """Runs the command.
 
     Returns:
-        130 if the run was interrupted, else 0.
+        128 and the number of the signal if the run was interrupted, else 0.
     """
     from mclfast.train.transfer import transfer_config
 
@@ -120,8 +121,18 @@ def run(known: argparse.Namespace, _: list[str]) -> int:
         return _score(known, given)
     path, mode, values = _backbone_and_mode(known)
     config = transfer_config(path, mode, values | given, allow_external=known.allow_external)
-    name = f"{config.data}-{mode}-{cohort_name(config.cohort)}-seed{config.seed}"
-    return _train(known, path, mode, config, run_folder_of(known, name))
+    with run_folder_of(known, _default_name(config, mode)) as run_dir:
+        return _train(known, path, mode, config, run_dir)
+
+
+def _default_name(config: TrainConfig, mode: Any) -> str:
+    """The folder's name of a run, ``<data>-<mode>-<network>-seed<n>``, and what is unusual."""
+    from mclfast.train.transfer import default_settings
+
+    usual = type(config).from_values(default_settings(mode)).to_values()
+    parts = [config.data, mode, cohort_name(config.cohort), f"seed{config.seed}"]
+    told = ("data", "method", "cohort", "seed")
+    return run_name(config, usual, *parts, leave_out=told)
 
 
 def _score(known: argparse.Namespace, given: dict[str, Any]) -> int:
@@ -145,7 +156,8 @@ def _score(known: argparse.Namespace, given: dict[str, Any]) -> int:
     # One folder holds one run.
     folder = one_export_in(known.path)
     config = published_config(folder, given, allow_external=known.allow_external)
-    return _train(known, folder, "linear", config, run_folder_of(known, ""))
+    with run_folder_of(known, "") as run_dir:
+        return _train(known, folder, "linear", config, run_dir)
 
 
 def _train(
@@ -176,8 +188,8 @@ def _train(
         f"{data.num_classes} classes; device {trainer.device}"
     )
     result = fit(known, trainer)
-    if result is None:
-        return 130
+    if isinstance(result, int):
+        return result
     print(
         f"{config.cohort[0]} of {path}, {mode}: {result.peers[0]:.2f} % of "
         f"{len(data.test)} test images, last epoch",

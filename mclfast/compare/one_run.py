@@ -1,16 +1,18 @@
 """One run of a comparison, in this process or in a process of its own.
 
 ``python -m mclfast.compare.one_run`` reads the run as a line of JSON from stdin. When stdin is
-closed, the process that started it is gone or wants no more, and this process exits at once, which
-is safe because checkpoints are complete at any moment.
+closed, the process that started it is gone or wants no more, and this process saves and exits; a
+step that takes too long is not waited for, as checkpoints are complete at any moment.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -25,9 +27,14 @@ from mclfast.config import TrainConfig
 from mclfast.models import parameter_count
 from mclfast.train.builder import build
 from mclfast.train.folder import CHECKPOINT, remove_old_run
+from mclfast.train.lock import hold
+from mclfast.train.signals import Interrupted, heeded
 
 #: Files written next to those of a run: its time and memory, or the reason of its failure.
 COST, FAILURE = "cost.json", "failure.txt"
+
+# Seconds in which a run that is told to end can save.
+_PATIENCE = 60
 
 
 def perform(
@@ -73,11 +80,13 @@ def _train(config: TrainConfig, folder: Path, replace: bool, progress: bool, alo
         torch.cuda.reset_peak_memory_stats(device)
     trainer = build(config, folder)
     if replace:
-        # Removed only now, so that settings that cannot work cost no old run.
-        remove_old_run(folder)
-        (folder / COST).unlink(missing_ok=True)
+        with hold(folder, "out"):
+            # Removed only now, so that settings that cannot work cost no old run.
+            remove_old_run(folder)
+            (folder / COST).unlink(missing_ok=True)
     before = _checkpoint_time(folder)
-    trainer.fit(progress=progress)
+    with heeded(trainer.stop):
+        trainer.fit(progress=progress)
     # A run that only wrote its files again has not shown the memory of training.
     trained = _checkpoint_time(folder) != before
     if not trained and (folder / COST).is_file():
@@ -105,17 +114,24 @@ def _checkpoint_time(folder: Path) -> int | None:
 
 def _leave_with_parent() -> None:
     sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_PATIENCE)
     os._exit(1)
 
 
 def main() -> int:
     """Reads a run from stdin and trains it; returns 1 if it failed, else 0."""
     task = json.loads(sys.stdin.readline())
+    # Training has a handler of its own, which saves first.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     folder = Path(task["folder"])
-    reason = perform(
-        task["values"], folder, replace=task["replace"], progress=task["progress"], alone=True
-    )
+    try:
+        reason = perform(
+            task["values"], folder, replace=task["replace"], progress=task["progress"], alone=True
+        )
+    except Interrupted as error:
+        return error.status
     if reason is not None and not (folder / FAILURE).is_file():
         print(reason, file=sys.stderr)
     return 0 if reason is None else 1

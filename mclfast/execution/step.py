@@ -25,6 +25,16 @@ from mclfast.config import TrainConfig, learning_rate
 from mclfast.execution import layout, modes
 from mclfast.execution.batch_parts import forward_in_parts, shuffled_order
 from mclfast.execution.bilevel_trial import check_networks, refused_by_setting
+from mclfast.execution.non_finite import (
+    Before,
+    Named,
+    NonFiniteError,
+    Watch,
+    of_images,
+    of_outputs,
+    of_parameters,
+    of_terms,
+)
 from mclfast.execution.parts import make_sgd
 from mclfast.methods.base import Method
 
@@ -38,7 +48,7 @@ class TrainStep:
         config: settings of the step. Read are the optimiser's and the bilevel step's settings,
             ``schedule`` and ``epochs`` (for the learning rate), ``amp``, ``clip_grad_norm``,
             ``memory``, ``offload``, ``channels_last``, ``compile_peers``, ``peers_parallel``,
-            ``cuda_graphs``, ``device``, ``seed`` and ``batch_size``.
+            ``cuda_graphs``, ``non_finite``, ``device``, ``seed`` and ``batch_size``.
         labels: [n] int64, class of every training image; memory banks and samplers are made for
             them.
         image_shape: channels, height and width of an image.
@@ -59,6 +69,9 @@ class TrainStep:
         memory: name of the memory mode.
         runner: runs the peers in that mode.
         compute: forward, loss and backward, as they are or as a CUDA graph.
+        watch: looks for numbers that are not finite.
+        skipped: error of the last step, if ``non_finite`` is "skip" and its update was left out;
+            else None.
 
     Raises:
         ValueError: settings that do not go with these networks, this method or this device; among
@@ -125,6 +138,14 @@ class TrainStep:
         self.meta_optimizer = make_sgd(config, meta) if meta else None
         # Only fp16 underflows: with the scaler off, its methods do nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+
+        # With offload the peers have made their updates by the end of the backward pass. On a GPU
+        # only a step that may have to be left out is worth waiting for.
+        self.watch = Watch(
+            at_once=config.offload == "none"
+            and (self.device.type == "cpu" or config.non_finite == "skip")
+        )
+        self.skipped: NonFiniteError | None = None
 
         # The runner comes last: with offload it takes the optimiser's steps, and a graph records
         # all of the above.
@@ -197,9 +218,27 @@ class TrainStep:
             batch: labels and sample numbers on the device; number of the step and epoch.
 
         Returns:
-            "loss", 0-dim, and its parts by name; nothing here waits for the device.
+            "loss", 0-dim, and its parts by name. Nothing here waits for a GPU, unless
+            ``non_finite`` is "skip".
+
+        Raises:
+            NonFiniteError: the loss or a gradient is infinite or NaN, and ``non_finite`` is not
+                "skip". On a CPU nothing of the step remains; on a GPU the error comes with the
+                next step, or with :meth:`check`, after the update.
         """
+        before = self._before() if self.watch.at_once else None
+        self.skipped = None
         outputs, parts = self.compute(images, batch)
+        try:
+            self._look(images, batch, outputs, parts)
+        except NonFiniteError as error:
+            if before is not None:
+                before.restore()
+                self.optimizer.zero_grad(set_to_none=True)
+            if self.config.non_finite != "skip":
+                raise
+            self.skipped = error
+            return parts
         if self.config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
@@ -209,6 +248,44 @@ class TrainStep:
             update_average(self.average, self.cohort, self.method.teacher_decay(batch.step))
         self.method.after_step(outputs, batch)
         return parts
+
+    def check(self) -> None:
+        """Waits for the device, and looks at the last step if that is still to be done.
+
+        Raises:
+            NonFiniteError: the last step made numbers that are not finite.
+        """
+        self.wait()
+        self.watch.read()
+
+    def _before(self) -> Before:
+        whole = [self.cohort] if self.average is None else [self.cohort, self.average]
+        return Before(whole, [self.method])
+
+    def _weights(self) -> list[Named]:
+        """Weights that may be the cause; none where they show what a bad step has made of them."""
+        modules = (("cohort", self.cohort), ("method", self.method))
+        return of_parameters("weight", modules) if self.watch.at_once else []
+
+    def _look(
+        self,
+        images: Tensor | list[Tensor],
+        batch: Batch,
+        outputs: PeerOutputs,
+        parts: dict[str, Tensor],
+    ) -> None:
+        """Raises NonFiniteError where the loss or a gradient is not finite."""
+        modules = (("cohort", self.cohort), ("method", self.method))
+        # The scaler finds and skips gradients that overflow in fp16 by itself.
+        gradients = [] if self.scaler.is_enabled() else of_parameters("gradient", modules)
+
+        def others() -> list[Named]:
+            return [*of_images(images), *self._weights(), *of_outputs(outputs), *terms]
+
+        *terms, loss = of_terms(parts)
+        # An average that moves in the forward pass is not as it was before the step.
+        moved = self.average is not None and self.method.teacher_mode == "train"
+        self.watch.look([loss, *gradients], others, images, batch, before_update=not moved)
 
     def _gradients(
         self, images: Tensor | list[Tensor], batch: Batch
@@ -254,6 +331,7 @@ class TrainStep:
         Raises:
             ValueError: a method without meta parameters, or an operation of the networks or of the
                 method's objectives that cannot be differentiated twice.
+            NonFiniteError: the gradient is infinite or NaN, see :meth:`__call__`.
         """
         if self.meta_optimizer is None:
             raise ValueError(
@@ -280,6 +358,17 @@ class TrainStep:
                 momentum=c.momentum,
                 weight_decay=c.weight_decay,
             )
+        gradients = [
+            Named(f"bilevel gradient {i} of method", grad, term="bilevel", decides=True)
+            for i, grad in enumerate(result.grads)
+        ]
+        try:
+            self.watch.look(gradients, self._weights, images, batch, before_update=False)
+        except NonFiniteError as error:
+            if self.config.non_finite != "skip":
+                raise
+            self.skipped = error
+            return
         for parameter, grad in zip(meta, result.grads, strict=True):
             parameter.grad = grad
         self.meta_optimizer.step()
@@ -314,6 +403,7 @@ class TrainStep:
                 surplus names are found before anything is changed.
         """
         self.wait()
+        self.watch.forget()
         parts = self._parts()
         for name, part in parts.items():
             _check_names(name, part, state[name])

@@ -20,6 +20,7 @@ from mclfast._base.modules import evaluation_mode
 from mclfast._base.random import rng_restored
 from mclfast.cohort.outputs import Batch, PeerOutputs
 from mclfast.execution import layout
+from mclfast.execution.non_finite import Blind
 from mclfast.execution.offload import PeerOffload
 from mclfast.execution.step import TrainStep
 from mclfast.methods._banked import BankMethod
@@ -164,6 +165,7 @@ def _fake_copy(
         # bf16 has the same sizes, and the scaler of fp16 looks at values.
         twin.config.amp = "bf16"
     twin.scaler = torch.amp.GradScaler(twin.device.type, enabled=False)
+    twin.watch = Blind()
     if twin.config.offload == "peers":
         with mode:
             PeerOffload(twin.cohort, twin.device, HOST_MEMORY)

@@ -21,6 +21,7 @@ from mclfast._base.files import (
 from mclfast._base.optional import optional_import
 from mclfast._base.schema import check_fields, list_of, number
 from mclfast.train import checkpoint, plots
+from mclfast.train.evidence import EVIDENCE
 from mclfast.train.export import DESCRIPTION, WEIGHTS
 from mclfast.train.history import RunResult, check_history, read_csv, result_of, write_csv
 
@@ -155,6 +156,24 @@ def read_result(folder: Path) -> RunResult:
     )
 
 
+def resumable(folder: Path) -> bool:
+    """Whether a run has a checkpoint to go on from; if it has none, whether it may start anew.
+
+    Raises:
+        ValueError: there is no checkpoint, and epochs were trained, which a new start would lose.
+    """
+    if (folder / CHECKPOINT).is_file():
+        return True
+    # The metrics of the first epoch are written just before its checkpoint.
+    epochs = len(read_csv(folder / METRICS)) if (folder / METRICS).is_file() else 0
+    if epochs > 1 or (folder / RESULT).exists():
+        raise ValueError(
+            f"resume: expected {CHECKPOINT} in {folder}, where {epochs} epochs were trained, found "
+            "none; train anew with --run-dir and --overwrite"
+        )
+    return False
+
+
 def refuse_old_run(folder: Path) -> None:
     """Raises ValueError where there is a run in a folder that a new one is to be written into."""
     if (folder / CONFIG).exists():
@@ -170,7 +189,8 @@ def refuse_old_run(folder: Path) -> None:
 def remove_old_run(folder: Path) -> None:
     """Removes what a run writes, so that a new one does not mix with it."""
     files = [folder / name for name in (RESULT, CURVES, METRICS, CONFIG)]
-    for path in (*checkpoint.all_of(folder / CHECKPOINT), *files):
+    states = (*checkpoint.all_of(folder / CHECKPOINT), *checkpoint.all_of(folder / EVIDENCE))
+    for path in (*states, *files):
         path.unlink(missing_ok=True)
     for name in (DESCRIPTION, WEIGHTS):
         for path in folder.glob(f"peer*/{name}"):

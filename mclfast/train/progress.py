@@ -8,6 +8,12 @@ from typing import Any
 from mclfast._base.optional import optional_import
 
 
+def set_back(bar: Any, step: int) -> None:
+    """Moves a bar back to a step from which a run goes on."""
+    bar.n = step
+    bar.refresh()
+
+
 def progress_bar(label: str, *, steps: int, done: int, shown: bool) -> Any:
     """A bar of tqdm with the time left.
 

@@ -29,6 +29,7 @@ FREE_SETTINGS = frozenset(
         "compile_peers",
         "cuda_graphs",
         "peers_parallel",
+        "non_finite",
     }
 )
 
@@ -40,10 +41,12 @@ class EpochSoFar:
     Attributes:
         totals: sums of the loss and its parts over the steps done, each 0-dim.
         seconds: time taken.
+        skipped: steps that were left out, as their numbers were not finite.
     """
 
     totals: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    skipped: int = 0
 
 
 class Place(NamedTuple):
@@ -53,11 +56,13 @@ class Place(NamedTuple):
         step: training steps done.
         epoch_so_far: losses and time of the epoch that is not finished.
         history: one record per finished epoch.
+        left_out: numbers of the steps that a rollback has found to leave out.
     """
 
     step: int
     epoch_so_far: EpochSoFar
     history: list[dict[str, float]]
+    left_out: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def gather(identity: Identity, step: TrainStep, place: Place) -> dict[str, Any]:
         "step": place.step,
         "epoch_so_far": asdict(place.epoch_so_far),
         "history": place.history,
+        "left_out": sorted(place.left_out),
     }
 
 
@@ -143,7 +149,8 @@ def restore(
         # Older checkpoints were written between epochs only.
         so_far = EpochSoFar(**state.get("epoch_so_far", {}))
         totals = {name: total.to(step.device) for name, total in so_far.totals.items()}
-        return Place(state["step"], replace(so_far, totals=totals), state["history"])
+        left_out = frozenset(state.get("left_out", ()))
+        return Place(state["step"], replace(so_far, totals=totals), state["history"], left_out)
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

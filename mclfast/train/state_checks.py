@@ -95,8 +95,12 @@ def _check_place(state: Mapping[str, Any], peers: int, steps_per_epoch: int, epo
     check_fields("checkpoint", "it", {"epoch_so_far": so_far}, {"epoch_so_far": MAPPING})
     fields = {"totals": MAPPING, "seconds": number(0)}
     check_fields("checkpoint", "epoch_so_far", so_far, fields)
+    skipped = {"skipped": integer(0), "left_out": list_of(integer(0))}
+    others = {"skipped": so_far.get("skipped", 0), "left_out": state.get("left_out", [])}
+    check_fields("checkpoint", "it", others, skipped)
     totals = so_far["totals"]
-    wanted = dict.fromkeys(totals, _SUM) | ({"loss": _SUM} if step > least else {})
+    summed = step > least + others["skipped"]
+    wanted = dict.fromkeys(totals, _SUM) | ({"loss": _SUM} if summed else {})
     check_fields("checkpoint", "totals", totals, wanted)
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.every_method import METHODS, first_batch, trainer_of
 from mclfast import methods
 from mclfast.banks import memory_bank, sampler
+from mclfast.execution.non_finite import Watch
 from mclfast.losses import banks
 from mclfast.methods import _simplex
 
@@ -114,6 +115,8 @@ def test_every_method_is_watched():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_waits_for_nothing(name: str, backend: str, monkeypatch: pytest.MonkeyPatch):
     trainer = trainer_of(name, clip_grad_norm=1.0)
+    # As on a GPU.
+    trainer.train_step.watch = Watch(at_once=False)
     if hasattr(trainer.method.options, "backend"):
         trainer.method.options.backend = backend
     elif backend == "reference":
@@ -122,7 +125,7 @@ def test_a_step_waits_for_nothing(name: str, backend: str, monkeypatch: pytest.M
     for module in (banks, sampler, memory_bank):
         monkeypatch.setattr(module, "check_range", lambda *_: None)
     monkeypatch.setattr(_simplex, "known_to_be_over", lambda _: False)
-    for step in range(2):
+    for step in range(3):
         images, batch = first_batch(trainer, step)
         with watched():
             parts = trainer.train_step(images, batch)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from mclfast.config import TrainConfig
 from mclfast.execution.step import TrainStep
 from mclfast.methods import MCL
 from mclfast.train import plots
+from mclfast.train.folder import CHECKPOINT, METRICS
+from mclfast.train.lock import LOCK
 from mclfast.train.trainer import RunResult
 
 SMALL = [
@@ -511,6 +514,29 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     child.stdin.write(json.dumps(task) + "\n")
     child.stdin.close()
     assert child.wait(timeout=60) == 1
+
+
+def test_a_process_that_is_told_to_end_saves(tmp_path):
+    small = {"data": "digits-full", "train_per_class": 60, "eval_every": 10**5}
+    values = TrainConfig.from_values(
+        {"method": "baseline", "cohort": "resnet8", "epochs": 10**6, "device": "cpu", **small}
+    ).to_values()
+    run = tmp_path / "run"
+    task = {"values": values, "folder": str(run), "replace": False, "progress": False}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mclfast.compare.one_run"], stdin=subprocess.PIPE, text=True
+    )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(task) + "\n")
+    child.stdin.flush()
+    until = time.monotonic() + 60
+    while not (run / METRICS).exists() and time.monotonic() < until:
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.stdin.close()
+    assert child.wait(timeout=60) == 143
+    assert (run / CHECKPOINT).exists() and not (run / LOCK).exists()
+    assert not (run / one_run.FAILURE).exists()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,12 @@ NIGHTLY = {
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sweeps", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"sweeps to run: {', '.join(NIGHTLY)}; default: all")
+    add(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"sweeps to run: {', '.join(NIGHTLY)}; default: all",
+    )
     add("--count", type=int, help="number of cases, in place of those of a night")
     add("--share", type=float, default=1.0, help="share of the cases of a night")
     add("--seed", type=int, help="seed of the cases; drawn and printed by default")
@@ -46,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     unknown = set(given.names) - set(NIGHTLY)
     if unknown:
-        parser.error(f"expected sweeps among {', '.join(NIGHTLY)}; got {', '.join(sorted(unknown))}")
+        parser.error(
+            f"expected sweeps among {', '.join(NIGHTLY)}; got {', '.join(sorted(unknown))}"
+        )
     seed = random.SystemRandom().randrange(2**31) if given.seed is None else given.seed
     lost = False
     found = _before(given.json)

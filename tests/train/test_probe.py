@@ -232,7 +232,9 @@ def test_a_published_evaluation_can_be_kept_and_resumed(tmp_path, monkeypatch, c
     assert (settings["lr"], settings["milestones"], settings["batch_size"]) == (30.0, [3, 4], 100)
     (kept / "result.json").unlink()
     assert main(["transfer", "--resume", str(kept), "--no-progress"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == line
+    place, reached = capsys.readouterr().out.splitlines()[1:3]
+    assert place == "resume after step 5, the last of 5 epochs: only results are written"
+    assert reached == line
     assert main(["transfer", "--resume", str(kept), "--published"]) == 2
     assert "resume: expected no --published beside --resume" in capsys.readouterr().err
 

@@ -79,7 +79,8 @@ def _check_place(state: Mapping[str, Any], peers: int, steps_per_epoch: int, epo
     step, history = state["step"], state["history"]
     check_history("checkpoint", "history", history, peers)
     done = len(history)
-    least, most = done * steps_per_epoch, (done + 1) * steps_per_epoch - 1
+    # The last step of an epoch may be done and the evaluation after it not.
+    least, most = done * steps_per_epoch, (done + 1) * steps_per_epoch
     if done > epochs or not least <= step <= (least if done == epochs else most):
         raise ValueError(
             f"checkpoint: expected step {least} to {most} after {done} epochs of {steps_per_epoch} "

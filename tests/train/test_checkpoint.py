@@ -403,10 +403,10 @@ BIAS = ("cohort", "networks.0.auxiliary.1.classifier.bias")
     [
         (("step",), -1, "expected an integer >= 0 as step in it, got -1"),
         (("step",), "2", "expected an integer >= 0 as step in it, got '2'"),
-        (("step",), 10**12, "expected step 2 to 2 after 2 epochs of 1 steps, 60 in all, got 10000"),
-        (("step",), 1, "expected step 2 to 2 after 2 epochs"),
+        (("step",), 10**12, "expected step 2 to 3 after 2 epochs of 1 steps, 60 in all, got 10000"),
+        (("step",), 1, "expected step 2 to 3 after 2 epochs"),
         (("history",), "many", "expected a list of .* as history in it, got 'many'"),
-        (("history",), [], "expected step 0 to 0 after 0 epochs"),
+        (("history",), [], "expected step 0 to 1 after 0 epochs"),
         (("history", 0), 5, "expected a list of .*, each names with values as history"),
         (("history", 1, "acc_mean"), "good", "expected a number .* as acc_mean in record 2 of "),
         (("history", 1, "acc_mean"), 400.0, "as acc_mean in record 2 of history, got 400.0"),

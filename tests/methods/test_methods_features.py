@@ -505,8 +505,9 @@ def test_a_run_learns(name):
     trainer = tiny(name, epochs=5, train_per_class=20, lr=0.1)
     result = trainer.fit(progress=False)
     first, last = result.history[0]["train_ce"], result.history[-1]["train_ce"]
-    assert last < 0.5 * first
-    assert min(*result.peers, result.ensemble) > 50
+    # Of four seeds, the worst came to 0.32 and 79 %; a tenth would be chance.
+    assert last < 0.7 * first
+    assert min(*result.peers, result.ensemble) > 30
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

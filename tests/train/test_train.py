@@ -933,8 +933,9 @@ def test_the_schedule_reaches_both_optimisers():
 def test_training_learns(tmp_path):
     config = settings(cohort="resnet8", method="baseline", train_per_class=12, epochs=10, lr=0.05)
     result = train(config, tmp_path, progress=False)
-    assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
-    assert result.peers[0] > 40
+    # Of five seeds, the worst came to 0.47 and 70 %; a tenth would be chance.
+    assert result.history[-1]["train_loss"] < 0.75 * result.history[0]["train_loss"]
+    assert result.peers[0] > 30
 
 
 # ---------------------------------------------------------------- evaluation

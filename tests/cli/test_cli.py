@@ -583,8 +583,9 @@ def test_a_damaged_checkpoint_gives_a_reason(run_dir, capsys, size):
 
 def test_diverging_run(capsys):
     message = error_of(capsys, "train", *TINY, "--epochs", "2", "--run-dir", "a", "--lr", "1e38")
-    assert message.startswith("lr: expected networks with finite logits")
-    assert "; try a smaller learning rate or clip_grad_norm" in message
+    assert message.startswith("non_finite: expected finite numbers, got step 1 (epoch 2): ")
+    assert "nan in features of peer 0, then in term ce" in message
+    assert message.endswith("; mclfast replay a shows the step again")
 
 
 def test_traceback_on_request(monkeypatch):

@@ -728,7 +728,8 @@ def test_finite_sums_find_every_value(monkeypatch, value, place):
 def test_the_check_of_a_large_bank_needs_no_memory():
     bank = torch.zeros(1, 500_000, 128, dtype=torch.bfloat16)
     # A sum of the whole in float64 would copy it at four times its size.
-    assert peak.measure(lambda: finite_sum(bank)) < bank.nbytes
+    # The least of three: what the process does beside it is measured too.
+    assert min(peak.measure(lambda: finite_sum(bank)) for _ in range(3)) < bank.nbytes
 
 
 def test_classes_of_cohort_and_data_must_agree():

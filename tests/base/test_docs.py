@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,28 @@ def test_links_lead_somewhere(path):
             titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
             assert heading in slugs, target
+
+
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+
+
+def test_every_promise_names_tests_that_exist():
+    rows = re.findall(r"^\| [A-Z`].*\| ([^|]*tests/[^|]*|sweep [^|]*) \|$", RELIABILITY, re.MULTILINE)
+    assert len(rows) > 20
+    for cell in rows:
+        folder = ROOT
+        for name in re.findall(r"`([^`]+)`", cell):
+            place = ROOT / name if "/" in name else folder / name
+            if not place.exists():
+                place = ROOT / "tests" / "sweeps" / f"{name}.py"
+            assert place.exists(), name
+            folder = place.parent
+
+
+def test_the_figures_are_those_that_were_recorded():
+    script = ROOT / "scripts" / "reliability.py"
+    figures = ROOT / "bench" / "results" / "cpu-amd-epyc-2-threads" / "reliability.json"
+    run = subprocess.run([sys.executable, str(script), str(figures), "--check"])
+    assert run.returncode == 0
+    for name, found in json.loads(figures.read_text()).items():
+        assert found["counts"].get("lost", 0) == 0, name

@@ -84,7 +84,8 @@ def _before(file: Path | None) -> dict[str, Any]:
 def _run(name: str, count: int, seed: int) -> dict[str, Any] | None:
     """One sweep in a process of its own: its figures, or None if the process did not end well."""
     code = (
-        "import json, sys; from importlib import import_module; "
+        "import json, logging, sys; from importlib import import_module; "
+        "logging.disable(logging.WARNING); "
         "counts = import_module('sweeps.' + sys.argv[1]).sweep(int(sys.argv[2]), int(sys.argv[3]));"
         "print('counts ' + json.dumps(dict(counts)))"
     )

@@ -186,6 +186,8 @@ def _sums(first: Sequence[Tensor] | None, second: Sequence[Tensor] | None) -> Se
 
 
 def _save(ctx: Any, *tensors: Tensor) -> None:
+    """Keeps tensors for the derivatives. A derivative reads them once: what unpacks them may not
+    be repeated (``torch.utils.checkpoint``), or costs a copy (offloaded tensors)."""
     ctx.save_for_backward(*tensors)
     # Kept where a forward-mode derivative may ask for them only: an output among them would
     # otherwise hold on to itself.
@@ -210,9 +212,9 @@ class _Values(Function):
         _save(ctx, *tensors, *operators.statistics(output))
 
     @staticmethod
-    def _zeros(ctx: Any) -> list[Tensor]:
+    def _zeros(ctx: Any, like: Tensor) -> list[Tensor]:
         shapes = ctx.shapes[: ctx.call.operators.num_values]
-        return [ctx.saved_tensors[0].new_zeros(shape, dtype=dtype) for shape, dtype in shapes]
+        return [like.new_zeros(shape, dtype=dtype) for shape, dtype in shapes]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -221,8 +223,9 @@ class _Values(Function):
         if not _any(cotangents):
             return (None,) * (1 + inputs)
         call = ctx.call.of_families([g is not None for g in cotangents])
-        filled = _filled(cotangents, _Values._zeros(ctx))
-        found = _Gradient.apply(call, *filled, *ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        filled = _filled(cotangents, _Values._zeros(ctx, saved[0]))
+        found = _Gradient.apply(call, *filled, *saved)
         return None, *found, *(None,) * (inputs - operators.num_inputs)
 
     @staticmethod
@@ -230,7 +233,7 @@ class _Values(Function):
         operators, saved = ctx.call.operators, ctx.saved_tensors
         size = operators.num_inputs
         directions = _filled(tangents[1 : 1 + size], saved[:size])
-        found = _second(ctx.call, directions, _Values._zeros(ctx), saved)[size:]
+        found = _second(ctx.call, directions, _Values._zeros(ctx, saved[0]), saved)[size:]
         return *found, *(None,) * (len(ctx.shapes) - len(found))
 
     @staticmethod
@@ -342,10 +345,8 @@ class _Second(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call, size = ctx.call, ctx.call.operators.num_inputs
-        directions, (cotangents, rest) = (
-            ctx.saved_tensors[:size],
-            call.split(ctx.saved_tensors[size:]),
-        )
+        saved = ctx.saved_tensors
+        directions, (cotangents, rest) = saved[:size], call.split(saved[size:])
         inputs = rest[:size]
         for_directions = through_gradient = None
         for_inputs: Sequence[Tensor | None] = (None,) * size
@@ -364,14 +365,10 @@ class _Second(Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         call, size = ctx.call, ctx.call.operators.num_inputs
-        directions, (cotangents, rest) = (
-            ctx.saved_tensors[:size],
-            call.split(ctx.saved_tensors[size:]),
-        )
-        of_directions, (of_cotangents, of_rest) = (
-            tangents[1 : 1 + size],
-            call.split(tangents[1 + size :]),
-        )
+        saved = ctx.saved_tensors
+        directions, (cotangents, rest) = saved[:size], call.split(saved[size:])
+        of_directions = tangents[1 : 1 + size]
+        of_cotangents, of_rest = call.split(tangents[1 + size :])
         if _any(of_rest[:size]):
             raise _no_third_derivative()
         of_first = of_second = None
@@ -405,36 +402,36 @@ class _Objective(Function):
         _save(ctx, *tensors, *statistics, output[-1])
 
     @staticmethod
-    def _along(ctx: Any, direction: Tensor) -> Tensor:
+    def _along(call: _ObjectiveCall, saved: Sequence[Tensor], direction: Tensor) -> Tensor:
         """The Hessian of the loss times a direction, in the dtype of the input."""
-        *saved, _ = ctx.saved_tensors
-        weights, rest = saved[: ctx.call.num_weights], saved[ctx.call.num_weights :]
-        return _second(ctx.call.rows, [direction], weights, rest)[0]
+        weights, rest = saved[: call.num_weights], saved[call.num_weights :]
+        return _second(call.rows, [direction], weights, rest)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         count = ctx.call.num_weights
         if any(ctx.needs_input_grad[1 : 1 + count]):
             raise RuntimeError("weights of rows that require a gradient go to the operator of rows")
-        loss, gradient = grads[0], ctx.saved_tensors[-1]
+        *saved, gradient = ctx.saved_tensors
         found = gradient_of_fused(
-            loss,
+            grads[0],
             gradient,
             grads[-1],
-            lambda direction: _Objective._along(ctx, direction),
-            ctx.saved_tensors[count].dtype,
+            lambda direction: _Objective._along(ctx.call, saved, direction),
+            saved[count].dtype,
         )
         rest = len(ctx.needs_input_grad) - 2 - count
         return *(None,) * (1 + count), found, *(None,) * rest
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
-        count, gradient = ctx.call.num_weights, ctx.saved_tensors[-1]
+        count = ctx.call.num_weights
+        *saved, gradient = ctx.saved_tensors
         if _any(tangents[1 : 1 + count]):
             raise RuntimeError("weights of rows with a tangent go to the operator of rows")
         direction = tangents[1 + count]
         assert direction is not None
-        along = _Objective._along(ctx, direction).to(gradient.dtype)
+        along = _Objective._along(ctx.call, saved, direction).to(gradient.dtype)
         of_loss = (gradient * direction).sum().to(statistics_dtype(gradient))
         return of_loss, *(None,) * (ctx.num_results - 2), along
 

@@ -65,7 +65,9 @@ RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 
 
 def test_every_promise_names_tests_that_exist():
-    rows = re.findall(r"^\| [A-Z`].*\| ([^|]*tests/[^|]*|sweep [^|]*) \|$", RELIABILITY, re.MULTILINE)
+    rows = re.findall(
+        r"^\| [A-Z`].*\| ([^|]*tests/[^|]*|sweep [^|]*) \|$", RELIABILITY, re.MULTILINE
+    )
     assert len(rows) > 20
     for cell in rows:
         folder = ROOT

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import mclfast
 from helpers.every_loss import LABELS, LossCase, every_loss
@@ -70,6 +71,29 @@ def test_reverse_mode_transforms(case):
     close(torch.func.vmap(call)(torch.stack([e, -e])), torch.stack([call(e), call(-e)]))
     batched = torch.func.vmap(torch.func.grad(call))(torch.stack([e, -e]))
     close(batched, torch.stack([want, gradient(plain(case), -e)]))
+
+
+def test_saved_tensors_are_read_once(case):
+    x = case.embeddings.clone().requires_grad_()
+    want = gradient(plain(case), case.embeddings)
+    recomputed = checkpoint(fused(case), x, use_reentrant=False)
+    close(torch.autograd.grad(recomputed, x)[0], want)
+    packed = unpacked = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal packed
+        packed += 1
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        nonlocal unpacked
+        unpacked += 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = fused(case)(x)
+    close(torch.autograd.grad(loss, x)[0], want)
+    assert unpacked == packed > 0
 
 
 def test_forward_mode(case):

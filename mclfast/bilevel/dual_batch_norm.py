@@ -105,10 +105,11 @@ class FusedBatchNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, grad_t):  # type: ignore[no-untyped-def]
+        saved = ctx.saved_tensors
         g_x, g_x_t, g_weight, g_bias = torch.ops.mclfast_cpu.dual_batch_norm_backward(
-            grad, grad_t, *ctx.saved_tensors
+            grad, grad_t, *saved
         )
-        has_weight = ctx.saved_tensors[2] is not None
+        has_weight = saved[2] is not None
         return (
             g_x,
             g_x_t,

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from mclfast._base.tensors import statistics_dtype
 from mclfast.ops.in_batch import (
+    families_with_gradient,
     fused_objective,
     gradient_of_fused,
     implementation,
     like,
     passed_on,
+    wide_like,
     with_statistics,
 )
 
@@ -55,14 +57,22 @@ def _(nodes: Tensor, banks: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[4:])
     ctx.save_for_backward(*inputs[:4], *output[4:])
     ctx.settings = inputs[4:]
 
 
-def _rows_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    grad = bank_mcl_rows_backward(*grads[:4], *ctx.saved_tensors, *ctx.settings)
-    return grad, *(None,) * 8
+def _rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    nodes, banks, *rest = ctx.saved_tensors
+    networks, temperature, kl_temperature, families, backend = ctx.settings
+    families, cotangents = families_with_gradient(
+        grads[:4], families, lambda: _row_shapes(nodes, banks)
+    )
+    if not families:
+        return (None,) * 9
+    settings = networks, temperature, kl_temperature, families, backend
+    return bank_mcl_rows_backward(*cotangents, nodes, banks, *rest, *settings), *(None,) * 8
 
 
 bank_mcl_rows.register_autograd(_rows_backward, setup_context=_rows_context)
@@ -145,7 +155,7 @@ bank_mcl_objective = torch.library.custom_op(
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     nodes, banks = inputs[4:6]
     loss = nodes.new_empty((), dtype=statistics_dtype(nodes))
-    return loss, *_row_shapes(nodes, banks), like(nodes)
+    return loss, *_row_shapes(nodes, banks), wide_like(nodes)
 
 
 def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -162,7 +172,7 @@ def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     def second(v_nodes: Tensor) -> Tensor:
         return bank_mcl_rows_double_backward(v_nodes, *inputs, *ctx.settings)[0]
 
-    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second)
+    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second, inputs[4].dtype)
     return *(None,) * 4, total, *(None,) * 8
 
 
@@ -203,7 +213,7 @@ bank_nce = torch.library.custom_op(
 @bank_nce.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     nodes = inputs[0]
-    return nodes.new_empty((), dtype=statistics_dtype(nodes)), like(nodes)
+    return nodes.new_empty((), dtype=statistics_dtype(nodes)), wide_like(nodes)
 
 
 def _nce_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -218,7 +228,8 @@ def _nce_backward(ctx: Any, g_loss: Tensor | None, v_nodes: Tensor | None) -> tu
     def second(v: Tensor) -> Tensor:
         return bank_nce_double_backward(v, *inputs, *ctx.settings)
 
-    return gradient_of_fused(g_loss, grad_nodes, v_nodes, second), *(None,) * 7
+    total = gradient_of_fused(g_loss, grad_nodes, v_nodes, second, inputs[0].dtype)
+    return total, *(None,) * 7
 
 
 bank_nce.register_autograd(_nce_backward, setup_context=_nce_context)

@@ -17,7 +17,7 @@ input dtype, so there is nothing to cast.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,18 +97,29 @@ def fused_objective(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return call
 
 
+def wide_like(x: Tensor) -> Tensor:
+    """An empty contiguous tensor of the same shape and device, in the dtype of statistics."""
+    return torch.empty_like(x, dtype=statistics_dtype(x), memory_format=torch.contiguous_format)
+
+
 def gradient_of_fused(
-    g_loss: Tensor | None, grad: Tensor, v_grad: Tensor | None, second: Callable[[Tensor], Tensor]
+    g_loss: Tensor | None,
+    grad: Tensor,
+    v_grad: Tensor | None,
+    second: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """Gradient for the nodes of an operator whose outputs are a loss and the loss's gradient.
 
     Args:
         g_loss: cotangent of the loss; None for zero.
-        grad: gradient of the loss [N, B, D], as the operator gave it.
+        grad: gradient of the loss [N, B, D], as the operator gave it: not rounded to half
+            precision, because the cotangent may be a loss scale.
         v_grad: cotangent of ``grad``; None for zero.
         second: function from ``v_grad`` to the gradient of its product with ``grad``.
+        dtype: dtype of the nodes, and of the result.
     """
-    total = None if g_loss is None else (g_loss * grad).to(grad.dtype)
+    total = None if g_loss is None else (g_loss * grad).to(dtype)
     if v_grad is None:
         return total
     return second(v_grad) if total is None else total + second(v_grad)
@@ -145,14 +156,40 @@ def _(nodes: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, ...]:
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     nodes, labels, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[4:])
     ctx.save_for_backward(nodes, labels, *output[4:])
 
 
-def _rows_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    nodes, labels, lse, kl_lse = ctx.saved_tensors
-    grad = mcl_rows_backward(*grads[:4], nodes, labels, lse, kl_lse, *ctx.settings)
-    return grad, *(None,) * 8
+def families_with_gradient(
+    grads: Sequence[Tensor | None], families: int, shapes: Callable[[], list[Tensor]]
+) -> tuple[int, list[Tensor]]:
+    """The families that a loss depends on, and the four cotangents, zero for the others.
+
+    A family that takes no part must add nothing to the gradient, not even 0 times NaN.
+
+    Args:
+        grads: cotangents of the four families of rows; None where a loss does not depend on them.
+        families: bit mask of the families of the rows.
+        shapes: call that gives tensors like the rows.
+    """
+    given = sum(bit for bit, g in zip(EACH, grads, strict=True) if g is not None)
+    if all(g is not None for g in grads):
+        return families, [g for g in grads if g is not None]
+    made = zip(grads, shapes()[:4], strict=True)
+    return families & given, [torch.zeros_like(row) if g is None else g for g, row in made]
+
+
+def _rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    nodes, labels, *statistics = ctx.saved_tensors
+    networks, temperature, kl_temperature, families, *rest = ctx.settings
+    families, cotangents = families_with_gradient(
+        grads[:4], families, lambda: _row_shapes(nodes, rest[1])
+    )
+    if not families:
+        return (None,) * 9
+    settings = networks, temperature, kl_temperature, families, *rest
+    return mcl_rows_backward(*cotangents, nodes, labels, *statistics, *settings), *(None,) * 8
 
 
 mcl_rows.register_autograd(_rows_backward, setup_context=_rows_context)
@@ -206,7 +243,8 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 #: (four row weights, nodes, labels, ...) -> loss = sum of weights times rows, the rows, lse, kl_lse
-#: and the gradient of the loss for nodes, in one sweep over the similarities. The loss is
+#: and the gradient of the loss for nodes in the dtype of statistics, in one sweep over the
+#: similarities. The loss is
 #: differentiable for nodes, twice; the weights get no gradient and the rows give none.
 mcl_objective = torch.library.custom_op(
     "mclfast::mcl_objective",
@@ -221,7 +259,7 @@ mcl_objective = torch.library.custom_op(
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     nodes = inputs[4]
     loss = nodes.new_empty((), dtype=statistics_dtype(nodes))
-    return loss, *_row_shapes(nodes, nodes.shape[1]), like(nodes)
+    return loss, *_row_shapes(nodes, nodes.shape[1]), wide_like(nodes)
 
 
 def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -240,7 +278,7 @@ def _objective_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         rows = 0, grad_nodes.shape[1]
         return mcl_rows_double_backward(v_nodes, *inputs, *settings, *rows, backend)[0]
 
-    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second)
+    total = gradient_of_fused(grads[0], grad_nodes, grads[7], second, inputs[4].dtype)
     return *(None,) * 4, total, *(None,) * 6
 
 

@@ -456,8 +456,12 @@ def mcl_gradient_kernels(
     v_nodes: Tensor | None = None,
     mean_p: Tensor | None = None,
     mean_q: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """grad_nodes [N, B, D], or h_nodes if v_nodes and the means [N, N, B] are given."""
+    """grad_nodes [N, B, D], or h_nodes if v_nodes and the means [N, N, B] are given.
+
+    Its dtype is ``grad_dtype``, that of the nodes by default.
+    """
     n, batch, d = nodes.shape
     second = v_nodes is not None
     suffix = "double" if second else "bwd"
@@ -482,8 +486,8 @@ def mcl_gradient_kernels(
 
     slots = sum(step[5] for step in plan)
     if slots == 0:
-        return torch.zeros_like(nodes)
-    grad = torch.empty_like(nodes)
+        return torch.zeros_like(nodes, dtype=grad_dtype)
+    grad = torch.empty_like(nodes, dtype=grad_dtype)
     out = grad[None] if slots == 1 else nodes.new_empty((slots, n, batch, d), dtype=torch.float32)
     slot = 0
     for kernel, soft, used, tile, grid, parts, columns in plan:
@@ -540,6 +544,7 @@ def mcl_rows_backward(
     row_count: int,
     *,
     precision: str = "tf32",
+    grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient of ``mcl_rows_forward`` with respect to the nodes, at most four launches.
 
@@ -547,14 +552,15 @@ def mcl_rows_backward(
         g_vcl: [N, R] cotangent; g_soft_vcl, g_icl, g_soft_icl: [N, N, R]; any strides.
             Cotangents of families not asked for are ignored.
         lse, kl_lse: log-partitions [N, N, R] that the forward returned.
+        grad_dtype: dtype of the gradient; that of ``nodes`` by default.
 
     Returns:
-        [N, B, D] in the dtype of ``nodes``.
+        [N, B, D] in ``grad_dtype``.
     """
     _launch.check_inputs(nodes, precision)
     nodes, labels = nodes.contiguous(), labels.contiguous()
     if nodes.numel() == 0 or row_count == 0:
-        return torch.zeros_like(nodes)
+        return torch.zeros_like(nodes, dtype=grad_dtype)
     coefficients = mcl_prepare_bwd_kernel(
         g_vcl,
         g_soft_vcl,
@@ -568,5 +574,12 @@ def mcl_rows_backward(
         row_count,
     )
     return mcl_gradient_kernels(
-        coefficients, nodes, networks, temperature, kl_temperature, families, precision
+        coefficients,
+        nodes,
+        networks,
+        temperature,
+        kl_temperature,
+        families,
+        precision,
+        grad_dtype=grad_dtype,
     )

@@ -128,7 +128,8 @@ protected:
       for (size_t i = 0; i < dims.size(); ++i) parts[i].push_back(found[i]);
     }
     Tensors whole;
-    for (size_t i = 0; i < dims.size(); ++i) whole.push_back(at::cat(parts[i], dims[i]));
+    for (size_t i = 0; i < dims.size(); ++i)
+      whole.push_back(parts[i][0].defined() ? at::cat(parts[i], dims[i]) : Tensor());
     return whole;
   }
 

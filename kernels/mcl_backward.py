@@ -39,7 +39,7 @@ def _mcl_prepare_bwd_kernel(
     KL_LSE,  # [N, N, R]
     CLASSES,  # [B] int32, written: first sample of the same class
     INV_COUNT,  # [B], written: 1 / number of positives, 0 without any
-    HARD,  # [N, N, B], written: g_icl, diagonal g_vcl; 0 without a positive or if no anchor
+    HARD,  # [N, N, B], written: g_icl, diagonal g_vcl; 0 (or NaN) without a positive, 0 if no anchor
     TARGET,  # [N, N, B], written: HARD / number of positives
     SOFT_INTRA,  # [N, N, B], written: T g_soft_vcl
     SOFT,  # [N, N, B], written: T g_soft_icl
@@ -87,7 +87,9 @@ def _mcl_prepare_bwd_kernel(
             G_SOFT_VCL + i_a * s_sa + i_b * s_sb + o_m * s_sr, mask=anchor, other=0.0
         )
         soft = tl.load(G_SOFT_ICL + i_a * s_ja + i_b * s_jb + o_m * s_jr, mask=anchor, other=0.0)
-        lse = tl.load(LSE + o_in, mask=usable, other=0.0)
+        lse = tl.load(LSE + o_in, mask=anchor, other=0.0)
+        # An anchor without a positive has the cotangent 0, which NaN in its row survives.
+        hard += tl.where(usable, 0.0, lse * 0.0)
         kl_lse = tl.load(KL_LSE + o_in, mask=anchor, other=0.0)
         tl.store(HARD + o_out, hard, mask=ok_r)
         tl.store(TARGET + o_out, hard * inv_count, mask=ok_r)
@@ -195,7 +197,9 @@ def _mcl_cross_bwd_kernel(
                 p_r = hard_r[:, None] * tl.exp2((s * inv_tau - lse_r[:, None]) * LOG2E)
                 p_c = hard_c[None, :] * tl.exp2((s * inv_tau - lse_c[None, :]) * LOG2E)
                 target = target_r[:, None] + target_c[None, :]
-                h += tl.where(others, p_r + p_c - tl.where(same, target, 0.0), 0.0)
+                # The anchor's own column: 0, or NaN for a cotangent that is NaN.
+                own = (hard_r - hard_r)[:, None] + (hard_c - hard_c)[None, :]
+                h += tl.where(others, p_r + p_c - tl.where(same, target, 0.0), own)
                 if SECOND:
                     mean_p_c = tl.load(MEAN_P + at_ba + o_c, mask=ok_c, other=0.0)
                     moved = p_r * (sd - mean_p_r[:, None]) + p_c * (sd - mean_p_c[None, :])
@@ -309,7 +313,9 @@ def _mcl_intra_bwd_kernel(
             p_r = hard_r[:, None] * tl.exp2((s * inv_tau - lse_r[:, None]) * LOG2E)
             p_c = hard_c[None, :] * tl.exp2((s * inv_tau - lse_c[None, :]) * LOG2E)
             target = target_r[:, None] + target_c[None, :]
-            h = tl.where(others, p_r + p_c - tl.where(same, target, 0.0), 0.0)
+            # The anchor's own column: 0, or NaN for a cotangent that is NaN.
+            own = (hard_r - hard_r)[:, None] + (hard_c - hard_c)[None, :]
+            h = tl.where(others, p_r + p_c - tl.where(same, target, 0.0), own)
             b_out = output_tile(b_ac, p_a, o_c, ok_c, d_out, D, BLOCK_D, BLOCK_OUT)
             if SECOND:
                 # Ad_a = (V_a E_a^T + E_a V_a^T) / tau

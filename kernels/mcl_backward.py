@@ -39,7 +39,7 @@ def _mcl_prepare_bwd_kernel(
     KL_LSE,  # [N, N, R]
     CLASSES,  # [B] int32, written: first sample of the same class
     INV_COUNT,  # [B], written: 1 / number of positives, 0 without any
-    HARD,  # [N, N, B], written: g_icl, diagonal g_vcl; 0 (or NaN) without a positive, 0 if no anchor
+    HARD,  # [N, N, B], written: g_icl, diagonal g_vcl; 0 if no anchor, 0 or NaN without a positive
     TARGET,  # [N, N, B], written: HARD / number of positives
     SOFT_INTRA,  # [N, N, B], written: T g_soft_vcl
     SOFT,  # [N, N, B], written: T g_soft_icl

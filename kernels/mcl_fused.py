@@ -33,8 +33,8 @@ def mcl_rows_fused(
 
     Returns:
         (vcl [N, B], soft_vcl [N, N, B], icl [N, N, B], soft_icl [N, N, B], lse [N, N, B],
-        kl_lse [N, N, B], grad_nodes [N, B, D]), float32: the gradient meets its cotangent, which may
-        be a loss scale, before it is rounded to half precision.
+        kl_lse [N, N, B], grad_nodes [N, B, D]), float32: the gradient meets its cotangent, which
+        may be a loss scale, before it is rounded to half precision.
     """
     batch = nodes.shape[1]
     rows = mcl_rows_forward(

@@ -17,38 +17,60 @@ import mclfast
 from mclfast import unit_norm
 
 Loss = Callable[[Tensor, str], Tensor]
+TERMS = ("vcl", "soft_vcl", "icl", "soft_icl")
 
 
-def in_batch_losses(labels: Tensor) -> Iterator[tuple[str, Loss]]:
+def in_batch_losses(
+    labels: Tensor, *, temperature: float = 0.1, kl_temperature: float = 3.0
+) -> Iterator[tuple[str, Loss]]:
     """Name and call of every loss inside the batch; a call takes [M, B, D] and the backend."""
-    yield "mcl_loss", lambda e, b: mclfast.mcl_loss(e, labels, backend=b)
+    lone = {"temperature": temperature}
+    both = {**lone, "kl_temperature": kl_temperature}
+    yield "mcl_loss", lambda e, b: mclfast.mcl_loss(e, labels, backend=b, **both)
     yield (
         "layerwise_mcl_loss, weights of zero",
         lambda e, b: mclfast.layerwise_mcl_loss(
-            e[:, None], labels, weights=(1.0, 0.0, 0.0, 1.0), backend=b
+            e[:, None], labels, weights=(1.0, 0.0, 0.0, 1.0), backend=b, **both
         ),
     )
-    for term in ("vcl", "soft_vcl", "icl", "soft_icl"):
+    for term in TERMS:
         yield (
             f"mcl_terms {term}",
-            lambda e, b, term=term: getattr(mclfast.mcl_terms(e, labels, backend=b), term),
+            lambda e, b, term=term: getattr(mclfast.mcl_terms(e, labels, backend=b, **both), term),
         )
-    yield "supcon_loss", lambda e, b: mclfast.supcon_loss(e[0], labels, backend=b)
-    yield "similarity_kl_loss", lambda e, b: mclfast.similarity_kl_loss(e[0], e[1], backend=b)
-    yield "info_nce_loss", lambda e, b: mclfast.info_nce_loss(e[0], e[1], backend=b)
+    yield "supcon_loss", lambda e, b: mclfast.supcon_loss(e[0], labels, backend=b, **lone)
+    yield (
+        "similarity_kl_loss",
+        lambda e, b: mclfast.similarity_kl_loss(e[0], e[1], backend=b, **both),
+    )
+    yield "info_nce_loss", lambda e, b: mclfast.info_nce_loss(e[0], e[1], backend=b, **lone)
 
 
-def bank_losses(banks: Tensor, positives: Tensor, negatives: Tensor) -> Iterator[tuple[str, Loss]]:
+def bank_losses(
+    banks: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    *,
+    temperature: float = 0.1,
+    kl_temperature: float = 3.0,
+) -> Iterator[tuple[str, Loss]]:
     """Name and call of every loss against memory banks, as :func:`in_batch_losses`."""
     keys = banks, positives, negatives
-    yield "bank_mcl_loss", lambda e, b: mclfast.bank_mcl_loss(e, *keys, backend=b)
-    for term in ("vcl", "soft_vcl", "icl", "soft_icl"):
+    lone = {"temperature": temperature}
+    both = {**lone, "kl_temperature": kl_temperature}
+    yield "bank_mcl_loss", lambda e, b: mclfast.bank_mcl_loss(e, *keys, backend=b, **both)
+    for term in TERMS:
         yield (
             f"bank_mcl_terms {term}",
-            lambda e, b, term=term: getattr(mclfast.bank_mcl_terms(e, *keys, backend=b), term),
+            lambda e, b, term=term: getattr(
+                mclfast.bank_mcl_terms(e, *keys, backend=b, **both), term
+            ),
         )
     contrast = torch.cat([positives[:, :1], negatives], 1)
-    yield "bank_nce_loss", lambda e, b: mclfast.bank_nce_loss(e, banks, contrast, backend=b)
+    yield (
+        "bank_nce_loss",
+        lambda e, b: mclfast.bank_nce_loss(e, banks, contrast, backend=b, **lone),
+    )
 
 
 def derivatives(loss: Loss, embeddings: Tensor, backend: str, order: int) -> list[Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.not_finite import bank_losses, in_batch_losses
 
+from helpers.not_finite import bank_losses, in_batch_losses
 from mclfast import unit_norm
 
 BATCH, WIDTH, SAMPLES = 64, 32, 50

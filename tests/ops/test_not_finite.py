@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.not_finite import differences
 
 import mclfast
+from helpers.not_finite import differences
 from mclfast import unit_norm
 
 

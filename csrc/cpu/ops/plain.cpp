@@ -152,7 +152,8 @@ bool kernels_apply(at::ScalarType type, at::ArrayRef<Tensor> factors, double tem
   const double embedding = largest(factors), scale = double(factors[0].size(-1)) / temperature;
   const double tangent = largest(tangents);
   const double reach = embedding * std::fmax(embedding, tangent) * std::fmax(scale, 1.0);
-  return std::isfinite(embedding) && std::isfinite(tangent) &&
+  constexpr double kLargestLogit = 1e28; // the padding of the kernels is -1e30
+  return embedding * embedding * scale <= kLargestLogit && std::isfinite(tangent) &&
          reach * reach * largest(cotangents) <= limit;
 }
 

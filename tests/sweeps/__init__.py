@@ -1,0 +1,1 @@
+"""Long sweeps: each module has ``sweep(count, seed)``, which counts what it tried and found."""

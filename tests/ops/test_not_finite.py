@@ -65,3 +65,13 @@ def test_inference_mode_takes_the_plain_way_too():
     with torch.inference_mode():
         e = torch.full((2, 4, 3), math.nan)
         assert mclfast.mcl_loss(e, torch.arange(4) % 2, backend="cpu").isnan()
+
+
+def test_an_updated_bank_entry_with_nan_is_nan():
+    bank = mclfast.MemoryBank(1, 3, 8, momentum=0.5)
+    embeddings = torch.ones(1, 1, 8)
+    embeddings[0, 0, 2] = math.nan
+    others = bank.banks[0, 0].clone()
+    bank.update(torch.tensor([1]), embeddings, backend="cpu")
+    assert bank.banks[0, 1].isnan().all()
+    assert torch.equal(bank.banks[0, 0], others)

@@ -378,7 +378,7 @@ def test_what_is_not_finite_stays_so(kernels, where, value):
     for got, want in zip(found, second, strict=True):
         assert not (got.isfinite() & ~want.isfinite()).any()
     rows.append(kernels.backward(p.cotangents, [lse, kl_lse], *p.args))
-    for got, want in zip(rows, [*p.rows(), grad], strict=True):
+    for got, want in zip(rows, [*p.rows()[:4], grad], strict=True):
         assert torch.equal(got.isfinite(), want.isfinite())
     assert torch.equal(kernels.fused(p.cotangents, *p.args)[-1].isfinite(), grad.isfinite())
 

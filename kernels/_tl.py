@@ -151,9 +151,12 @@ def online_update(
 
 @triton.jit
 def log_partition(m, sum_hard, inv_tau):
-    """log sum_{c != r} exp(s / tau), [BLOCK_M]; 0 where there is no other column."""
-    log_sum = tl.log2(tl.where(sum_hard > 0, sum_hard, 1.0)) * LN2
-    return tl.where(sum_hard > 0, m * inv_tau + log_sum, 0.0)
+    """log sum_{c != r} exp(s / tau), [BLOCK_M]; 0 where there is no other column.
+
+    Compared with 0, because NaN is not above 0 and must stay.
+    """
+    log_sum = tl.log2(tl.where(sum_hard == 0, 1.0, sum_hard)) * LN2
+    return tl.where(sum_hard == 0, 0.0, m * inv_tau + log_sum)
 
 
 @triton.jit

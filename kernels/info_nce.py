@@ -58,8 +58,8 @@ def _info_nce_fwd_kernel(
         s = inner_products(b_x, b_y, p_x, p_y, o_r, ok_r, o_c, ok_c, D, BLOCK_D, PRECISION)
         s = tl.where(ok_c[None, :], s, LOWEST)
         m_new = tl.maximum(m, tl.max(s, 1))
-        # Masked columns: exp2(LOWEST - m_new) is 0.
         x = tl.exp2((s - m_new[:, None]) * (inv_tau * LOG2E))
+        x = tl.where(ok_c[None, :], x, 0.0)  # not 0 by itself beside logits that are all -inf
         total = total * tl.exp2((m - m_new) * (inv_tau * LOG2E)) + tl.sum(x, 1)
         m = m_new
         diagonal += tl.sum(tl.where(o_r[:, None] == o_c[None, :], s, 0.0), 1)

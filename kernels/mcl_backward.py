@@ -39,7 +39,7 @@ def _mcl_prepare_bwd_kernel(
     KL_LSE,  # [N, N, R]
     CLASSES,  # [B] int32, written: first sample of the same class
     INV_COUNT,  # [B], written: 1 / number of positives, 0 without any
-    HARD,  # [N, N, B], written: g_icl, diagonal g_vcl; 0 without a positive or if no anchor
+    HARD,  # [N, N, B], written: g_icl, diagonal g_vcl; 0 if no anchor, 0 or NaN without a positive
     TARGET,  # [N, N, B], written: HARD / number of positives
     SOFT_INTRA,  # [N, N, B], written: T g_soft_vcl
     SOFT,  # [N, N, B], written: T g_soft_icl
@@ -87,7 +87,9 @@ def _mcl_prepare_bwd_kernel(
             G_SOFT_VCL + i_a * s_sa + i_b * s_sb + o_m * s_sr, mask=anchor, other=0.0
         )
         soft = tl.load(G_SOFT_ICL + i_a * s_ja + i_b * s_jb + o_m * s_jr, mask=anchor, other=0.0)
-        lse = tl.load(LSE + o_in, mask=usable, other=0.0)
+        lse = tl.load(LSE + o_in, mask=anchor, other=0.0)
+        # An anchor without a positive has the cotangent 0, which NaN in its row survives.
+        hard += tl.where(usable, 0.0, lse * 0.0)
         kl_lse = tl.load(KL_LSE + o_in, mask=anchor, other=0.0)
         tl.store(HARD + o_out, hard, mask=ok_r)
         tl.store(TARGET + o_out, hard * inv_count, mask=ok_r)
@@ -195,7 +197,9 @@ def _mcl_cross_bwd_kernel(
                 p_r = hard_r[:, None] * tl.exp2((s * inv_tau - lse_r[:, None]) * LOG2E)
                 p_c = hard_c[None, :] * tl.exp2((s * inv_tau - lse_c[None, :]) * LOG2E)
                 target = target_r[:, None] + target_c[None, :]
-                h += tl.where(others, p_r + p_c - tl.where(same, target, 0.0), 0.0)
+                # The anchor's own column: 0, or NaN for a cotangent that is NaN.
+                own = (hard_r - hard_r)[:, None] + (hard_c - hard_c)[None, :]
+                h += tl.where(others, p_r + p_c - tl.where(same, target, 0.0), own)
                 if SECOND:
                     mean_p_c = tl.load(MEAN_P + at_ba + o_c, mask=ok_c, other=0.0)
                     moved = p_r * (sd - mean_p_r[:, None]) + p_c * (sd - mean_p_c[None, :])
@@ -309,7 +313,9 @@ def _mcl_intra_bwd_kernel(
             p_r = hard_r[:, None] * tl.exp2((s * inv_tau - lse_r[:, None]) * LOG2E)
             p_c = hard_c[None, :] * tl.exp2((s * inv_tau - lse_c[None, :]) * LOG2E)
             target = target_r[:, None] + target_c[None, :]
-            h = tl.where(others, p_r + p_c - tl.where(same, target, 0.0), 0.0)
+            # The anchor's own column: 0, or NaN for a cotangent that is NaN.
+            own = (hard_r - hard_r)[:, None] + (hard_c - hard_c)[None, :]
+            h = tl.where(others, p_r + p_c - tl.where(same, target, 0.0), own)
             b_out = output_tile(b_ac, p_a, o_c, ok_c, d_out, D, BLOCK_D, BLOCK_OUT)
             if SECOND:
                 # Ad_a = (V_a E_a^T + E_a V_a^T) / tau
@@ -456,8 +462,12 @@ def mcl_gradient_kernels(
     v_nodes: Tensor | None = None,
     mean_p: Tensor | None = None,
     mean_q: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """grad_nodes [N, B, D], or h_nodes if v_nodes and the means [N, N, B] are given."""
+    """grad_nodes [N, B, D], or h_nodes if v_nodes and the means [N, N, B] are given.
+
+    Its dtype is ``grad_dtype``, that of the nodes by default.
+    """
     n, batch, d = nodes.shape
     second = v_nodes is not None
     suffix = "double" if second else "bwd"
@@ -482,8 +492,8 @@ def mcl_gradient_kernels(
 
     slots = sum(step[5] for step in plan)
     if slots == 0:
-        return torch.zeros_like(nodes)
-    grad = torch.empty_like(nodes)
+        return torch.zeros_like(nodes, dtype=grad_dtype)
+    grad = torch.empty_like(nodes, dtype=grad_dtype)
     out = grad[None] if slots == 1 else nodes.new_empty((slots, n, batch, d), dtype=torch.float32)
     slot = 0
     for kernel, soft, used, tile, grid, parts, columns in plan:
@@ -540,6 +550,7 @@ def mcl_rows_backward(
     row_count: int,
     *,
     precision: str = "tf32",
+    grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient of ``mcl_rows_forward`` with respect to the nodes, at most four launches.
 
@@ -547,14 +558,15 @@ def mcl_rows_backward(
         g_vcl: [N, R] cotangent; g_soft_vcl, g_icl, g_soft_icl: [N, N, R]; any strides.
             Cotangents of families not asked for are ignored.
         lse, kl_lse: log-partitions [N, N, R] that the forward returned.
+        grad_dtype: dtype of the gradient; that of ``nodes`` by default.
 
     Returns:
-        [N, B, D] in the dtype of ``nodes``.
+        [N, B, D] in ``grad_dtype``.
     """
     _launch.check_inputs(nodes, precision)
     nodes, labels = nodes.contiguous(), labels.contiguous()
     if nodes.numel() == 0 or row_count == 0:
-        return torch.zeros_like(nodes)
+        return torch.zeros_like(nodes, dtype=grad_dtype)
     coefficients = mcl_prepare_bwd_kernel(
         g_vcl,
         g_soft_vcl,
@@ -568,5 +580,12 @@ def mcl_rows_backward(
         row_count,
     )
     return mcl_gradient_kernels(
-        coefficients, nodes, networks, temperature, kl_temperature, families, precision
+        coefficients,
+        nodes,
+        networks,
+        temperature,
+        kl_temperature,
+        families,
+        precision,
+        grad_dtype=grad_dtype,
     )

@@ -98,6 +98,7 @@ def _mcl_intra_fwd_kernel(
     sum_soft = zero
     s_self = zero
     positives = zero
+    poison = zero  # 0, or NaN where a similarity of the row is not finite
     for c_start in range(0, B, BLOCK_N):
         o_c = c_start + tl.arange(0, BLOCK_N)
         ok_c = o_c < B
@@ -114,14 +115,17 @@ def _mcl_intra_fwd_kernel(
             y_c = tl.load(CLASSES + o_c, mask=ok_c, other=0)
             positive = others & (y_r[:, None] == y_c[None, :])
             positives += tl.sum(tl.where(positive, s, 0.0), 1)
+            poison += tl.sum(s * 0.0, 1)
 
     o_aa = i_a * (N + 1) * R + o_m
     if HARD:
         # vcl[r] = lse[r] - 1/|P(r)| sum_{c in P(r)} A[r, c]
         inv_count = tl.load(INV_COUNT + o_r, mask=ok_m, other=0.0)
         lse = log_partition(m, sum_hard, inv_tau)
-        row = tl.where(inv_count > 0, lse - positives * inv_count * inv_tau, 0.0)
-        tl.store(LSE + o_aa, lse, mask=ok_m)
+        row = tl.where(inv_count > 0, lse - positives * inv_count * inv_tau + poison, 0.0)
+        # In a row without a positive the anchor's own column counts in the derivatives, as 0 times
+        # its similarity.
+        tl.store(LSE + o_aa, lse + tl.where(inv_count > 0, 0.0, poison), mask=ok_m)
         tl.store(VCL + i_a * R + o_m, row, mask=ok_m)
     if SOFT:
         kl_lse, _ = log_partition_with_self(m, sum_soft, s_self, inv_tau, inv_t)
@@ -193,6 +197,8 @@ def _mcl_pair_fwd_kernel(
     s_self = zero
     positives_ab = zero
     positives_ba = zero
+    poison_ab = zero  # 0, or NaN where a similarity of the row is not finite
+    poison_ba = zero
     for c_start in range(0, B, BLOCK_N):
         o_c = c_start + tl.arange(0, BLOCK_N)
         ok_c = o_c < B
@@ -220,6 +226,8 @@ def _mcl_pair_fwd_kernel(
                 positive = others & (y_r[:, None] == y_c[None, :])
                 positives_ab += tl.sum(tl.where(positive, s_ab, 0.0), 1)
                 positives_ba += tl.sum(tl.where(positive, s_ba, 0.0), 1)
+                poison_ab += tl.sum(s_ab * 0.0, 1)
+                poison_ba += tl.sum(s_ba * 0.0, 1)
         if SOFT_INTRA:
             s_aa = inner_products(b_ar, b_ac, p_a, p_a, o_r, ok_m, o_c, ok_c, D, BLOCK_D, PRECISION)
             s_bb = inner_products(b_br, b_bc, p_b, p_b, o_r, ok_m, o_c, ok_c, D, BLOCK_D, PRECISION)
@@ -239,10 +247,10 @@ def _mcl_pair_fwd_kernel(
         lse_ab = log_partition(m_ab, hard_ab, inv_tau)
         lse_ba = log_partition(m_ba, hard_ba, inv_tau)
         mean = inv_count * inv_tau
-        row_ab = tl.where(inv_count > 0, lse_ab - positives_ab * mean, 0.0)
-        row_ba = tl.where(inv_count > 0, lse_ba - positives_ba * mean, 0.0)
-        tl.store(LSE + o_ab, lse_ab, mask=ok_m)
-        tl.store(LSE + o_ba, lse_ba, mask=ok_m)
+        row_ab = tl.where(inv_count > 0, lse_ab - positives_ab * mean + poison_ab, 0.0)
+        row_ba = tl.where(inv_count > 0, lse_ba - positives_ba * mean + poison_ba, 0.0)
+        tl.store(LSE + o_ab, lse_ab + tl.where(inv_count > 0, 0.0, poison_ab), mask=ok_m)
+        tl.store(LSE + o_ba, lse_ba + tl.where(inv_count > 0, 0.0, poison_ba), mask=ok_m)
         tl.store(ICL + o_ab, row_ab, mask=ok_m)
         tl.store(ICL + o_ba, row_ba, mask=ok_m)
     if SOFT:

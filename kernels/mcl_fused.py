@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mclfast.kernels.mcl_backward import mcl_rows_backward
@@ -32,7 +33,8 @@ def mcl_rows_fused(
 
     Returns:
         (vcl [N, B], soft_vcl [N, N, B], icl [N, N, B], soft_icl [N, N, B], lse [N, N, B],
-        kl_lse [N, N, B], grad_nodes [N, B, D]).
+        kl_lse [N, N, B], grad_nodes [N, B, D]), float32: the gradient meets its cotangent, which
+        may be a loss scale, before it is rounded to half precision.
     """
     batch = nodes.shape[1]
     rows = mcl_rows_forward(
@@ -63,5 +65,6 @@ def mcl_rows_fused(
         0,
         batch,
         precision=precision,
+        grad_dtype=torch.float32,
     )
     return *rows, grad_nodes

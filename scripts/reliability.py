@@ -1,8 +1,8 @@
 """Puts the figures of the long sweeps into docs/reliability.md.
 
-    PYTHONPATH=tests python -m sweeps --json FILE     # makes the figures, see make nightly
-    python scripts/reliability.py FILE                # writes them into the table
-    python scripts/reliability.py FILE --check        # 1 if the table does not hold them
+PYTHONPATH=tests python -m sweeps --json FILE     # makes the figures, see make nightly
+python scripts/reliability.py FILE                # writes them into the table
+python scripts/reliability.py FILE --check        # 1 if the table does not hold them
 """
 
 from __future__ import annotations

@@ -108,13 +108,17 @@ __device__ __forceinline__ float log_sigmoid(float x) {
   return fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
 }
 
-// Sum of the cotangents of the soft terms whose student is row (m, e).
+// Sum of the cotangents of the soft terms whose student is row (m, e); NaN where the student or a
+// teacher is not finite, because 0 times its weights is NaN too.
 __device__ __forceinline__ float soft_weight(const Bank& b, const Graph& graph,
                                              const Coefficients& c, int m, int e) {
   float sum = 0;
-  for (int s = 0; s < b.node_count; ++s)
-    if (partner(graph, b.node_count, m, e, s) >= 0)
-      sum += student_weight(c, b.node_count, graph.network[e] == m, e, s);
+  for (int s = 0; s < b.node_count; ++s) {
+    const int teacher = partner(graph, b.node_count, m, e, s);
+    if (teacher < 0) continue;
+    sum += student_weight(c, b.node_count, graph.network[e] == m, e, s);
+    sum += 0.0f * (c.kl_lse[m * b.node_count + e] + c.kl_lse[teacher]);
+  }
   return sum / b.kl_temperature;  // the weights carry it
 }
 

@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   };
   float squares = 0;
   for (int d = lane; d < u.width; d += 32) squares = fmaf(mixed(d), mixed(d), squares);
-  const float norm = fmaxf(sqrtf(warp_sum(squares)), 1e-6f);
+  const float length = sqrtf(warp_sum(squares));
+  const float norm = length < 1e-6f ? 1e-6f : length;  // NaN stays, fmaxf would drop it
   for (int d = lane; d < u.width; d += 32)
     store_element(u.banks, to + d, u.bank_type, mixed(d) / norm);
 }

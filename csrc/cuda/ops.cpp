@@ -87,6 +87,13 @@ void check_launch(cudaError_t error, const char* op) {
   C10_CUDA_CHECK(error);
 }
 
+// Nodes whose gradient comes out in float32: it meets its cotangent, which may be a loss scale, before
+// it is rounded to half precision.
+Tensor widened(const Tensor& nodes) {
+  type_of(nodes, "nodes");
+  return nodes.to(at::kFloat);
+}
+
 // One call of the bank_mcl_* or bank_nce_* family: checked arguments, the tensors that keep them
 // alive, outputs, and the device and stream of the call.
 class BankCall {
@@ -217,7 +224,8 @@ Tensors7 bank_mcl_fused_op(const Tensor& g_vcl, const Tensor& g_soft_vcl, const 
                            const Tensor& g_soft_icl, const Tensor& nodes, const Tensor& banks,
                            const Tensor& pos_idx, const Tensor& neg_idx, at::IntArrayRef networks,
                            double temperature, double kl_temperature, int64_t families) {
-  BankCall c(nodes, banks, pos_idx, neg_idx, networks, temperature, kl_temperature, families);
+  BankCall c(widened(nodes), banks, pos_idx, neg_idx, networks, temperature, kl_temperature,
+             families);
   check_launch(bank_mcl_fused(c.bank, c.cotangents(g_vcl, g_soft_vcl, g_icl, g_soft_icl), c.rows(),
                               c.new_statistic(0), c.new_statistic(1), c.new_grad(), c.workspace(),
                               c.stream()),
@@ -232,13 +240,14 @@ Tensors5 bank_mcl_double_backward_op(const Tensor& v_nodes, const Tensor& g_vcl,
                                      const Tensor& neg_idx, at::IntArrayRef networks,
                                      const Tensor& lse, const Tensor& kl_lse, double temperature,
                                      double kl_temperature, int64_t families) {
-  BankCall c(nodes, banks, pos_idx, neg_idx, networks, temperature, kl_temperature, families);
+  BankCall c(widened(nodes), banks, pos_idx, neg_idx, networks, temperature, kl_temperature,
+             families);
   check_launch(bank_mcl_double_backward(
                    c.bank, c.tangents(v_nodes), c.cotangents(g_vcl, g_soft_vcl, g_icl, g_soft_icl),
                    c.statistic(0, lse, "lse"), c.statistic(1, kl_lse, "kl_lse"), c.new_grad(),
                    c.rows(), c.workspace(), c.stream()),
                "bank_mcl_double_backward");
-  return {c.grad(), c.row(0), c.row(1), c.row(2), c.row(3)};
+  return {c.grad().to(nodes.scalar_type()), c.row(0), c.row(1), c.row(2), c.row(3)};
 }
 
 BankCall nce_call(const Tensor& nodes, const Tensor& banks, const Tensor& pos_idx,
@@ -263,7 +272,7 @@ Tensor bank_nce_lse_op(const Tensor& nodes, const Tensor& banks, const Tensor& p
 Tensors2 bank_nce_fused_op(const Tensor& nodes, const Tensor& banks, const Tensor& pos_idx,
                            const Tensor& neg_idx, const Tensor& log_normalizer, double temperature,
                            double eps) {
-  BankCall c = nce_call(nodes, banks, pos_idx, neg_idx, temperature);
+  BankCall c = nce_call(widened(nodes), banks, pos_idx, neg_idx, temperature);
   check_launch(bank_nce_fused(c.bank, c.normalizer(log_normalizer), static_cast<float>(eps),
                               c.new_statistic(0), c.new_grad(), c.workspace(), c.stream()),
                "bank_nce_fused");
@@ -273,12 +282,12 @@ Tensors2 bank_nce_fused_op(const Tensor& nodes, const Tensor& banks, const Tenso
 Tensor bank_nce_double_backward_op(const Tensor& v_nodes, const Tensor& nodes, const Tensor& banks,
                                    const Tensor& pos_idx, const Tensor& neg_idx,
                                    const Tensor& log_normalizer, double temperature, double eps) {
-  BankCall c = nce_call(nodes, banks, pos_idx, neg_idx, temperature);
+  BankCall c = nce_call(widened(nodes), banks, pos_idx, neg_idx, temperature);
   check_launch(
       bank_nce_double_backward(c.bank, c.tangents(v_nodes), c.normalizer(log_normalizer),
                                static_cast<float>(eps), c.new_grad(), c.workspace(), c.stream()),
       "bank_nce_double_backward");
-  return c.grad();
+  return c.grad().to(nodes.scalar_type());
 }
 
 void bank_update_op(Tensor& banks, const Tensor& index, const Tensor& embeddings, double momentum) {

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from mclfast._base.tensors import statistics_dtype
 from mclfast.ops.derivatives import Operators, gradient_of_fused
-from mclfast.ops.in_batch import fused_objective, implementation, like, passed_on, with_statistics
+from mclfast.ops.in_batch import (
+    families_with_gradient,
+    fused_objective,
+    implementation,
+    like,
+    passed_on,
+    wide_like,
+    with_statistics,
+)
 
 _KEYS = "Tensor banks, Tensor pos_idx, Tensor neg_idx"
 _SETTINGS = "SymInt[] stages, float temperature, float kl_temperature, int families, str backend"
@@ -49,14 +57,22 @@ def _(nodes: Tensor, banks: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[4:])
     ctx.save_for_backward(*inputs[:4], *output[4:])
     ctx.settings = inputs[4:]
 
 
-def _rows_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    grad = bank_mcl_rows_backward(*grads[:4], *ctx.saved_tensors, *ctx.settings)
-    return grad, *(None,) * 8
+def _rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    nodes, banks, *rest = ctx.saved_tensors
+    networks, temperature, kl_temperature, families, backend = ctx.settings
+    families, cotangents = families_with_gradient(
+        grads[:4], families, lambda: _row_shapes(nodes, banks)
+    )
+    if not families:
+        return (None,) * 9
+    settings = networks, temperature, kl_temperature, families, backend
+    return bank_mcl_rows_backward(*cotangents, nodes, banks, *rest, *settings), *(None,) * 8
 
 
 bank_mcl_rows.register_autograd(_rows_backward, setup_context=_rows_context)
@@ -151,7 +167,7 @@ bank_mcl_objective = torch.library.custom_op(
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     nodes, banks = inputs[4:6]
     loss = nodes.new_empty((), dtype=statistics_dtype(nodes))
-    return loss, *_row_shapes(nodes, banks), like(nodes)
+    return loss, *_row_shapes(nodes, banks), wide_like(nodes)
 
 
 def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -209,7 +225,7 @@ bank_nce = torch.library.custom_op(
 @bank_nce.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     nodes = inputs[0]
-    return nodes.new_empty((), dtype=statistics_dtype(nodes)), like(nodes)
+    return nodes.new_empty((), dtype=statistics_dtype(nodes)), wide_like(nodes)
 
 
 def _nce_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -118,6 +118,11 @@ def fused_objective(name: str, stages_at: int) -> Callable[..., tuple[Tensor, ..
     return call
 
 
+def wide_like(x: Tensor) -> Tensor:
+    """An empty contiguous tensor of the same shape and device, in the dtype of statistics."""
+    return torch.empty_like(x, dtype=statistics_dtype(x), memory_format=torch.contiguous_format)
+
+
 def like(x: Tensor) -> Tensor:
     """An empty contiguous tensor of the same shape, dtype and device."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -149,14 +154,40 @@ def _(nodes: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, ...]:
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     nodes, labels, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[4:])
     ctx.save_for_backward(nodes, labels, *output[4:])
 
 
-def _rows_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    nodes, labels, lse, kl_lse = ctx.saved_tensors
-    grad = mcl_rows_backward(*grads[:4], nodes, labels, lse, kl_lse, *ctx.settings)
-    return grad, *(None,) * 8
+def families_with_gradient(
+    grads: Sequence[Tensor | None], families: int, shapes: Callable[[], list[Tensor]]
+) -> tuple[int, list[Tensor]]:
+    """The families that a loss depends on, and the four cotangents, zero for the others.
+
+    A family that takes no part must add nothing to the gradient, not even 0 times NaN.
+
+    Args:
+        grads: cotangents of the four families of rows; None where a loss does not depend on them.
+        families: bit mask of the families of the rows.
+        shapes: call that gives tensors like the rows.
+    """
+    given = sum(bit for bit, g in zip(EACH, grads, strict=True) if g is not None)
+    if all(g is not None for g in grads):
+        return families, [g for g in grads if g is not None]
+    made = zip(grads, shapes()[:4], strict=True)
+    return families & given, [torch.zeros_like(row) if g is None else g for g, row in made]
+
+
+def _rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    nodes, labels, *statistics = ctx.saved_tensors
+    networks, temperature, kl_temperature, families, *rest = ctx.settings
+    families, cotangents = families_with_gradient(
+        grads[:4], families, lambda: _row_shapes(nodes, rest[1])
+    )
+    if not families:
+        return (None,) * 9
+    settings = networks, temperature, kl_temperature, families, *rest
+    return mcl_rows_backward(*cotangents, nodes, labels, *statistics, *settings), *(None,) * 8
 
 
 mcl_rows.register_autograd(_rows_backward, setup_context=_rows_context)
@@ -222,7 +253,8 @@ ROWS = Operators(
 
 
 #: (four row weights, nodes, labels, ...) -> loss = sum of weights times rows, the rows, lse, kl_lse
-#: and the gradient of the loss for nodes, in one sweep over the similarities. The loss is
+#: and the gradient of the loss for nodes in the dtype of statistics, in one sweep over the
+#: similarities. The loss is
 #: differentiable for nodes, twice; the weights get no gradient and the rows give none.
 mcl_objective = torch.library.custom_op(
     "mclfast::mcl_objective",
@@ -237,7 +269,7 @@ mcl_objective = torch.library.custom_op(
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     nodes = inputs[4]
     loss = nodes.new_empty((), dtype=statistics_dtype(nodes))
-    return loss, *_row_shapes(nodes, nodes.shape[1]), like(nodes)
+    return loss, *_row_shapes(nodes, nodes.shape[1]), wide_like(nodes)
 
 
 def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

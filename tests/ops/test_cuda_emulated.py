@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 
@@ -358,3 +359,34 @@ def test_sampler(kernels, seed, step):
     want = reference.sample(anchors, labels, 3, 20, seed, step)
     assert got[0].tolist() == want[0]
     assert got[1].tolist() == want[1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("where", ["node", "negative", "own entry"])
+def test_what_is_not_finite_stays_so(kernels, where, value):
+    p = Problem()
+    if where == "node":
+        p.nodes[1, 0, 3] = value
+    else:
+        key = p.neg_idx[0, 5] if where == "negative" else p.pos_idx[0, 0]
+        p.banks[1, key, 2] = value
+    p.args = (p.nodes, p.banks, *p.options)
+    p.wide = (p.nodes.double(), p.banks.double(), *p.options)
+    *rows, lse, kl_lse = kernels.forward(*p.args)
+    grad, *second = p.gradients()
+    found = kernels.double_backward(p.tangent, p.cotangents, [lse, kl_lse], *p.args)
+    for got, want in zip(found, second, strict=True):
+        assert not (got.isfinite() & ~want.isfinite()).any()
+    rows.append(kernels.backward(p.cotangents, [lse, kl_lse], *p.args))
+    for got, want in zip(rows, [*p.rows()[:4], grad], strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite())
+    assert torch.equal(kernels.fused(p.cotangents, *p.args)[-1].isfinite(), grad.isfinite())
+
+
+def test_an_updated_entry_with_nan_is_nan(kernels):
+    banks = torch.ones(1, 3, 8)
+    embeddings = torch.ones(1, 1, 8)
+    embeddings[0, 0, 2] = math.nan
+    kernels.update_(banks, torch.tensor([1]), embeddings, 0.5)
+    assert banks[0, 1].isnan().all()
+    assert banks[0, 0].isfinite().all()

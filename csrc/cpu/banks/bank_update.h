@@ -18,7 +18,7 @@ void update_entry(T momentum, const T* embedding, int64_t width, T* mixed, Value
   for (int64_t i = 0; i < width; ++i)
     mixed[i] = momentum * mixed[i] + (T(1) - momentum) * embedding[i];
   const T norm = std::sqrt(squared_norm(mixed, width));
-  const T scale = T(1) / (norm > T(1e-6) ? norm : T(1e-6));
+  const T scale = T(1) / (norm < T(1e-6) ? T(1e-6) : norm); // NaN stays
   for (int64_t i = 0; i < width; ++i) narrow(mixed[i] * scale, entry[i]);
 }
 

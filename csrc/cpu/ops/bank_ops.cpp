@@ -14,6 +14,7 @@
 #include "../../bank_schemas.h"
 #include "../dispatch/runtime.h"
 #include "checks.h"
+#include "plain.h"
 
 namespace mclfast::cpu {
 namespace {
@@ -114,6 +115,24 @@ protected:
   }
   Tensor zeros(at::IntArrayRef shape) const { return at::zeros(shape, nodes_.options()); }
 
+  // Results of `body(first, count)` for some samples at a time, joined along their dimensions of
+  // the samples: the plain form gathers the keys of all its samples.
+  template <class Body>
+  Tensors by_samples(const std::vector<int64_t>& dims, const Body& body) const {
+    constexpr int64_t kValues = int64_t(1) << 22;
+    const int64_t each = (pos_idx_.size(1) + neg_idx_.size(1)) * D;
+    const int64_t height = std::max<int64_t>(kValues / each, 1);
+    std::vector<Tensors> parts(dims.size());
+    for (int64_t first = 0; first < B; first += height) {
+      const Tensors found = body(first, std::min(height, B - first));
+      for (size_t i = 0; i < dims.size(); ++i) parts[i].push_back(found[i]);
+    }
+    Tensors whole;
+    for (size_t i = 0; i < dims.size(); ++i)
+      whole.push_back(parts[i][0].defined() ? at::cat(parts[i], dims[i]) : Tensor());
+    return whole;
+  }
+
   at::ScalarType input_type_;
   Tensor banks_, pos_idx_, neg_idx_, nodes_, tangents_;
   double temperature_;
@@ -172,14 +191,47 @@ public:
       kernels().bank_rows_double(arguments<double>(), mode);
     else
       kernels().bank_rows_float(arguments<float>(), mode);
+    // The kernels read the banks once and leave the check to their statistics, which are not finite
+    // where a logit was not. Statistics stay as they are: the next call looks at them too.
+    if (!all_finite({lse_, kl_lse_, rows_[0], rows_[1], rows_[2], rows_[3], grad_, tangents_, g_[0],
+                     g_[1], g_[2], g_[3]}))
+      run_plain(mode);
   }
 
   const Tensor& row(int family) const { return rows_[family]; }
   const Tensor& lse() const { return lse_; }
   const Tensor& kl_lse() const { return kl_lse_; }
   Tensor grad() const { return grad_.to(input_type_); }
+  const Tensor& wide_grad() const { return grad_; }
 
 private:
+  void run_plain(Mode mode) {
+    std::vector<int64_t> dims; // of the gradient and of the rows
+    if (mode != Mode::kForward) dims.push_back(1);
+    if (mode != Mode::kBackward) dims.insert(dims.end(), 4, -1);
+    const Tensors found = by_samples(dims, [&](int64_t first, int64_t count) {
+      const PlainForm form =
+          plain_bank_mcl(banks_, pos_idx_.narrow(0, first, count),
+                         neg_idx_.narrow(0, first, count), networks_, temperature_,
+                         kl_temperature_);
+      const Tensors nodes{nodes_.narrow(1, first, count)};
+      Tensors wanted = of_families(g_, families_);
+      for (Tensor& g : wanted)
+        if (g.defined()) g = g.narrow(-1, first, count);
+      if (mode == Mode::kForward) return plain_values(form, nodes);
+      if (mode == Mode::kDoubleBackward)
+        return plain_second(form, nodes, wanted, {tangents_.narrow(1, first, count)});
+      Tensors made = plain_gradient(form, nodes, wanted);
+      if (mode == Mode::kFused)
+        for (const Tensor& row : plain_values(form, nodes)) made.push_back(row);
+      return made;
+    });
+    size_t next = 0;
+    if (mode != Mode::kForward) grad_ = found[next++];
+    for (int k = 0; k < 4 && mode != Mode::kBackward; ++k)
+      if (families_ >> k & 1) rows_[k] = found[next + k];
+  }
+
   template <class T> BankRows<T> arguments() const {
     BankRows<T> p;
     p.keys = keys();
@@ -234,7 +286,7 @@ Tensors7 bank_mcl_fused(const Tensor& g_vcl, const Tensor& g_soft_vcl, const Ten
   call.set_cotangents(g_vcl, g_soft_vcl, g_icl, g_soft_icl);
   call.run(Mode::kFused);
   return {call.row(0), call.row(1), call.row(2),   call.row(3),
-          call.lse(),  call.kl_lse(), call.grad()};
+          call.lse(),  call.kl_lse(), call.wide_grad()};
 }
 
 Tensors5 bank_mcl_double_backward(const Tensor& v_nodes, const Tensor& g_vcl,
@@ -277,13 +329,38 @@ public:
       kernels().bank_nce_double(arguments<double>(), mode);
     else
       kernels().bank_nce_float(arguments<float>(), mode);
+    if (!all_finite({lse_, rows_, grad_, tangents_, log_normalizer_})) run_plain(mode);
   }
 
   const Tensor& lse() const { return lse_; }
   const Tensor& rows() const { return rows_; }
   Tensor grad() const { return grad_.to(input_type_); }
+  const Tensor& wide_grad() const { return grad_; }
 
 private:
+  void run_plain(Mode mode) {
+    const std::vector<int64_t> dims = mode == Mode::kForward ? std::vector<int64_t>{-1}
+                                      : mode == Mode::kFused ? std::vector<int64_t>{1, -1}
+                                                             : std::vector<int64_t>{1};
+    const Tensors found = by_samples(dims, [&](int64_t first, int64_t count) {
+      const Tensor pos_idx = pos_idx_.narrow(0, first, count);
+      const Tensor neg_idx = neg_idx_.narrow(0, first, count);
+      const Tensors nodes{nodes_.narrow(1, first, count)};
+      if (mode == Mode::kForward)
+        return plain_values(plain_bank_lse(banks_, pos_idx, neg_idx, temperature_), nodes);
+      const PlainForm form =
+          plain_bank_nce(banks_, pos_idx, neg_idx, log_normalizer_, temperature_, eps_);
+      const Tensors mean{at::full({M, M, count}, 1.0 / double(B), nodes_.options())};
+      if (mode == Mode::kDoubleBackward)
+        return plain_second(form, nodes, mean, {tangents_.narrow(1, first, count)});
+      Tensors made = plain_gradient(form, nodes, mean);
+      made.push_back(plain_values(form, nodes)[0]);
+      return made;
+    });
+    (mode == Mode::kForward ? lse_ : grad_) = found[0];
+    if (mode == Mode::kFused) rows_ = found[1];
+  }
+
   template <class T> BankNce<T> arguments() const {
     const double noise = double(neg_idx_.size(1)) / double(n);
     BankNce<T> p;
@@ -313,7 +390,7 @@ Tensors2 bank_nce_fused(const Tensor& nodes, const Tensor& banks, const Tensor& 
   BankNceCall call(nodes, banks, pos_idx, neg_idx, temperature);
   call.set_noise(log_normalizer, eps);
   call.run(Mode::kFused);
-  return {call.rows(), call.grad()};
+  return {call.rows(), call.wide_grad()};
 }
 
 Tensor bank_nce_double_backward(const Tensor& v_nodes, const Tensor& nodes, const Tensor& banks,

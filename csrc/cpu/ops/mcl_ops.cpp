@@ -14,6 +14,7 @@
 
 #include "../dispatch/runtime.h"
 #include "checks.h"
+#include "plain.h"
 
 namespace mclfast::cpu {
 namespace {
@@ -77,6 +78,7 @@ public:
                 B - row_start, " for row_start ", row_start, ", got ", row_count);
     type = wide_type(nodes);
     nodes_ = nodes.to(type).contiguous();
+    labels_ = labels;
     classes_ = std::make_unique<ClassIndex>(labels);
   }
 
@@ -111,7 +113,12 @@ public:
       kl_lse_ = at::zeros({N, N, R}, options);
     }
     if (mode != Mode::kForward) grad_ = at::empty({N, B, D}, options);
-    if (type == at::kDouble)
+    // Below 1, kl_temperature enlarges the logits.
+    const double hardest = temperature_ * std::min(kl_temperature_, 1.0);
+    if (!kernels_apply(type, {nodes_, nodes_}, hardest, {g_[0], g_[1], g_[2], g_[3]},
+                       {tangents_}))
+      run_plain(mode);
+    else if (type == at::kDouble)
       kernels().mcl_rows_double(arguments<double>(), mode);
     else
       kernels().mcl_rows_float(arguments<float>(), mode);
@@ -121,8 +128,30 @@ public:
   const Tensor& lse() const { return lse_; }
   const Tensor& kl_lse() const { return kl_lse_; }
   Tensor grad() const { return grad_.to(input_type_); }
+  // The gradient of a loss that has not met its cotangent yet, which may be a loss scale: half
+  // precision would lose it.
+  const Tensor& wide_grad() const { return grad_; }
 
 private:
+  void run_plain(Mode mode) {
+    const PlainForm form =
+        plain_mcl_rows(labels_, networks_, temperature_, kl_temperature_, row_start_, R);
+    const Tensors wanted = of_families(g_, families_);
+    if (mode == Mode::kForward || mode == Mode::kFused)
+      set_rows(plain_values(form, {nodes_}));
+    if (mode == Mode::kBackward || mode == Mode::kFused)
+      grad_ = plain_gradient(form, {nodes_}, wanted)[0];
+    if (mode == Mode::kDoubleBackward) {
+      const Tensors found = plain_second(form, {nodes_}, wanted, {tangents_});
+      grad_ = found[0];
+      set_rows({found.begin() + 1, found.end()});
+    }
+  }
+  void set_rows(const Tensors& found) {
+    for (int k = 0; k < 4; ++k)
+      if (families_ >> k & 1) rows_[k] = found[k];
+  }
+
   template <class T> MclRows<T> arguments() const {
     const auto data = [](const Tensor& x) { return x.defined() ? x.data_ptr<T>() : nullptr; };
     MclRows<T> p;
@@ -146,7 +175,7 @@ private:
   double temperature_, kl_temperature_;
   int64_t families_, row_start_;
   std::unique_ptr<ClassIndex> classes_;
-  Tensor nodes_, tangents_, g_[4], rows_[4], lse_, kl_lse_, grad_;
+  Tensor nodes_, labels_, tangents_, g_[4], rows_[4], lse_, kl_lse_, grad_;
 };
 
 Tensors6 mcl_rows_forward(const Tensor& nodes, const Tensor& labels, at::IntArrayRef networks,
@@ -180,7 +209,7 @@ Tensors7 mcl_rows_fused(const Tensor& g_vcl, const Tensor& g_soft_vcl, const Ten
   call.set_cotangents(g_vcl, g_soft_vcl, g_icl, g_soft_icl);
   call.run(Mode::kFused);
   return {call.row(0), call.row(1), call.row(2),   call.row(3),
-          call.lse(),  call.kl_lse(), call.grad()};
+          call.lse(),  call.kl_lse(), call.wide_grad()};
 }
 
 Tensors5 mcl_rows_double_backward(const Tensor& v_nodes, const Tensor& g_vcl,
@@ -239,7 +268,10 @@ public:
       grad_[1] = at::empty_like(b_);
     }
     for (Tensor& row : rows_) row = at::empty({batch()}, options);
-    if (type == at::kDouble)
+    if (!kernels_apply(type, {a_, b_}, temperature_, {g_[0], g_[1], g_[2]},
+                       {tangent_[0], tangent_[1]}))
+      run_plain(mode);
+    else if (type == at::kDouble)
       kernels().info_nce_double(arguments<double>(), mode);
     else
       kernels().info_nce_float(arguments<float>(), mode);
@@ -252,6 +284,22 @@ public:
 
 private:
   int64_t batch() const { return a_.size(0); }
+
+  void run_plain(Mode mode) {
+    const PlainForm form = plain_info_nce(temperature_);
+    const Tensors inputs{a_, b_}, cotangents{g_[0], g_[1], g_[2]};
+    Tensors found;
+    if (mode == Mode::kForward) {
+      found = plain_values(form, inputs);
+      lse_[0] = found[0], lse_[1] = found[1], rows_[2] = found[2].contiguous();
+      return;
+    }
+    found = mode == Mode::kBackward
+                ? plain_gradient(form, inputs, cotangents)
+                : plain_second(form, inputs, cotangents, {tangent_[0], tangent_[1]});
+    grad_[0] = found[0], grad_[1] = found[1];
+    for (size_t k = 2; k < found.size(); ++k) rows_[k - 2] = found[k];
+  }
 
   template <class T> InfoNce<T> arguments() const {
     const auto data = [](const Tensor& x) { return x.defined() ? x.data_ptr<T>() : nullptr; };

@@ -84,6 +84,7 @@ template <class T> INLINE T max_lanes(Vec<T> v) { return Butterfly<T, kLanes<T> 
 template <class T> INLINE Vec<T> sums_of(Vec<T>* vectors) {
   return Butterfly<T, kLanes<T> / 2>::sums(vectors);
 }
+// Gives b where one of them is NaN.
 template <class T> INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 
 // to[i * to_stride + j] = from[j * from_stride + i] for a block of kLanes x kLanes.
@@ -105,11 +106,11 @@ template <class T> INLINE Vec<T> without_lane(Vec<T> v, int lane) {
 
 // Exponential to about one unit in the last place. Arguments below the smallest normal result give
 // that result instead of 0 (a positive number below 1e-37, which no sum of this library can see);
-// arguments above the range are not used.
+// arguments above the range are not used. The NaN that arithmetic makes stays NaN.
 INLINE Vec<float> exponential(Vec<float> x) {
   typedef Vec<float> V;
   typedef Lanes<float>::Bits Bits;
-  x = maximum<float>(x, broadcast(-86.5f));
+  x = maximum<float>(broadcast(-86.5f), x);
   // Adding 1.5 * 2^23 rounds to an integer n, left in the low bits.
   const V shifted = x * 1.44269504088896341f + 12582912.f;
   const V n = shifted - 12582912.f;
@@ -126,7 +127,7 @@ INLINE Vec<float> exponential(Vec<float> x) {
 INLINE Vec<double> exponential(Vec<double> x) {
   typedef Vec<double> V;
   typedef Lanes<double>::Bits Bits;
-  x = maximum<double>(x, broadcast(-700.0));
+  x = maximum<double>(broadcast(-700.0), x);
   const V shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const V n = shifted - 6755399441055744.0;
   const V r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;

@@ -115,7 +115,7 @@ public:
     if (mode != Mode::kForward) grad_ = at::empty({N, B, D}, options);
     // Below 1, kl_temperature enlarges the logits.
     const double hardest = temperature_ * std::min(kl_temperature_, 1.0);
-    if (!kernels_apply(type, {nodes_, nodes_}, hardest, {g_[0], g_[1], g_[2], g_[3]},
+    if (!kernels_apply(type, {nodes_}, hardest, {g_[0], g_[1], g_[2], g_[3]},
                        {tangents_}))
       run_plain(mode);
     else if (type == at::kDouble)

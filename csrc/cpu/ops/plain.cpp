@@ -1,5 +1,6 @@
 #include "plain.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -17,14 +18,19 @@ using at::Tensor;
 // Magnitudes of one sign order like their bits, with NaN above infinity, and a maximum of integers
 // is one vector instruction.
 template <class T, class Bits> double largest_of(const Tensor& x) {
+  constexpr int64_t kApart = 64; // maxima that do not wait for one another
   const T* data = x.const_data_ptr<T>();
-  Bits top = 0;
-  for (int64_t i = 0; i < x.numel(); ++i) {
+  const int64_t count = x.numel(), whole = count / kApart * kApart;
+  const auto magnitude = [data](int64_t i) {
     Bits bits;
     std::memcpy(&bits, data + i, sizeof(T));
-    bits &= std::numeric_limits<Bits>::max();
-    top = bits > top ? bits : top;
-  }
+    return Bits(bits & std::numeric_limits<Bits>::max());
+  };
+  Bits tops[kApart] = {}, top = 0;
+  for (int64_t i = 0; i < whole; i += kApart)
+    for (int64_t k = 0; k < kApart; ++k) tops[k] = std::max(tops[k], magnitude(i + k));
+  for (int64_t i = whole; i < count; ++i) top = std::max(top, magnitude(i));
+  for (const Bits one : tops) top = std::max(top, one);
   T value;
   std::memcpy(&value, &top, sizeof(T));
   return value;

@@ -24,7 +24,7 @@ bool all_finite(at::ArrayRef<at::Tensor> tensors);
 
 // Whether the kernels of losses in the batch are right for these arguments: every product of a
 // gradient stays far from the largest number of `type`.
-//   factors: two tensors [..., D] whose products, divided by temperature, are the logits.
+//   factors: tensors [..., D] whose products, divided by temperature, are the logits.
 //   cotangents, tangents: may be undefined, where a mode has none.
 bool kernels_apply(at::ScalarType type, at::ArrayRef<at::Tensor> factors, double temperature,
                    at::ArrayRef<at::Tensor> cotangents, at::ArrayRef<at::Tensor> tangents);

@@ -49,6 +49,7 @@ FREE = {
     "compile_peers": True,
     "memory": "checkpoint",
     "checkpoint_every": 5,
+    "non_finite": "skip",
     "eval_batch_size": 100,
     "device": "cuda:1",
 }

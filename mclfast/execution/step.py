@@ -22,6 +22,7 @@ from mclfast.cohort.cohort import Cohort
 from mclfast.cohort.functions import networks_for
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, detached
 from mclfast.config import TrainConfig, learning_rate
+from mclfast.data.dataset import check_labels
 from mclfast.execution import layout, modes
 from mclfast.execution.batch_parts import forward_in_parts, shuffled_order
 from mclfast.execution.parts import make_sgd
@@ -38,8 +39,8 @@ class TrainStep:
             ``schedule`` and ``epochs`` (for the learning rate), ``amp``, ``clip_grad_norm``,
             ``memory``, ``offload``, ``channels_last``, ``compile_peers``, ``peers_parallel``,
             ``cuda_graphs``, ``device``, ``seed`` and ``batch_size``.
-        labels: [n] int64, class of every training image; memory banks and samplers are made for
-            them.
+        labels: class of every training image, [n] integers of any kind in [0, C); memory banks and
+            samplers are made for them.
         image_shape: channels, height and width of an image.
         memory: memory mode in place of the config's.
 
@@ -100,7 +101,7 @@ class TrainStep:
         method.check_device(self.device)
         method.prepare(
             Setup(
-                labels.to(self.device),
+                labels.to(self.device, torch.int64),
                 cohort.num_classes,
                 cohort.projection_dim,
                 self._example(),
@@ -337,8 +338,16 @@ def _check_arguments(cohort: Any, method: Any, config: Any, labels: Any, image_s
     for name, (value, kind) in wanted.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected a {kind.__name__}, got {describe(value)}")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+        or labels.dim() != 1
+    ):
         raise TypeError(f"labels: expected an integer tensor [n], got {describe(labels)}")
+    if method.supervised:
+        check_labels("labels", labels.to(torch.int64), cohort.num_classes)
     sizes = image_shape if isinstance(image_shape, Sequence) else ()
     if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sweeps.image_files import sweep
 from torch import Tensor
 
 from helpers.images import encoded, picture, write_shard
@@ -338,3 +339,9 @@ def test_gigantic_files_are_not_read(loader, tmp_path):
         ValueError, match=r"a/x\.png: expected a readable image, got .* bytes where"
     ):
         loaded(root, loader)
+
+
+def test_a_short_sweep_loses_nothing():
+    found = sweep(60, seed=0)
+    assert found["tried"] == 60 and found["lost"] == 0
+    assert found["survived"] > 10 and found["refused"] > 10

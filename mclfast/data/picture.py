@@ -204,18 +204,22 @@ def _eight_bits(image: Image.Image, levels: int) -> Image.Image:
     """Grey pixels from 0 to ``levels``, rounded to 0 to 255."""
     pillow = optional_import("PIL.Image", extra="train")
     table = ((np.arange(levels + 1) * 255 + levels // 2) // levels).astype(np.uint8)
-    pixels = np.asarray(image)
-    grey = table[pixels]
-    if (transparent := image.info.get("transparency")) is not None:
-        grey[pixels == transparent] = 255
+    pixels, transparent = np.asarray(image), image.info.get("transparency")
+    grey = np.empty(pixels.shape, np.uint8)
+    # Row by row, as positions in the table take eight bytes a pixel.
+    for row, line in zip(grey, pixels, strict=True):
+        row[:] = table[line]
+        if transparent is not None:
+            row[line == transparent] = 255
     result: Image.Image = pillow.fromarray(grey)
     return result
 
 
 def _over_white(image: Image.Image) -> Image.Image:
     pillow = optional_import("PIL.Image", extra="train")
-    straight = {"La": "LA"}.get(image.mode)
-    rgba = (image.convert(straight) if straight else image).convert("RGBA")
+    if image.mode == "La":
+        image = image.convert("LA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     canvas: Image.Image = pillow.new("RGB", image.size, "white")
     canvas.paste(rgba, mask=rgba)
     return canvas

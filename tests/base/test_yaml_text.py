@@ -6,6 +6,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from sweeps.yaml_files import sweep
 
 from mclfast import recipe
 from mclfast._base import yaml_text
@@ -92,3 +93,18 @@ def test_a_file_that_is_no_text(tmp_path: Path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="^recipe: expected YAML in .*, got 'utf-8' codec"):
         read_yaml(tmp_path / "r.yaml", "recipe")
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 9 + "x" * 3000 + "]" * 9, "0x" + "f" * 9000])
+@pytest.mark.parametrize("name", ["lr", "seed", "amp", "augment", "cohort", "image_size", "zzz"])
+def test_errors_about_long_values_are_short(name, value, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"{name}: {value}\n")
+    with pytest.raises(ValueError) as error:
+        TrainConfig.from_values(read_yaml(tmp_path / "r.yaml", "recipe"))
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+
+
+def test_a_short_sweep_loses_nothing():
+    found = sweep(300, seed=0)
+    assert found["tried"] == 300 and found["lost"] == 0
+    assert found["survived"] > 50 and found["refused"] > 50

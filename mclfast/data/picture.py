@@ -120,17 +120,20 @@ def decoded(image: Image.Image) -> Decoded:
     profiles are not applied.
 
     Raises:
+        ValueError: colours have 16 bits, and one of them stands for transparent.
         Exception: any type that Pillow raises for a file that it cannot decode.
     """
-    levels, bits = _levels(image), _grey_bits(image)
+    levels, stored = _levels(image), _stored_mode(image)
     image.load()
     turn = _turn(image)
     if levels is not None:
         return Decoded(_eight_bits(image, levels).convert("RGB"), turn)
     transparency = image.info.get("transparency")
-    if isinstance(transparency, int) and bits:
-        # Pillow widens the pixels to eight bits, but not the value that stands for transparent.
-        image.info["transparency"] = transparency * 255 // (2**bits - 1)
+    # Pillow makes eight bits of the pixels, but not of the value that stands for transparent.
+    if transparency is not None and stored == "RGB;16B":
+        raise ValueError("colours of 16 bits of which one is transparent; save them with 8 bits")
+    if isinstance(transparency, int) and stored in _GREY_OF_FEW_BITS:
+        image.info["transparency"] = transparency * 255 // (2 ** _GREY_OF_FEW_BITS[stored] - 1)
         image = image.convert("L")
     if image.mode in _TRANSPARENT or transparency is not None:
         return Decoded(_over_white(image), turn)
@@ -173,13 +176,11 @@ def _levels(image: Image.Image) -> int | None:
     raise ValueError(f"pixels {what}, whose range is not known; save it with 8 or 16 bits")
 
 
-def _grey_bits(image: Image.Image) -> int | None:
-    """Bits of a grey PNG file that has fewer than eight."""
+def _stored_mode(image: Image.Image) -> str:
+    """Pillow's name of the pixels that a PNG file stores; empty for other files."""
     tiles = getattr(image, "tile", [])
-    if image.format != "PNG" or not tiles:
-        return None
-    mode = tiles[0][3]
-    return _GREY_OF_FEW_BITS.get(mode) if isinstance(mode, str) else None
+    is_named = image.format == "PNG" and tiles and isinstance(tiles[0][3], str)
+    return tiles[0][3] if is_named else ""
 
 
 def _turn(image: Image.Image) -> Any:

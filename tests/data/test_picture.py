@@ -127,7 +127,10 @@ def test_every_sixteen_bit_grey_file_is_scaled(level):
         assert len(set(rgb(file))) == 1
 
 
-def test_a_pgm_of_a_few_more_bits_is_scaled():
+def test_netpbm_files_of_other_ranges_are_scaled():
+    assert rgb(b"P2 2 2 1000\n500 500 500 500\n") == [128] * 3
+    assert rgb(b"P6 2 2 100\n" + bytes([50, 100, 25] * 4)) == [128, 255, 64]
+    assert rgb(b"P6 2 2 65535\n" + struct.pack(">12H", *[16384, 49152, 100] * 4)) == [64, 191, 0]
     assert rgb(b"P5 2 2 1023\n" + struct.pack(">4H", *[512] * 4)) == [128] * 3
 
 
@@ -142,6 +145,10 @@ def test_a_pgm_of_a_few_more_bits_is_scaled():
         (
             content(picture(1), "TIFF", save_all=True, append_images=[picture(2)]),
             "a TIFF file of several pages",
+        ),
+        (
+            png((b"\0" + b"\1\2" * 24) * 8, 8, 8, 16, 2, (b"tRNS", b"\1\2" * 3)),
+            "colours of 16 bits of which one is transparent",
         ),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "no known image"),
         (content(picture(1), "ICO"), "no known image format"),
@@ -203,6 +210,8 @@ def test_other_kinds_of_pixels():
     palette.putpalette([0, 0, 0, *RED])
     assert rgb(content(palette)) == RED
     assert rgb(content(Image.new("1", (8, 8), 1))) == WHITE
+    # In a TIFF file, white may be zero.
+    assert rgb(tiff(bytes([77] * 64), 8, 8, bits=8, photometric=0)) == [178] * 3
     # Cyan takes away red, black takes away all.
     for format in ("TIFF", "JPEG"):
         cmyk = rgb(content(Image.new("CMYK", (8, 8), (255, 0, 0, 51)), format))

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**28
 #: Largest number of pixels, which take 240 MB when they are decoded.
 MAX_PIXELS = 80_000_000
-#: Largest ratio of the sides: the longer one is as many times the size of a view in memory.
+#: Largest ratio of the sides.
 MAX_RATIO = 100
+#: Largest side of the square images that are made of the files.
+MAX_SIDE = 4096
 
 # Others are left out of what Pillow tries: some of them start programs, such as EPS.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
@@ -138,6 +140,22 @@ def decoded(image: Image.Image) -> Decoded:
     if image.mode in _TRANSPARENT or transparency is not None:
         return Decoded(_over_white(image), turn)
     return Decoded(image if image.mode == "RGB" else image.convert("RGB"), turn)
+
+
+def check_side(image_size: int) -> None:
+    """Raises ValueError unless images of this side are made."""
+    if image_size < 1:
+        raise ValueError(f"image_size: expected at least 1, got {image_size}")
+    if image_size > MAX_SIDE:
+        raise ValueError(f"image_size: expected at most {MAX_SIDE}, got {image_size}")
+
+
+def check_resized(width: int, height: int) -> None:
+    """Raises ValueError if a resized picture is too large: a narrow one may be."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{width} x {height} pixels after resizing where {MAX_PIXELS:,} are the most"
+        )
 
 
 def as_tensor(image: Image.Image) -> Tensor:

@@ -260,18 +260,22 @@ def test_pictures_stand_upright(loader, turn, tmp_path):
         assert (corners.int() - want).abs().max() <= 8, format
 
 
-def test_a_turned_picture_that_is_not_square(tmp_path):
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_a_turned_picture_that_is_not_square(format, loader, tmp_path):
     # Upright it is twice as high as wide; its centre is grey, its upper and lower ends are not.
     pixels = np.full((80, 40, 3), 100, np.uint8)
     pixels[:8], pixels[72:] = 0, 255
+    # Columns tell a picture that is squeezed into its shape from one that is turned into it.
+    pixels[:, :4] = 160
     metadata = Image.Exif()
     metadata[274] = 8
     stored = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_270)
     assert stored.size == (80, 40)
-    for loader in LOADERS:
-        root = root_of(tmp_path / loader, loader, content(stored, "JPEG", exif=metadata), "jpg")
-        got = loaded(root, loader)
-        assert (got.int() - 100).abs().max() <= 4
+    file = content(stored, format, exif=metadata)
+    got = loaded(root_of(tmp_path, loader, file, format.lower()), loader).int()
+    assert (got[:, :, 2:] - 100).abs().max() <= 4
+    assert got[:, :, 0].min() > 115
 
 
 def test_training_views_stand_upright(tmp_path):
@@ -337,6 +341,16 @@ def test_gigantic_pictures_are_refused_by_their_headers(loader, size, why, tmp_p
     root = root_of(tmp_path, loader, png(b"", *size, 8, 2))
     with pytest.raises(ValueError, match=rf"\.png: expected a readable image, got .*{why}"):
         loaded(root, loader)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_gigantic_results_are_refused(loader, tmp_path):
+    root = root_of(tmp_path, loader, content(Image.new("RGB", (500, 10))))
+    assert loaded(root, loader, 200).shape == (3, 200, 200)
+    with pytest.raises(ValueError, match=r"\.png: .* pixels after resizing where 80,000,000 are"):
+        loaded(root, loader, 1500)
+    with pytest.raises(ValueError, match="^image_size: expected at most 4096, got 1000000$"):
+        loaded(root, loader, 10**6)
 
 
 @pytest.mark.parametrize("loader", ["folder", "imagefolder"])

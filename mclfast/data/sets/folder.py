@@ -35,12 +35,11 @@ def load_folder(root: str | os.PathLike[str], image_size: int | None = None) -> 
     Raises:
         FileNotFoundError: there is no folder train, or neither test nor val.
         ValueError: an image cannot be read or exceeds a limit, a class folder has no images, a
-            test class is not in train, or image_size is not positive.
+            test class is not in train, or image_size is out of range.
         ImportError: Pillow is not installed.
     """
     size = 32 if image_size is None else image_size
-    if size < 1:
-        raise ValueError(f"image_size: expected at least 1, got {size}")
+    picture.check_side(size)
     train_root, test_root = split_folders(Path(root), ("test", "val"))
     class_names = training_classes(train_root, test_root)
     numbers = {name: number for number, name in enumerate(class_names)}
@@ -75,12 +74,13 @@ def _read_image(file: Path, size: int) -> Tensor:
     pillow = optional_import("PIL.Image", extra="train")
     try:
         with picture.open_picture(picture.read_file(file)) as opened:
+            shorter = min(opened.size)
+            width, height = (max(size, round(side * size / shorter)) for side in opened.size)
+            picture.check_resized(width, height)
             found = picture.decoded(opened)
     # Decoders raise many types of errors on damaged files, some of them their own.
     except Exception as error:
         raise ValueError(f"{file}: expected a readable image, got {error!r}") from error
-    shorter = min(found.image.size)
-    width, height = (max(size, round(side * size / shorter)) for side in found.image.size)
     image = found.upright(found.image.resize((width, height), pillow.Resampling.BILINEAR))
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return picture.as_tensor(image.crop((left, top, left + size, top + size)))

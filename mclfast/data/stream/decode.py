@@ -107,6 +107,7 @@ def evaluation_view(data: bytes, size: int) -> Tensor:
         full = image.size
         target = round(size * EVALUATION_MARGIN)
         width, height = (target * side // min(full) for side in full)
+        picture.check_resized(width, height)
         shrink = _draft(image, full[0] // width, full[1] // height)
         found = picture.decoded(image)
     # A part of the draft, whose sides are rounded up.

@@ -122,11 +122,15 @@ def decoded(image: Image.Image) -> Decoded:
     profiles are not applied.
 
     Raises:
-        ValueError: colours have 16 bits, and one of them stands for transparent.
+        ValueError: colours have 16 bits and one of them stands for transparent, or the size is not
+            that of the header.
         Exception: any type that Pillow raises for a file that it cannot decode.
     """
-    levels, stored = _levels(image), _stored_mode(image)
+    levels, stored, size = _levels(image), _stored_mode(image), image.size
     image.load()
+    # Crops and limits went by the size of the header.
+    if image.size != size:
+        raise ValueError(f"{image.size} pixels where the header says {size}")
     turn = _turn(image)
     if levels is not None:
         return Decoded(_eight_bits(image, levels).convert("RGB"), turn)

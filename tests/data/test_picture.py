@@ -293,6 +293,20 @@ def test_training_views_stand_upright(tmp_path):
         assert image.float().std(1).max() <= 4
 
 
+def test_a_size_that_changes_while_a_picture_is_decoded_is_refused(monkeypatch):
+    file = content(Image.new("RGB", (8, 4)))
+    with open_picture(file) as image:
+        load = image.load
+
+        def turned() -> None:
+            load()
+            image._size = (4, 8)
+
+        monkeypatch.setattr(image, "load", turned)
+        with pytest.raises(ValueError, match=r"\(4, 8\) pixels where the header says \(8, 4\)"):
+            decoded(image)
+
+
 def test_damaged_metadata_leave_the_picture_as_it_is_stored():
     file = content(picture(1), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert rgb(file)

@@ -39,8 +39,8 @@ class TrainStep:
             ``schedule`` and ``epochs`` (for the learning rate), ``amp``, ``clip_grad_norm``,
             ``memory``, ``offload``, ``channels_last``, ``compile_peers``, ``peers_parallel``,
             ``cuda_graphs``, ``device``, ``seed`` and ``batch_size``.
-        labels: class of every training image, [n] integers of any kind in [0, C); memory banks and
-            samplers are made for them.
+        labels: [n] int64, class of every training image; memory banks and samplers are made for
+            them.
         image_shape: channels, height and width of an image.
         memory: memory mode in place of the config's.
 

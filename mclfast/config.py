@@ -16,6 +16,9 @@ from mclfast import data, methods, models
 from mclfast._base.checks import check_not_negative, check_positive, unknown_name
 from mclfast._base.settings import coerce, coerce_fields, field_types, setting
 
+# Far more than any method was published with; a list of names that long is a mistake.
+_MOST_NETWORKS = 256
+
 
 @dataclass
 class TrainConfig:
@@ -155,6 +158,10 @@ class TrainConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def _check(self) -> None:
+        if len(self.cohort) > _MOST_NETWORKS:
+            raise ValueError(
+                f"cohort: expected at most {_MOST_NETWORKS} networks, got {len(self.cohort)}"
+            )
         for name in self.cohort:
             if name not in models.available() and not models.is_external(name):
                 raise unknown_name("cohort", name, models.available())

@@ -40,7 +40,7 @@ def unknown_name(argument: str, got: object, known: Iterable[str]) -> ValueError
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     # After a typing error the closest name helps, and a long list does not.
     expected = "a known name" if close and len(names) > 12 else f"one of {', '.join(names)}"
-    return ValueError(f"{argument}: expected {expected}; got {got!r}{hint}")
+    return ValueError(f"{argument}: expected {expected}; got {shortened(repr(got), 200)}{hint}")
 
 
 def _check_number(argument: str, value: float, kind: str, wanted: str, fits: bool) -> float:

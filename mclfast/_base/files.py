@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mclfast._base.optional import optional_import
+from mclfast._base import yaml_text
 
 #: Key of a JSON object's own digest.
 _SEAL = "blake2b"
@@ -123,7 +123,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, argument: str) -> dict[str, Any]:
-    """Reads a YAML mapping whose keys are text.
+    """Reads a YAML mapping whose keys are text, each given once.
 
     Args:
         path: file to read.
@@ -133,13 +133,14 @@ def read_yaml(path: Path, argument: str) -> dict[str, Any]:
         ValueError: the file does not hold such a mapping; the text begins with ``argument``.
         FileNotFoundError: there is no file at ``path``.
     """
-    yaml = optional_import("yaml", extra="train")
     if not path.is_file():
         raise FileNotFoundError(f"{argument}: expected a file {path}, found none")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    # An impossible date is a ValueError, and deep nesting a RecursionError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            # One byte more, so that a text that is too long is seen to be.
+            values = yaml_text.parse(file.read(yaml_text.MAX_BYTES + 1).decode("utf-8"))
+    # Text that is no UTF-8 and an impossible date are ValueErrors as well.
+    except ValueError as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{argument}: expected YAML in {path}, got {problem}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

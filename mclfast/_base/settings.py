@@ -8,6 +8,8 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mclfast._base.checks import shortened
+
 T = TypeVar("T")
 
 
@@ -51,12 +53,12 @@ def coerce(name: str, kind: Any, value: Any) -> Any:
         word = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else value
         value = word if word in args else value
         if value not in args:
-            raise ValueError(f"{name}: expected one of {', '.join(args)}; got {value!r}")
+            raise ValueError(f"{name}: expected one of {', '.join(args)}; got {_shown(value)}")
         return value
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list separated by commas, got {value!r}")
+            raise ValueError(f"{name}: expected a list separated by commas, got {_shown(value)}")
         return tuple(
             coerce(name, args[0], i.strip() if isinstance(i, str) else i) for i in items if i != ""
         )
@@ -65,13 +67,22 @@ def coerce(name: str, kind: Any, value: Any) -> Any:
         if isinstance(value, bool):
             return value
         if str(value).lower() not in words:
-            raise ValueError(f"{name}: expected true or false, got {value!r}")
+            raise ValueError(f"{name}: expected true or false, got {_shown(value)}")
         return words[str(value).lower()]
     if kind is str:
         if not isinstance(value, (str, Path)):
-            raise ValueError(f"{name}: expected text, got {value!r}")
+            raise ValueError(f"{name}: expected text, got {_shown(value)}")
         return str(value)
     return _number(name, kind, value)
+
+
+def _shown(value: Any) -> str:
+    """A value from a file, which may be of any length, for an error message."""
+    try:
+        return shortened(repr(value), 200)
+    # Python writes no number of thousands of digits.
+    except ValueError:
+        return type(value).__name__
 
 
 def _number(name: str, kind: type, value: Any) -> Any:
@@ -83,5 +94,5 @@ def _number(name: str, kind: type, value: Any) -> Any:
         if kind is int and float(value) != number:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}: expected {what}, got {value!r}") from None
+        raise ValueError(f"{name}: expected {what}, got {_shown(value)}") from None
     return number

@@ -40,7 +40,7 @@ class ContrastSampler(nn.Module):
     ``state_dict``. Lists of each class's negatives would take n times the number of classes.
 
     Args:
-        labels: class of every sample, [n] integers.
+        labels: class of every sample, [n] integers of any kind, in [0, 2**63) and with gaps.
         num_negatives: number of negatives K for each anchor, published 8192 (16384 for MCL-OKD).
         num_positives: number of positives P for each anchor, published 1; 0 for the
             noise-contrastive loss.
@@ -89,18 +89,23 @@ class ContrastSampler(nn.Module):
             or labels.dim() != 1
         ):
             raise TypeError(f"labels: expected an integer tensor [n], got {describe(labels)}")
+        # PyTorch can do little with unsigned integers; here one of 2**63 or more becomes negative.
+        unsigned, labels = labels.dtype == torch.uint64, labels.to(torch.int64)
         if not 2 <= len(labels) < 2**31 or int(labels.min()) < 0:
+            least = int(labels.min()) if len(labels) else 0
+            found = f"{least % 2**64} among them" if unsigned else f"smallest {least}"
             raise ValueError(
-                f"labels: expected 2 to 2**31 - 1 labels >= 0, got {len(labels)}"
-                + (f" with smallest {int(labels.min())}" if len(labels) else "")
+                f"labels: expected 2 to 2**31 - 1 labels in [0, 2**63), got {len(labels)}"
+                + (f" with {found}" if least < 0 else "")
             )
         check_integer("num_negatives", num_negatives, 1)
         check_integer("num_positives", num_positives, 0)
         check_integer("seed", seed, 0)
         if seed >= 2**63:
             raise ValueError(f"seed: expected a value < 2**63, got {seed}")
-        counts = torch.bincount(labels)
-        if int(counts.max()) == len(labels):
+        # Classes are numbered anew: memory goes by their number and not by the largest label.
+        _, labels, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+        if len(counts) < 2:
             raise ValueError("labels: expected at least two classes, got one")
         order = labels.argsort(stable=True)
         position = torch.empty_like(order)
@@ -109,8 +114,7 @@ class ContrastSampler(nn.Module):
         tables = {"order": order, "position": position, "labels": labels, "starts": starts}
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.int32), persistent=False)
-        # A label that no sample has does not count as a class.
-        self._num_classes = int((counts > 0).sum())
+        self._num_classes = len(counts)
         self.num_negatives, self.num_positives = num_negatives, num_positives
         self.shared_negatives, self.seed = bool(shared_negatives), seed
 

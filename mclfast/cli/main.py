@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from mclfast._base.terminal import printable_streams
 from mclfast._version import __version__
 from mclfast.cli import bench, compare, env, eval, export, plan, replay, train, transfer
 from mclfast.cli.settings import OneLineParser
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         try:
-            return _run(sys.argv[1:] if arguments is None else arguments)
+            with printable_streams():
+                return _run(sys.argv[1:] if arguments is None else arguments)
         finally:
             # Flushed here, as an error while Python exits cannot be caught.
             sys.stdout.flush()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mclfast._base.checks import check_indices
 from mclfast._base.tensors import wide
 from mclfast.models.auxiliary import PeerNetwork, StageOutputs
 
@@ -126,12 +127,23 @@ class Batch:
         index: numbers of the samples in the training set, [B] int64.
         step: number of the training step, counted over the whole run.
         epoch: number of the epoch, from 0.
+
+    Raises:
+        TypeError: labels or index are no int64 tensor.
+        ValueError: they are not of shape [B] with the same B.
     """
 
     labels: Tensor
     index: Tensor
     step: int
     epoch: int
+
+    def __post_init__(self) -> None:
+        # Labels [B, 1] or of another dtype would be broadcast by one term and refused by another.
+        batch: int | str = "B"
+        for name, value in (("labels", self.labels), ("index", self.index)):
+            device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+            batch = len(check_indices(name, value, [batch], device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ import torch
 from mclfast._base.checks import shortened
 from mclfast._base.files import write_sealed_json, write_text
 from mclfast._base.machine import peak_resident, select_device
+from mclfast._base.terminal import printable
 from mclfast.config import TrainConfig
 from mclfast.models import parameter_count
 from mclfast.train.builder import build
@@ -133,7 +134,7 @@ def main() -> int:
     except Interrupted as error:
         return error.status
     if reason is not None and not (folder / FAILURE).is_file():
-        print(reason, file=sys.stderr)
+        print(printable(reason), file=sys.stderr)
     return 0 if reason is None else 1
 
 

@@ -218,7 +218,8 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, rank: int, shape
 
 
 def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
-    """Raises ValueError if a label is not in [0, num_classes)."""
+    """Raises TypeError or ValueError unless labels are int64 [N] in [0, num_classes)."""
+    _check_tensor(name, labels, torch.int64, 1, "[N]")
     wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(wrong):
         position = int(wrong[0])

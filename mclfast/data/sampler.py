@@ -11,6 +11,24 @@ import torch
 from torch import Generator, Tensor
 
 
+def smallest_class(labels: Tensor, num_classes: int) -> tuple[int, int]:
+    """The first class with the fewest samples, and their number.
+
+    The memory that this takes goes by the number of labels: a label may be any number.
+
+    Args:
+        labels: int64 [N], in [0, num_classes).
+        num_classes: number of classes.
+    """
+    used, counts = torch.unique(labels, return_counts=True)
+    if len(used) < num_classes:
+        # The labels that are used ascend: the first that is not its own position leaves a gap.
+        gaps = (used != torch.arange(len(used), device=used.device)).nonzero()
+        return (int(gaps[0]) if len(gaps) else len(used)), 0
+    smallest = int(counts.argmin())
+    return smallest, int(counts[smallest])
+
+
 class ShuffleSampler:
     """Draws every sample at most once in an epoch; an incomplete last batch is dropped.
 
@@ -107,13 +125,13 @@ class BalancedSampler:
                 f"batch_size: expected at most images_per_class * classes = {images_per_class} * "
                 f"{classes} = {images_per_class * classes}, got {batch_size}"
             )
-        counts = torch.bincount(labels, minlength=classes)
-        smallest = int(counts.argmin())
-        if counts[smallest] < images_per_class:
+        smallest, count = smallest_class(labels, classes)
+        if count < images_per_class:
             raise ValueError(
                 f"labels: expected at least images_per_class={images_per_class} images of every "
-                f"class, got {int(counts[smallest])} of class {smallest}"
+                f"class, got {count} of class {smallest}"
             )
+        counts = torch.bincount(labels, minlength=classes)
         self.batch_size = batch_size
         self.images_per_class = images_per_class
         self.num_classes = classes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mclfast.data.dataset import Dataset, check_labels
+from mclfast.data.sampler import smallest_class
 from mclfast.data.source import ImageSource, Source
 
 
@@ -60,12 +61,11 @@ def limit_per_class(image_set: Source, per_class: int, num_classes: int, seed: i
     if per_class < 1:
         raise ValueError(f"per_class: expected at least 1, got {per_class}")
     check_labels("labels", image_set.labels, num_classes)
-    counts = torch.bincount(image_set.labels.cpu(), minlength=num_classes)
-    smallest = int(counts.argmin())
-    if counts[smallest] < per_class:
+    smallest, count = smallest_class(image_set.labels.cpu(), num_classes)
+    if count < per_class:
         raise ValueError(
-            f"per_class: expected at most {int(counts[smallest])}, the number of images of class "
-            f"{smallest}, got {per_class}"
+            f"per_class: expected at most {count}, the number of images of class {smallest}, "
+            f"got {per_class}"
         )
     keep = class_ranks(image_set.labels, num_classes, seed) < per_class
     return select(image_set, keep)

@@ -22,6 +22,7 @@ from mclfast.cohort.cohort import Cohort
 from mclfast.cohort.functions import networks_for
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, detached
 from mclfast.config import TrainConfig, learning_rate
+from mclfast.data.dataset import check_labels
 from mclfast.execution import layout, modes
 from mclfast.execution.batch_parts import forward_in_parts, shuffled_order
 from mclfast.execution.bilevel_trial import check_networks, refused_by_setting
@@ -115,7 +116,7 @@ class TrainStep:
         method.check_device(self.device)
         method.prepare(
             Setup(
-                labels.to(self.device),
+                labels.to(self.device, torch.int64),
                 cohort.num_classes,
                 cohort.projection_dim,
                 self._example(),
@@ -435,8 +436,16 @@ def _check_arguments(cohort: Any, method: Any, config: Any, labels: Any, image_s
     for name, (value, kind) in wanted.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected a {kind.__name__}, got {describe(value)}")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+        or labels.dim() != 1
+    ):
         raise TypeError(f"labels: expected an integer tensor [n], got {describe(labels)}")
+    if method.supervised:
+        check_labels("labels", labels.to(torch.int64), cohort.num_classes)
     sizes = image_shape if isinstance(image_shape, Sequence) else ()
     if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(

@@ -145,6 +145,32 @@ def test_memory_is_three_tables():
     assert not sampler.state_dict()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "stretch"),
+    [
+        (torch.uint8, 40),
+        (torch.int16, 6000),
+        (torch.uint16, 13_000),
+        (torch.uint32, 800_000_000),
+        (torch.int64, 10**9),
+        (torch.int64, 2**60),
+        (torch.uint64, 2**60),
+    ],
+)
+def test_memory_and_draws_do_not_depend_on_the_largest_label(kind, stretch, shared):
+    plain = unbalanced()
+    labels = (plain * stretch).to(kind)
+    index = torch.arange(0, 200, 50)
+    want = ContrastSampler(plain, 9, shared_negatives=shared).sample(index, step=2)
+    sampler = ContrastSampler(labels, 9, shared_negatives=shared)
+    for backend in ("auto", "reference"):
+        got = sampler.sample(index, step=2, backend=backend)
+        assert torch.equal(got.pos_idx, want.pos_idx)
+        assert torch.equal(got.neg_idx, want.neg_idx)
+    assert sum(b.nbytes for b in sampler.buffers()) == 4 * (3 * 200 + 7)
+
+
 def test_uniform_integers_cover_their_range():
     drawn = uniform_integers(4001, 7, 0, seed=0, step=0, stream=5)
     counts = torch.bincount(drawn).double()
@@ -162,6 +188,13 @@ def test_uniform_integers_cover_their_range():
         (torch.tensor([True, False]), {}, TypeError, "^labels: expected .*got bool tensor"),
         (torch.zeros(4).long(), {}, ValueError, "^labels: expected at least two classes"),
         (torch.tensor([-1, 2]), {}, ValueError, "^labels: expected .*smallest -1"),
+        (torch.arange(4)[:, None], {}, TypeError, r"^labels: expected .*of shape \[4, 1\]"),
+        (
+            torch.tensor([0, 2**63], dtype=torch.uint64),
+            {},
+            ValueError,
+            "got 2 with 9223372036854775808",
+        ),
         (torch.arange(4), {"num_negatives": 0}, ValueError, "^num_negatives: expected"),
         (torch.arange(4), {"num_positives": -1}, ValueError, "^num_positives: expected"),
         (torch.arange(4), {"seed": 2**63}, ValueError, "^seed: expected a value"),

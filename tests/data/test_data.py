@@ -119,6 +119,13 @@ def test_channel_stats_of_a_constant_channel():
 
 
 class TestLimitPerClass:
+    def test_memory_does_not_go_by_the_largest_label(self):
+        # A count for each of so many classes would not fit into memory.
+        labels = torch.tensor([0, 0, 1, 10**15])
+        some = ImageSet(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), labels)
+        with pytest.raises(ValueError, match="at most 0, the number of images of class 2, got 1"):
+            limit_per_class(some, 1, 10**15 + 1)
+
     labels = [0, 1, 2] * 10
 
     def test_is_stratified_fixed_and_ordered(self):
@@ -150,6 +157,35 @@ class TestLimitPerClass:
             limit_per_class(image_set([0, 1]), 0, 2)
         with pytest.raises(ValueError, match="seed"):
             limit_per_class(image_set([0, 1]), 1, 2, seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (
+            torch.zeros(2, 1).long(),
+            ValueError,
+            r"^train\.labels: expected \[N\], got shape \[2, 1\]",
+        ),
+        (
+            torch.zeros(2).int(),
+            TypeError,
+            r"^train\.labels: expected torch\.int64, got torch\.int32",
+        ),
+        (torch.tensor([0, 10**9]), ValueError, r"^train\.labels: .*got 1000000000 at position 1"),
+    ],
+)
+def test_labels_of_a_source_of_ones_own(labels, error, message):
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    good = ImageSet(images, torch.zeros(2, dtype=torch.int64))
+
+    class Source:
+        image_shape = (1, 4, 4)
+
+    source = Source()
+    source.labels = labels
+    with pytest.raises(error, match=message):
+        Dataset("mine", source, good, 1, ("a",), (0.5,), (0.5,))
 
 
 class TestLoad:
@@ -331,7 +367,8 @@ class TestFolder:
         Image.new("RGBA", (9, 9), (1, 2, 3, 0)).save(folder / "train" / "cat" / "1.png")
         images = data.load("folder", root=folder).train.images
         assert images[0].eq(77).all()
-        assert images[1, :, 0, 0].tolist() == [1, 2, 3]
+        # Transparent pixels are laid over white.
+        assert images[1].eq(255).all()
 
     def test_image_size_and_limit(self, folder):
         split = data.load("folder", root=folder, image_size=8, train_per_class=2)

@@ -157,6 +157,9 @@ LABELS = torch.tensor([0, 0, 1, 1, 2, 2, 2])
             "images_per_class=3 images of every class, got 2 of class 0",
         ),
         (LABELS, {"batch_size": 4, "num_classes": 4}, "got 0 of class 3"),
+        # A count for each of so many classes would not fit into memory.
+        (LABELS * 10**12, {"batch_size": 4}, "got 0 of class 1"),
+        (LABELS, {"batch_size": 4, "num_classes": 10**12}, "got 0 of class 3"),
         (LABELS, {"batch_size": 4, "num_classes": 2}, r"\[0, 2\), got \[0, 2\]"),
         (LABELS - 1, {"batch_size": 4}, r"\[0, 2\), got \[-1, 1\]"),
         (LABELS, {"batch_size": 0}, "batch_size: expected at least 1, got 0"),

@@ -206,7 +206,9 @@ def test_damaged_image_is_named(tmp_path):
         ([("a.jpg", encoded(0)), ("a.cls", b"cat")], r"class number in a\.cls, got b'cat'"),
         ([("a.jpg", encoded(0)), ("a.cls", b"-1")], "class number"),
         ([("a.jpg", encoded(0)), ("a.cls", b"9" * 20)], "class number"),
+        ([("a.jpg", encoded(0)), ("a.cls", b"0" * 32 + b"5")], "class number"),
         ([*sample("a", 0, 1), ("a.png", encoded(0))], r"one image of a, got a\.png too"),
+        ([*sample("a", 0, 1), ("a.cls", b"2")], r"one class of a, got a\.cls too"),
         ([("notes.txt", b"x")], "expected at least one sample"),
     ],
 )
@@ -214,6 +216,26 @@ def test_refuses_samples(files, message, tmp_path):
     write_shard(tmp_path / "a.tar", files)
     with pytest.raises(ValueError, match=message):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("label", [100_000, 50_000_000, 2**31 - 1])
+def test_class_numbers_do_not_decide_the_memory(label, root, monkeypatch):
+    path = write_shard(root / "train" / "set-000.tar", [*sample("a", 0, 1), *sample("b", 1, label)])
+    with pytest.raises(ValueError, match=rf"^{path}: b\.jpg: .* below 100000, got {label}$"):
+        loaded(root)
+    # Where there are as many images, there may be as many classes.
+    monkeypatch.setattr(shards, "_CLASSES", 3)
+    write_shard(root / "train" / "set-000.tar", sample("b", 1, 19))
+    assert loaded(root).num_classes == 20
+    write_shard(root / "train" / "set-000.tar", sample("b", 1, 20))
+    with pytest.raises(ValueError, match=r"expected a class number below 20, got 20$"):
+        loaded(root)
+
+
+def test_a_named_pipe_is_no_shard(root):
+    os.mkfifo(root / "train" / "pipe.tar")
+    with pytest.raises(ValueError, match=r"pipe\.tar: expected .* tar file, got a named pipe$"):
+        loaded(root)
 
 
 def test_refuses_damaged_shards(tmp_path):

@@ -179,13 +179,13 @@ def test_big_jpegs_are_decoded_smaller_but_not_too_small(sides, monkeypatch):
     size, content = 32, encoded(3, sides)
     full = Image.open(io.BytesIO(content)).convert("RGB")
     decoded = []
-    rgb = decode._rgb
+    plain = decode.picture.decoded
 
     def recorded(image):
         decoded.append(image.size)
-        return rgb(image)
+        return plain(image)
 
-    monkeypatch.setattr(decode, "_rgb", recorded)
+    monkeypatch.setattr(decode.picture, "decoded", recorded)
     shrinks = set()
     for index in range(30):
         generator = decode.view_generator(0, 0, index)

@@ -14,7 +14,7 @@ from helpers.small_cohort import batches, small_trainer
 from mclfast import Batch, Cohort, TrainStep, data, models
 from mclfast.config import TrainConfig
 from mclfast.execution.parts import make_sampler
-from mclfast.methods import LayerwiseMCL
+from mclfast.methods import Baseline, LayerwiseMCL
 from mclfast.train.trainer import Trainer
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -145,6 +145,13 @@ def test_the_bilevel_step_takes_the_rate_of_the_epoch():
         ({"config": {}}, TypeError, "^config: expected a TrainConfig, got dict"),
         ({"labels": [0, 1]}, TypeError, "^labels: expected an integer tensor .* got list"),
         ({"labels": torch.ones(4)}, TypeError, "^labels: expected an integer tensor"),
+        ({"labels": torch.ones(4, 1).long()}, TypeError, r"^labels: .*of shape \[4, 1\]"),
+        ({"labels": torch.tensor([0, 1]).bool()}, TypeError, "^labels: .*got bool tensor"),
+        (
+            {"labels": torch.tensor([0, 10])},
+            ValueError,
+            r"^labels: .*\[0, 10\), got 10 at position 1",
+        ),
         ({"image_shape": 32}, ValueError, "^image_shape: expected three sizes .* got 32"),
         ({"image_shape": (32, 32)}, ValueError, "^image_shape: expected three sizes"),
     ],
@@ -161,6 +168,51 @@ def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message
     }
     with pytest.raises(error, match=message):
         TrainStep(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("labels", "index", "error", "message"),
+    [
+        (torch.zeros(4, 1).long(), torch.arange(4), ValueError, r"^labels: .*\[B\], got \[4, 1\]"),
+        (torch.zeros(4).int(), torch.arange(4), TypeError, "^labels: expected an int64 .*int32"),
+        ([0, 1], torch.arange(2), TypeError, "^labels: expected an int64 .*got list"),
+        (torch.zeros(4).long(), torch.arange(3), ValueError, r"^index: .*\[4\], got \[3\]"),
+        (torch.zeros(4).long(), torch.zeros(4), TypeError, "^index: expected an int64 tensor"),
+    ],
+)
+def test_wrong_batches(labels: Any, index: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        Batch(labels, index, 0, 0)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 10, 10**9])
+def test_labels_that_cross_entropy_would_leave_out(label: int):
+    step = make_step()
+    step.begin_epoch(0)
+    labels = torch.arange(20) % 10
+    labels[3] = label
+    with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
+        step(torch.zeros(20, 3, 32, 32), Batch(labels, torch.arange(20), 0, 0))
+
+
+def test_labels_of_any_integer_kind():
+    losses = []
+    for kind in (torch.int64, torch.uint8, torch.uint16, torch.uint64):
+        torch.manual_seed(0)
+        cohort = Cohort([models.resnet8(num_classes=10)])
+        config = TrainConfig(device="cpu", batch_size=4, images_per_class=2, method="baseline")
+        labels = torch.arange(8) % 4
+        step = TrainStep(
+            cohort,
+            Baseline(cohort.feature_dims),
+            config,
+            labels=labels.to(kind),
+            image_shape=(3, 32, 32),
+        )
+        step.begin_epoch(0)
+        batch = Batch(labels[:4], torch.arange(4), 0, 0)
+        losses.append(step(torch.ones(4, 3, 32, 32), batch)["loss"].item())
+    assert len(set(losses)) == 1
 
 
 def test_an_epoch_outside_the_schedule():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import random
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from mclfast._base.optional import optional_import
+from mclfast.data import picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,16 +74,19 @@ def training_view(
         uint8 [3, size, size].
 
     Raises:
+        ValueError: the file is one that ``mclfast.data.picture`` refuses.
         Exception: any type that Pillow raises for a file that it cannot read.
     """
-    with _opened(data) as image:
+    with picture.open_picture(data) as image:
         is_mirrored = generator.random() < 0.5
         width, height = image.size
+        # Drawn from the picture as it is stored: shapes and places of crops are as likely upright.
         left, top, right, bottom = random_box(width, height, generator, min_area)
         shrink = _draft(image, (right - left) // size, (bottom - top) // size)
-        rgb = _rgb(image)
+        found = picture.decoded(image)
     box = (left / shrink, top / shrink, right / shrink, bottom / shrink)
-    return _tensor(rgb.resize((size, size), _bilinear(), box=box), is_mirrored)
+    view = found.upright(found.image.resize((size, size), _bilinear(), box=box))
+    return _tensor(view, is_mirrored)
 
 
 def evaluation_view(data: bytes, size: int) -> Tensor:
@@ -98,18 +100,20 @@ def evaluation_view(data: bytes, size: int) -> Tensor:
         uint8 [3, size, size].
 
     Raises:
+        ValueError: the file is one that ``mclfast.data.picture`` refuses.
         Exception: any type that Pillow raises for a file that it cannot read.
     """
-    with _opened(data) as image:
+    with picture.open_picture(data) as image:
         full = image.size
         target = round(size * EVALUATION_MARGIN)
         width, height = (target * side // min(full) for side in full)
+        picture.check_resized(width, height)
         shrink = _draft(image, full[0] // width, full[1] // height)
-        rgb = _rgb(image)
+        found = picture.decoded(image)
     # A part of the draft, whose sides are rounded up.
     box = (0, 0, full[0] / shrink, full[1] / shrink)
-    resized = rgb.resize((width, height), _bilinear(), box=box)
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = found.upright(found.image.resize((width, height), _bilinear(), box=box))
+    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
     return _tensor(resized.crop((left, top, left + size, top + size)), False)
 
 
@@ -124,16 +128,6 @@ def _pillow() -> Any:
 
 def _uniform(generator: random.Random, low: float, high: float) -> float:
     return low + (high - low) * generator.random()
-
-
-def _opened(data: bytes) -> Image.Image:
-    pillow = _pillow()
-    try:
-        opened: Image.Image = pillow.open(io.BytesIO(data))
-    except pillow.UnidentifiedImageError:
-        # Replaced, as its text names the buffer.
-        raise ValueError(f"{len(data)} bytes of no known image format") from None
-    return opened
 
 
 def _bilinear() -> Any:
@@ -157,18 +151,7 @@ def _draft(image: Image.Image, *shrinks: int) -> int:
     return shrink if is_done else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """The decoded image, as RGB."""
-    if image.mode != "RGB":
-        return image.convert("RGB")
-    # load, as convert would copy.
-    image.load()
-    return image
-
-
 def _tensor(image: Image.Image, is_mirrored: bool) -> Tensor:
     """The image as uint8 [3, H, W]."""
-    # A bytearray because torch warns about read-only memory.
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    view = flat.view(image.height, image.width, 3).permute(2, 0, 1)
+    view = picture.as_tensor(image)
     return view.flip(-1) if is_mirrored else view

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mclfast.data.dataset import Dataset
-from mclfast.data.sets.folder import SUFFIXES, class_folders, split_folders, training_classes
+from mclfast.data.listing import class_folders, image_names, split_folders, training_classes
+from mclfast.data.picture import read_file
 from mclfast.data.stream.streamed import StreamedSet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -27,9 +28,9 @@ def load_imagefolder(
     Worker processes decode the files when they are needed, so the set need not fit in memory. A
     training image is a random crop of 8 to 100 % of the area, resized and mirrored half of the
     time; for evaluation the shorter side is resized to ``image_size`` * 256 / 224 and the centre is
-    kept. Classes are numbered in the order of their names, and so are the files of a class. Only
-    files png, jpg, jpeg, bmp, webp and ppm are listed, and only those whose names do not start with
-    a dot.
+    kept. Classes are numbered in the order of their names, and so are the files of a class. Folders
+    inside a class folder belong to the class. Files without the suffix of an image are left out,
+    and so are those whose names start with a dot.
 
     Args:
         root: folder that holds train, and val or test.
@@ -42,8 +43,8 @@ def load_imagefolder(
 
     Raises:
         FileNotFoundError: there is no folder train, or neither val nor test.
-        ValueError: a class folder has no images, a test class is not in train, or a number is out
-            of range.
+        ValueError: a class folder has no images, a test class is not in train, a named pipe is
+            among the images, or a number is out of range.
         ImportError: Pillow is not installed.
     """
     train_root, test_root = split_folders(Path(root), ("val", "test"))
@@ -100,8 +101,7 @@ class Files:
 
     def read(self, index: int) -> bytes:
         """Content of a file."""
-        with open(self.path(index), "rb") as file:
-            return file.read()
+        return read_file(self.path(index))
 
     def describe(self, index: int) -> str:
         """Path of a file, as text."""
@@ -131,11 +131,7 @@ def list_files(split: Path, class_names: Sequence[str]) -> tuple[Files, Tensor]:
     lengths: list[Tensor] = []
     labels: list[Tensor] = []
     for name in class_folders(split):
-        # scandir gives plain strings; a Path for each of a million files takes minutes.
-        with os.scandir(split / name) as entries:
-            found = sorted(entry.name for entry in entries if _is_image(entry.name))
-        if not found:
-            raise ValueError(f"{split / name}: expected at least one image, got none")
+        found = image_names(split / name)
         encoded = [os.fsencode(f"{name}/{file}") for file in found]
         names += b"".join(encoded)
         lengths.append(torch.tensor([len(file) for file in encoded]))
@@ -143,7 +139,3 @@ def list_files(split: Path, class_names: Sequence[str]) -> tuple[Files, Tensor]:
     ends = torch.cat(lengths).cumsum(0)
     starts = torch.cat((ends.new_zeros(1), ends[:-1]))
     return Files(split, torch.frombuffer(names, dtype=torch.uint8), starts, ends), torch.cat(labels)
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")

@@ -1,7 +1,8 @@
 """Large image sets in tar shards with the layout of WebDataset, read at random.
 
 A sample consists of the files of a shard that share a key, the name up to its first dot:
-``key.jpg`` (or jpeg, png) and ``key.cls`` with its class number; other files are left out. Samples
+``key.jpg`` (or another suffix of an image) and ``key.cls`` with its class number; other files are
+left out. Samples
 are numbered shard by shard in the order of the shards' names, and within a shard in its own order.
 An index, made once and kept, says where each sample lies, so that a sample takes one read.
 
@@ -29,12 +30,18 @@ from mclfast._base.archives import damage_of, seal
 from mclfast._base.files import replacing
 from mclfast._base.optional import optional_import
 from mclfast.data.dataset import Dataset
+from mclfast.data.listing import SUFFIXES
+from mclfast.data.picture import MAX_BYTES, kind_of_file
 from mclfast.data.stream.imagefolder import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 from mclfast.data.stream.streamed import StreamedSet
 
 INDEX = ".mclfast-index.npz"
-_IMAGES = frozenset({"jpg", "jpeg", "png"})
-_VERSION = 1
+_IMAGES = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
+# A label above both this and the number of images belongs to no class of the set: the memory of a
+# set goes by the largest label.
+_CLASSES = 100_000
+# An index of an older version may lack samples that are read now.
+_VERSION = 2
 # Far below the usual limit of 1024 open files, as other files are open too.
 _OPEN_SHARDS = 128
 
@@ -60,8 +67,8 @@ def load_shards(
 
     Raises:
         FileNotFoundError: there are no shards in train, or neither in val nor in test.
-        ValueError: a shard is damaged, a sample lacks its image or its class, or a test class is
-            not in train.
+        ValueError: a shard is damaged or no file, a sample lacks its image or its class, a class
+            number is above 100,000 and the number of images, or a test class is not in train.
         ImportError: Pillow is not installed.
     """
     size = IMAGE_SIZE if image_size is None else image_size
@@ -73,7 +80,7 @@ def load_shards(
         )
     train, train_labels = open_shards(train_shards)
     test, test_labels = open_shards(test_shards)
-    classes = int(train_labels.max()) + 1
+    classes = _class_count(train, train_labels)
     return Dataset(
         name="webdataset",
         train=StreamedSet(train, train_labels, size=size, workers=workers),
@@ -173,7 +180,23 @@ def open_shards(paths: Sequence[Path]) -> tuple[Shards, Tensor]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    found = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    for path in found:
+        # A named pipe would be waited for.
+        if path.exists() and not path.is_file():
+            kind = kind_of_file(path.stat().st_mode)
+            raise ValueError(f"{path}: expected an uncompressed tar file, got {kind}")
+    return found
+
+
+def _class_count(shards: Shards, labels: Tensor) -> int:
+    most, position = (int(value) for value in labels.max(0))
+    limit = max(_CLASSES, len(labels))
+    if most >= limit:
+        raise ValueError(
+            f"{shards.describe(position)}: expected a class number below {limit}, got {most}"
+        )
+    return most + 1
 
 
 def _scan(paths: Sequence[Path]) -> dict[str, np.ndarray]:
@@ -215,14 +238,21 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
             if suffix in _IMAGES:
                 if key in images:
                     raise ValueError(f"{path}: expected one image of {stem}, got {member.name} too")
+                if member.size > MAX_BYTES:
+                    raise ValueError(
+                        f"{path}: expected at most {MAX_BYTES:,} bytes of an image, "
+                        f"got {member.size:,} of {member.name}"
+                    )
                 images[key] = (member.offset_data, member.size)
             elif suffix == "cls":
+                if key in labels:
+                    raise ValueError(f"{path}: expected one class of {stem}, got {member.name} too")
                 labels[key] = _label(tar, member, path)
     if unpaired := images.keys() ^ labels.keys():
         key = min(unpaired)
         has = "an image" if key in images else "a class"
         raise ValueError(
-            f"{path}: expected an image (jpg, jpeg or png) and a class (cls) of every sample, "
+            f"{path}: expected an image (such as jpg) and a class (cls) of every sample, "
             f"got only {has} of {key.removeprefix('/')}"
         )
     for key, place in images.items():
@@ -231,9 +261,9 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
     file = tar.extractfile(member)
-    text = b"" if file is None else file.read(32)
+    text = b"" if file is None else file.read(33)
     # int() takes underscores and signs, which no class number has.
-    if not text.strip().isdigit() or int(text) >= 2**31:
+    if not text.strip().isdigit() or len(text) > 32 or int(text) >= 2**31:
         raise ValueError(f"{path}: expected a class number in {member.name}, got {text!r}")
     return int(text)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mclfast.data.picture import check_side
 from mclfast.data.source import Views
 from mclfast.data.stream import decode
 
@@ -64,7 +65,7 @@ class StreamedSet:
     Raises:
         TypeError: labels have another dtype.
         ValueError: there is no file, the number of labels differs from N, or size or workers is
-            too small.
+            out of range.
         ImportError: Pillow is not installed.
     """
 
@@ -72,8 +73,7 @@ class StreamedSet:
         self, reader: Reader, labels: Tensor, *, size: int, workers: int | None = None
     ) -> None:
         decode.require_pillow()
-        if size < 1:
-            raise ValueError(f"image_size: expected at least 1, got {size}")
+        check_side(size)
         if workers is not None and workers < 0:
             raise ValueError(f"workers: expected at least 0, got {workers}")
         if labels.dtype != torch.int64:

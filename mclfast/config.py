@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mclfast import data, methods, models
-from mclfast._base.checks import check_not_negative, check_positive, unknown_name
+from mclfast._base.checks import check_not_negative, check_positive, check_width, unknown_name
 from mclfast._base.settings import coerce, coerce_fields, field_types, setting
 
 # Far more than any method was published with; a list of names that long is a mistake.
@@ -173,12 +173,12 @@ class TrainConfig:
             "epochs",
             "batch_size",
             "images_per_class",
-            "projection_dim",
             "inner_steps",
             "eval_every",
             "eval_batch_size",
         ):
             _at_least(name, getattr(self, name), 1)
+        check_width("projection_dim", self.projection_dim)
         for name in ("warmup_epochs", "bilevel_every", "checkpoint_every", "outer_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
         if self.workers is not None:

@@ -89,6 +89,26 @@ def check_temperature(argument: str, value: Any) -> float | Tensor:
     return _check_number(argument, value, "a number", "in [1e-6, 1e6]", fits)
 
 
+# A number in a file from elsewhere would otherwise decide how much memory is asked for.
+_MOST_WIDTH, _MOST_KEYS = 2**16, 2**24
+
+
+def check_width(argument: str, value: Any) -> int:
+    """Accepts an integer width of an embedding or a layer, in [1, 65536]."""
+    return _check_at_most(argument, check_integer(argument, value, 1), _MOST_WIDTH)
+
+
+def check_keys(argument: str, value: Any) -> int:
+    """Accepts a number of keys that an anchor is compared with, in [1, 2**24]."""
+    return _check_at_most(argument, check_integer(argument, value, 1), _MOST_KEYS)
+
+
+def _check_at_most(argument: str, value: int, most: int) -> int:
+    if value > most:
+        raise ValueError(f"{argument}: expected an integer <= {most}, got {value}")
+    return value
+
+
 def check_integer(argument: str, value: Any, least: int) -> int:
     """Accepts an integer that is not below ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

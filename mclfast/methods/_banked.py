@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mclfast._base.checks import check_integer, check_temperature
+from mclfast._base.checks import check_keys, check_temperature
 from mclfast._base.settings import setting
 from mclfast.banks.memory_bank import DTYPES, MemoryBank
 from mclfast.banks.sampler import ContrastIndices, ContrastSampler
@@ -40,7 +40,7 @@ class BankMethod(Method):
         def __post_init__(self) -> None:
             super().__post_init__()
             check_temperature("temperature", self.temperature)
-            check_integer("num_negatives", self.num_negatives, 1)
+            check_keys("num_negatives", self.num_negatives)
             if not 0 <= self.bank_momentum < 1:
                 raise ValueError(
                     f"bank_momentum: expected a value in [0, 1), got {self.bank_momentum}"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mclfast._base.checks import check_integer, check_temperature
+from mclfast._base.checks import check_keys, check_temperature
 from mclfast._base.settings import setting
 from mclfast.cohort.outputs import Batch, PeerOutputs
 from mclfast.losses import banks, in_batch
@@ -49,7 +49,7 @@ class ContrastiveMethod(BankMethod):
             super().__post_init__()
             check_temperature("kl_temperature", self.kl_temperature)
             check_term_weights(self)
-            check_integer("num_positives", self.num_positives, 1)
+            check_keys("num_positives", self.num_positives)
 
     @property
     def uses_banks(self) -> bool:

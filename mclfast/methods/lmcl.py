@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mclfast._base.checks import check_integer, check_temperature
+from mclfast._base.checks import check_temperature, check_width
 from mclfast._base.settings import setting
 from mclfast._base.tensors import wide
 from mclfast.cohort.heads import LayerMatcher, LogitAggregator
@@ -42,7 +42,7 @@ class LayerwiseMCL(ContrastiveMethod):
         def __post_init__(self) -> None:
             super().__post_init__()
             check_temperature("distill_temperature", self.distill_temperature)
-            check_integer("matcher_dim", self.matcher_dim, 1)
+            check_width("matcher_dim", self.matcher_dim)
 
     def __init__(
         self, feature_dims: Sequence[Sequence[int]], options: Options | None = None

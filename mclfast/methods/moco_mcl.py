@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mclfast._base.checks import check_integer, check_temperature
+from mclfast._base.checks import check_keys, check_temperature
 from mclfast._base.settings import setting
 from mclfast._base.tensors import wide
 from mclfast.banks.key_queue import KeyQueue, check_queue_size
@@ -75,7 +75,7 @@ class MomentumMCL(Method):
                 check_temperature(name, getattr(self, name))
             check_term_weights(self)
             for name in ("queue_size", "norm_parts"):
-                check_integer(name, getattr(self, name), 1)
+                check_keys(name, getattr(self, name))
             if not 0 <= self.key_momentum < 1:
                 raise ValueError(
                     f"key_momentum: expected a value in [0, 1), got {self.key_momentum}"

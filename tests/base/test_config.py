@@ -49,6 +49,7 @@ CHANGED: dict[str, Any] = {
     "memory": "sequential",
     "offload": "none",
     "checkpoint_every": 9,
+    "non_finite": "skip",
     "projection_dim": 32,
     "bilevel_every": 5,
     "inner_steps": 3,
@@ -532,3 +533,21 @@ def test_damaged_recipe(tmp_path, content, message):
 def test_missing_recipe_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="^recipe: expected a file .*absent.yaml"):
         recipe.load(str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("mcl", "projection_dim"),
+        ("lmcl", "matcher_dim"),
+        ("mcl", "num_negatives"),
+        ("mcl", "num_positives"),
+        ("moco-mcl", "queue_size"),
+    ],
+)
+def test_a_number_alone_does_not_ask_for_all_memory(method, name):
+    values = {"method": method, name: 2**46}
+    if name.startswith("num"):
+        values |= {"loss": "bank", "sampler": "shuffle"}
+    with pytest.raises(ValueError, match=f"^{name}: expected an integer <= .*got {2**46}"):
+        TrainConfig.from_values(values)

@@ -30,6 +30,8 @@ NIGHTLY = {
     "bilevel_layers": 5_000,
     "bit_flips": 1_000,
     "hostile_files": 5_000,
+    "image_files": 1_500,
+    "yaml_files": 10_000,
     "kills": 400,
     "soak": 20_000,
 }

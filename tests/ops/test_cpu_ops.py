@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mclfast import mcl_rows
 from mclfast.kernels.families import ALL, EACH
 from mclfast.losses import reference
 
@@ -326,6 +327,16 @@ def test_antipodal_embeddings_stay_finite(temperature: float, dtype: torch.dtype
     case.nodes[:, 1::2] = -case.nodes[:, ::2]
     for name, value in op_results(case, True).items():
         assert torch.isfinite(value).all(), name
+
+
+def test_opposite_networks_stay_finite() -> None:
+    """Similarities of 1 one way and -1 the other: sums that differ by a factor of exp(100)."""
+    e = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]])
+    found, want = (
+        mcl_rows(e[:, None], torch.zeros(2).long(), temperature=0.02, kl_temperature=1.0, **backend)
+        for backend in ({"backend": "cpu"}, {"backend": "reference"})
+    )
+    torch.testing.assert_close(found, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -214,10 +214,11 @@ void write_pair_rows(const MclProblem<T>& p, int64_t a, int64_t b, T* const* own
     for (int64_t r = 0; r < p.batch; ++r) p.lse[at + r] = std::log(own[1][r]);
   if (!p.wants(kSoftIcl)) return;
   // The student is S_ab, the teacher S_ba: T <q_ba, S_ba - S_ab> + T^2 (lse_ab - lse_ba).
+  // One logarithm, so that equal sums give 0; the quotient of two sums may be exp(2 kLargestLogit).
   for (int64_t r = 0; r < p.batch; ++r) {
     p.kl_lse[at + r] = std::log(own[0][r]);
-    p.soft_icl[at + r] =
-        p.kl * (other[2][r] / other[0][r] + p.kl * std::log(own[0][r] / other[0][r]));
+    const T difference = T(std::log(double(own[0][r]) / double(other[0][r])));
+    p.soft_icl[at + r] = p.kl * (other[2][r] / other[0][r] + p.kl * difference);
   }
 }
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from mclfast._base.terminal import printable_streams
 from mclfast._version import __version__
@@ -76,7 +79,8 @@ def _run(arguments: Sequence[str]) -> int:
     if rest and known.command not in _WITH_SETTINGS:
         known.parser.error(f"{rest[0]}: unknown argument")
     try:
-        status: int = known.run(known, rest)
+        with _one_line_warnings(known.command):
+            status: int = known.run(known, rest)
         return status
     except KeyboardInterrupt as error:
         print(f"\nmclfast {known.command}: interrupted", file=sys.stderr)
@@ -89,6 +93,23 @@ def _run(arguments: Sequence[str]) -> int:
         text = " ".join(str(error).split())
         print(f"mclfast {known.command}: error: {text}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _one_line_warnings(command: str) -> Iterator[None]:
+    """Prints what a command warns of as it prints errors; other warnings keep Python's form."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, RuntimeWarning):
+                text = " ".join(str(message).split())
+                print(f"mclfast {command}: warning: {text}", file=sys.stderr)
+            else:
+                usual(message, category, *rest, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _with_dashes(argument: str) -> str:

@@ -609,3 +609,12 @@ def test_mistake_in_a_process_of_its_own(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("mclfast train: error: cohort: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_warnings_are_one_line(run_dir, capsys):
+    path = run_dir / "checkpoint.pt"
+    shutil.copy(path, run_dir / "checkpoint.previous.pt")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert call("train", "--resume", run_dir, "--no-progress") == 0
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "checkpoint.damaged.pt" in x)
+    assert line.startswith("mclfast train: warning: checkpoint: expected an intact file")

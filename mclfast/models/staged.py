@@ -598,13 +598,32 @@ def staged(
         raise ValueError(f"output: expected a name, a number or None, got {output!r}")
     found = _find(module, classifier, "classifier")
     pixel = isinstance(found, nn.Conv2d) and set(found.kernel_size) == {1} and found.groups == 1
-    if not (isinstance(found, nn.Linear) or pixel):
+    if not isinstance(found, Classifier) or not (pixel or isinstance(found, nn.Linear)):
         raise ValueError(
             f"classifier: expected {classifier!r} to be a Linear, or a Conv2d of one pixel, got "
             f"{type(found).__name__}"
         )
     pooling = Pooling(_ends_of(found)[0], pool, layout)
     return _AdaptedNetwork(module, chains, classifier, tuple(tail), output, pooling, init_weights)
+
+
+def linear_classifier(network: StagedNetwork, argument: str) -> nn.Linear:
+    """The classifier of a network for callers that set its weights.
+
+    Args:
+        network: network whose classifier is wanted.
+        argument: name of the argument in the error message.
+
+    Raises:
+        ValueError: the classifier is a convolution, which the network may follow by more layers.
+    """
+    found = network.classifier
+    if not isinstance(found, nn.Linear):
+        raise ValueError(
+            f"{argument}: expected a Linear as the classifier, got {type(found).__name__} of "
+            f"{class_name(network)}"
+        )
+    return found
 
 
 def class_name(backbone: StagedNetwork) -> str:

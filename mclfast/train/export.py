@@ -72,13 +72,23 @@ def export_backbone(
     Raises:
         ValueError: a value of the network's state is no tensor that the file can hold.
     """
-    safetensors = optional_import("safetensors.torch", extra="train")
-    weights = safetensors.save(_separate(backbone.state_dict()))
+    weights = weights_of(backbone)
     with replacing(folder / WEIGHTS) as partial:
         partial.write_bytes(weights)
     about = {"network": network, "mclfast": __version__, **description}
     write_sealed_json(folder / DESCRIPTION, about | {_DIGEST: digest_of_bytes(weights)})
     return folder
+
+
+def weights_of(backbone: nn.Module) -> bytes:
+    """Content of the file of weights of a backbone.
+
+    Raises:
+        ValueError: a value of the network's state is no tensor that the file can hold.
+    """
+    safetensors = optional_import("safetensors.torch", extra="train")
+    content: bytes = safetensors.save(_separate(backbone.state_dict()))
+    return content
 
 
 def _separate(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +17,7 @@ def shape_of(value: Any) -> str:
     return type(value).__name__
 
 
-@dataclass(frozen=True)
-class Pooling:
+class Pooling(NamedTuple):
     """From the last map of a network to its feature [B, D].
 
     Attributes:

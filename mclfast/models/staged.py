@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -355,7 +355,8 @@ class _AdaptedNetwork(StagedNetwork):
 
     @property
     def pooling(self) -> Callable[[Tensor], Tensor]:
-        return self._pooling
+        # The type checker does not see that a named tuple can be called.
+        return cast(Callable[[Tensor], Tensor], self._pooling)
 
     @property
     def classifier(self) -> Classifier:
@@ -503,12 +504,13 @@ def _are_defaults(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Whether all inputs of a call but the first are what the module takes by default."""
     if len(args) == 1 and not kwargs:
         return True
-    signature = inspect.signature(module.forward)
+    # The class's own, as a memory mode may hide it by one that takes anything.
+    signature = inspect.signature(type(module).forward)
     try:
-        given = signature.bind(*args, **kwargs).arguments
+        given = signature.bind(module, *args, **kwargs).arguments
     except TypeError:
         return False
-    more = list(given.items())[1:]
+    more = list(given.items())[2:]
     for name, value in more:
         default = signature.parameters[name].default
         plain = isinstance(value, (bool, int, float, str))

@@ -21,6 +21,7 @@ from helpers.own_networks import (
     make,
     parameters_without_gradient,
 )
+from mclfast.execution.parallel import equal_groups
 from mclfast.models import PeerNetwork, staged
 from mclfast.models.pooling import Pooling
 from mclfast.models.staged import fresh_copy
@@ -244,3 +245,13 @@ def test_a_classifier_of_wide_windows_is_refused() -> None:
     with pytest.raises(ValueError, match="classifier: .* a Conv2d of one pixel, got Conv2d"):
         staged(module, classifier="features.0")
     assert {UNetEncoder, VisionTransformer} <= {cls for cls, _, _ in NETWORKS.values()}
+
+
+def test_networks_that_pool_otherwise_do_not_run_as_one() -> None:
+    stages = ["blocks.0", "blocks.1"]
+    first, mean, again = (
+        PeerNetwork(staged(VisionTransformer(), stages, classifier="head", pool=pool))
+        for pool in ("first", "mean", "first")
+    )
+    assert equal_groups([first, mean, again]) == [[0, 2], [1]]
+    assert equal_groups([PeerNetwork(make("functional")) for _ in range(2)]) == [[0, 1]]

@@ -157,7 +157,7 @@ def find_stages(module: nn.Module, image: Tensor) -> Cut:
         while tail and isinstance(tail[-1], _WITHOUT_EFFECT):
             tail.pop()
         last = followed.outputs[(tail or stages[-1])[-1]]
-    pool = "first" if _takes_first(last, followed.inputs[classifier]) else "mean"
+    pool: Pool = "first" if _takes_first(last, followed.inputs[classifier]) else "mean"
     names = followed.names
     return Cut(
         [[names[m] for m in stage] for stage in stages],

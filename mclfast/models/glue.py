@@ -27,6 +27,14 @@ class Glue(nn.Module):
         super().__init__()
         self.training_form, self.evaluation_form = training_form, evaluation_form
 
+    @property
+    def depends_on_mode(self) -> bool:
+        """Whether training is another thing than evaluation here."""
+        # A submodule, such as dropout, may heed it by itself.
+        return any(True for _ in self.training_form.children()) or (
+            self.training_form.code != self.evaluation_form.code
+        )
+
     def forward(self, x: Any) -> Any:
         """Output of one stage -> input of the next one."""
         return self.training_form(x) if self.training else self.evaluation_form(x)

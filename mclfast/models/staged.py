@@ -67,12 +67,12 @@ def fresh_copy(
             ``init_weights`` sets, so that its copy would keep the trained values.
     """
     fresh = copy.deepcopy(module)
-    unset: list[tuple[str, nn.Module, str, Tensor]] = []
+    unset: list[tuple[str, nn.Module, str]] = []
     for name, submodule in fresh.named_modules():
         if _reset_of(submodule) is None:
             for key, value in submodule.named_parameters(recurse=False):
                 if not _constant(value):
-                    unset.append((name, submodule, key, value))
+                    unset.append((name, submodule, key))
                     # A mark that a rule overwrites.
                     with torch.no_grad():
                         value.fill_(float("nan"))
@@ -82,10 +82,10 @@ def fresh_copy(
             reset()
     if init_weights is not None:
         fresh.apply(init_weights)
-    left = [found for found in unset if bool(found[3].isnan().any())]
+    left = [found for found in unset if _is_marked(getattr(found[1], found[2]))]
     if left:
-        name, owner, _, _ = left[0]
-        keys = ", ".join(key for _, other, key, _ in left if other is owner)
+        name, owner, _ = left[0]
+        keys = ", ".join(key for _, other, key in left if other is owner)
         raise ValueError(
             f"module: cannot re-initialise {type(owner).__name__} at {name!r}: it owns {keys} but "
             "has no reset_parameters(); add that method, give staged a rule as init_weights=, or "
@@ -107,8 +107,17 @@ def _reset_of(module: nn.Module) -> Callable[[], object] | None:
     return None
 
 
+def _is_marked(value: Tensor) -> bool:
+    return value.is_meta or bool(value.isnan().any())
+
+
 def _constant(value: Tensor) -> bool:
-    """Whether two or more elements of a tensor are equal, which no training leaves them."""
+    """Whether two or more elements of a tensor are equal, which no training leaves them.
+
+    Integers are not trained.
+    """
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
     if value.is_meta or value.numel() < 2:
         return False
     return bool((value == value.flatten()[0]).all())
@@ -455,20 +464,24 @@ class _AdaptedNetwork(StagedNetwork):
                     f"{before.name!r}, got another value ({shape_of(after.args[0])} after "
                     f"{shape_of(given)}), so an auxiliary head cannot chain them"
                 )
-        if not (self._glue_is_checked or self.training):
+        if not (self._glue_is_checked or calls[0].args[0].is_meta) and _runs_by_itself():
             self._check_glue(calls)
 
     @torch.no_grad()
     def _check_glue(self, calls: list[_Call]) -> None:
         """Raises unless the traced calls between the stages give what the module itself gave.
 
-        Once, in evaluation mode, where nothing is drawn.
+        Once. In training mode that is open where they depend on the mode, as they may draw numbers.
         """
+        checked = True
         for before, after in zip(calls[:-1], calls[1:], strict=True):
             glue = self._glue.get(after.name)
             if glue is None:
                 continue
-            found = copy.deepcopy(glue).eval()(first_tensor(before.output))
+            if self.training and glue.depends_on_mode:
+                checked = False
+                continue
+            found = copy.deepcopy(glue).train(self.training)(first_tensor(before.output))
             wanted = after.args[0]
             if found.shape != wanted.shape or not torch.allclose(found, wanted, equal_nan=True):
                 raise ValueError(
@@ -476,7 +489,7 @@ class _AdaptedNetwork(StagedNetwork):
                     f"depend on nothing else, got another input of {after.name!r} "
                     f"({shape_of(wanted)}) than they give ({shape_of(found)})"
                 )
-        self._glue_is_checked = True
+        self._glue_is_checked = checked
 
     def _check_rows(self, what: str, value: Any, columns: int) -> None:
         if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != columns:
@@ -486,6 +499,15 @@ class _AdaptedNetwork(StagedNetwork):
             raise ValueError(
                 f"module: expected {what} to be [B, {columns}], got {shape_of(value)}{hint}"
             )
+
+
+def _runs_by_itself() -> bool:
+    """Whether values can be compared: no transform, compiler or CUDA graph records this run."""
+    return (
+        torch._C._functorch.maybe_current_level() is None
+        and not torch.compiler.is_compiling()
+        and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _contents(output: Any) -> str:

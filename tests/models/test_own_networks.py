@@ -129,11 +129,14 @@ class Learned(FunctionalResNet):
 
 def test_calls_that_a_head_cannot_repeat_are_refused() -> None:
     stages, x = ["layer1", "layer2", "layer3"], torch.randn(2, 3, 8, 8)
-    net = staged(Reading(), stages).eval()
-    net.module.factor = 3.0
     message = "stages: expected the calls between 'layer1' and 'layer2' to depend on nothing else"
-    with pytest.raises(ValueError, match=message):
+    for training in (True, False):
+        net = staged(Reading(), stages).train(training)
         net.forward_taps(x)
+        net = staged(Reading(), stages).train(training)
+        net.module.factor = 3.0
+        with pytest.raises(ValueError, match=message):
+            net.forward_taps(x)
     with pytest.raises(ValueError, match="expected the input of 'layer2' to be the output of"):
         staged(Learned(), stages).forward_taps(x)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from mclfast._base.checks import shortened
@@ -102,7 +102,7 @@ def equal_groups(peers: Sequence[PeerNetwork]) -> list[list[int]]:
 def _structure(peer: PeerNetwork) -> object:
     """The structure that networks must have in common to run as one."""
     modules = tuple(
-        (name, type(m), m.training, m.extra_repr(), *_plain_values(m))
+        (name, _kind(m), m.training, m.extra_repr(), *_plain_values(m))
         for name, m in peer.named_modules(remove_duplicate=False)
     )
     tensors = tuple(
@@ -110,6 +110,11 @@ def _structure(peer: PeerNetwork) -> object:
         for name, t in (*peer.named_parameters(), *peer.named_buffers())
     )
     return modules, tensors
+
+
+def _kind(module: nn.Module) -> type:
+    """The class of a module; a traced one has a class of its own, and its code as a plain value."""
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
 
 
 def _plain_values(module: nn.Module) -> Iterator[tuple[str, object]]:

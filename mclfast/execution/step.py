@@ -451,6 +451,12 @@ def _check_arguments(cohort: Any, method: Any, config: Any, labels: Any, image_s
         raise ValueError(
             f"image_shape: expected three sizes (channels, height, width), got {image_shape!r}"
         )
+    bare = [i for i, peer in enumerate(cohort.peers) if not peer.backbone.stages]
+    if method.auxiliary_heads and bare:
+        raise ValueError(
+            f"cohort: expected networks with stages for {type(method).__name__}, which reads them, "
+            f"got peer {bare[0]} without; name them with mclfast.staged(module, stages)"
+        )
 
 
 def _check_names(name: str, part: Any, state: Any) -> None:

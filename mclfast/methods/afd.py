@@ -14,7 +14,7 @@ from mclfast._base.settings import setting
 from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup
 from mclfast.losses.distillation import mutual_kd_loss
-from mclfast.methods._maps import convolution_to_width, to_smallest
+from mclfast.methods._maps import check_maps, convolution_to_width, to_smallest
 from mclfast.methods._options import DistillOptions
 from mclfast.methods.base import Method, check_peers, prepared
 from mclfast.methods.baseline import sum_cross_entropy
@@ -79,6 +79,7 @@ class AFD(Method):
 
     def prepare(self, setup: Setup) -> None:
         check_peers(setup, "afd", 2)
+        check_maps(setup.example.maps, "afd")
         o, widths = self.options, [m.shape[1] for m in setup.example.maps]
         # For network 0, index -1 is the last network, which closes the cycle.
         real = [widths[a - 1] for a in range(len(widths))]

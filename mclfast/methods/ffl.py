@@ -15,7 +15,7 @@ from mclfast._base.settings import setting
 from mclfast._base.tensors import wide
 from mclfast.cohort.outputs import Batch, PeerOutputs, Setup, mean_logits
 from mclfast.losses.distillation import kd_loss
-from mclfast.methods._maps import convolution_to_width, to_smallest
+from mclfast.methods._maps import check_maps, convolution_to_width, to_smallest
 from mclfast.methods._options import RampedDistillOptions
 from mclfast.methods.base import Method, check_peers, prepared
 from mclfast.methods.baseline import sum_cross_entropy
@@ -86,6 +86,7 @@ class FFL(Method):
 
     def prepare(self, setup: Setup) -> None:
         check_peers(setup, "ffl", 2, exactly=True)
+        check_maps(setup.example.maps, "ffl")
         self.fusion = FusionModule([m.shape[1] for m in setup.example.maps], setup.num_classes)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

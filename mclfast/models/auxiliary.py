@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from mclfast.models.staged import StagedNetwork, Taps, fresh_copy, global_average_pool
+from mclfast.models.staged import StagedNetwork, Taps, first_tensor, fresh_copy
 
 
 class StageOutputs(NamedTuple):
@@ -49,6 +49,7 @@ class AuxiliaryHead(nn.Module):
             )
         self.stages = nn.Sequential(*backbone.refinement(stage_index))
         self.tail = fresh_copy(backbone.tail, backbone.init_weights)
+        self._pooling = backbone.pooling
         weight = backbone.classifier.weight
         self.classifier = nn.Linear(
             backbone.feature_dim, backbone.num_classes, device=weight.device, dtype=weight.dtype
@@ -56,8 +57,10 @@ class AuxiliaryHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map after the stage [B, c, h, w] -> feature [B, D] and logits [B, C]."""
-        feature = global_average_pool(self.tail(self.stages(x)))
+        """Map after the stage, such as [B, c, h, w] -> feature [B, D] and logits [B, C]."""
+        for stage in self.stages:
+            x = first_tensor(stage(x))
+        feature = self._pooling(self.tail(x))
         return feature, self.classifier(feature)
 
 
@@ -86,7 +89,7 @@ class PeerNetwork(nn.Module):
                 f"backbone: expected a StagedNetwork, got {type(backbone).__name__}; "
                 "adapt a module with mclfast.models.staged"
             )
-        count = len(backbone.stages) - 1 if auxiliary_heads else 0
+        count = max(len(backbone.stages) - 1, 0) if auxiliary_heads else 0
         self.backbone = backbone
         self.auxiliary = nn.ModuleList(AuxiliaryHead(backbone, index) for index in range(count))
 
@@ -107,7 +110,9 @@ class PeerNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> StageOutputs:
         """[B, in_channels, H, W] -> ``num_stages`` features [B, D] and logits [B, C]."""
-        return self.head_outputs(self.backbone.forward_taps(x))
+        # Without heads nobody reads the stages, so that they may be anything.
+        run = self.backbone.forward_taps if len(self.auxiliary) else self.backbone.forward_end
+        return self.head_outputs(run(x))
 
     def head_outputs(self, taps: Taps) -> StageOutputs:
         """The outputs of all heads, from one forward pass of the backbone."""

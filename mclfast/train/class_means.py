@@ -6,12 +6,14 @@ They show how far the features of networks trained without labels have come.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from mclfast._base.modules import evaluation_mode
 from mclfast.cohort.cohort import Cohort
 from mclfast.data.dataset import Dataset
 from mclfast.data.source import ImageSource
 from mclfast.data.subsets import class_ranks, select
+from mclfast.models.staged import linear_classifier
 from mclfast.train.evaluation import batches_for
 
 #: Training images of a class that its mean is taken from.
@@ -25,6 +27,18 @@ def class_mean_images(data: Dataset, per_class: int = IMAGES_PER_CLASS) -> Image
     return select(data.train, ranks < per_class)
 
 
+def mean_classifiers(cohort: Cohort) -> list[nn.Linear]:
+    """The classifiers that :func:`set_class_means` sets.
+
+    Raises:
+        ValueError: a classifier without a bias, or one that is no linear layer.
+    """
+    classifiers = [linear_classifier(peer.backbone, "cohort") for peer in cohort.peers]
+    if any(c.bias is None for c in classifiers):
+        raise ValueError("cohort: expected classifiers with a bias to hold class means, got none")
+    return classifiers
+
+
 @torch.no_grad()
 def set_class_means(
     cohort: Cohort, images: ImageSource, data: Dataset, *, batch_size: int = 256
@@ -35,11 +49,9 @@ def set_class_means(
     those of evaluation mode.
 
     Raises:
-        ValueError: a classifier without a bias.
+        ValueError: a classifier without a bias, or one that is no linear layer.
     """
-    classifiers = [peer.backbone.classifier for peer in cohort.peers]
-    if any(c.bias is None for c in classifiers):
-        raise ValueError("cohort: expected classifiers with a bias to hold class means, got none")
+    classifiers = mean_classifiers(cohort)
     sums = [torch.zeros_like(c.weight, dtype=torch.float64) for c in classifiers]  # [C, D]
     counts = torch.zeros(data.num_classes, dtype=torch.float64, device=sums[0].device)
     with evaluation_mode(cohort):

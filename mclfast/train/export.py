@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mclfast import models
@@ -67,15 +68,53 @@ def export_backbone(
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: a value of the network's state is no tensor that the file can hold.
     """
-    safetensors = optional_import("safetensors.torch", extra="train")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
-    weights = safetensors.save(tensors)
+    weights = weights_of(backbone)
     with replacing(folder / WEIGHTS) as partial:
         partial.write_bytes(weights)
     about = {"network": network, "mclfast": __version__, **description}
     write_sealed_json(folder / DESCRIPTION, about | {_DIGEST: digest_of_bytes(weights)})
     return folder
+
+
+def weights_of(backbone: nn.Module) -> bytes:
+    """Content of the file of weights of a backbone.
+
+    Raises:
+        ValueError: a value of the network's state is no tensor that the file can hold.
+    """
+    safetensors = optional_import("safetensors.torch", extra="train")
+    content: bytes = safetensors.save(_separate(backbone.state_dict()))
+    return content
+
+
+def _separate(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state in host memory, each with values of its own.
+
+    Modules under two names and tied tensors are in a state more than once. The file takes no memory
+    twice, so that the later ones are copied; ``load_state_dict`` finds every name that it asks for.
+
+    Raises:
+        ValueError: a value is no dense tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            what = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"backbone: expected dense tensors alone in its state_dict, got {what} at {name!r}"
+            )
+        own = value.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() in seen:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        tensors[name] = own
+    return tensors
 
 
 def describe(

@@ -33,8 +33,13 @@ def _figure(title: str, columns: int, extra: float = 0.0) -> tuple[Figure, Any]:
     figure = figures.Figure(figsize=(5.2 * columns + extra, 3.8), layout="constrained")
     agg.FigureCanvasAgg(figure)
     # About 13 letters to the inch.
-    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=10)
+    figure.suptitle(textwrap.fill(_literal(title), int(13 * figure.get_figwidth())), fontsize=10)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _literal(text: str) -> str:
+    """A name of a user's own as it is: two dollar signs would be a formula, which may not parse."""
+    return text.replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -73,6 +78,7 @@ def run_curves(history: History, names: Sequence[str], path: Path, title: str) -
         path: PNG file.
         title: heading.
     """
+    names = [_literal(name) for name in names]
     labels = [f"peer {i}: {name}" if len(names) > 1 else name for i, name in enumerate(names)]
     parts = [key for key in history[0] if key.startswith("train_")]
     # Many rows: the lines get no room between them, and more height.
@@ -100,7 +106,7 @@ def run_curves(history: History, names: Sequence[str], path: Path, title: str) -
             color=_COLOURS[i % len(_COLOURS)],
             ls=_DASHES[(i + i // len(_COLOURS)) % len(_DASHES)],
             lw=2 if i == 0 else 1.3,
-            label=key.removeprefix("train_"),
+            label=_literal(key.removeprefix("train_")),
             marker=_marker(epochs, i),
         )
     right.set_yscale("symlog", linthresh=0.1)
@@ -122,7 +128,7 @@ def accuracy_bands(groups: Mapping[str, Sequence[History]], path: Path, title: s
     many = len(groups) > 4
     enlarged = many and longest >= 6
     labels = [
-        f"{label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+        f"{_literal(label)} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
         for label, runs in groups.items()
     ]
     figure, axes = _figure(title, 2 if enlarged else 1, extra=_room(labels))

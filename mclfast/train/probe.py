@@ -20,7 +20,7 @@ from mclfast.data.dataset import Dataset
 from mclfast.data.source import ImageSource
 from mclfast.methods import method_class
 from mclfast.models.auxiliary import StageOutputs
-from mclfast.models.staged import StagedNetwork
+from mclfast.models.staged import StagedNetwork, linear_classifier
 from mclfast.train.evaluation import CohortAccuracy, batches_for
 from mclfast.train.trainer import Trainer
 
@@ -75,7 +75,7 @@ def linear_probe(
         ValueError: see ``Trainer``.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    classifier = network.classifier
+    classifier = linear_classifier(network, "network")
     with torch.no_grad():
         classifier.weight.copy_(torch.randn(classifier.weight.shape, generator=generator) * 0.01)
         if classifier.bias is not None:

@@ -36,12 +36,13 @@ from mclfast.plan.sizes_of_data import facts_of
 from mclfast.train import checkpoint, evidence
 from mclfast.train import folder as run_folder
 from mclfast.train import state as run_state
-from mclfast.train.class_means import class_mean_images, set_class_means
+from mclfast.train.class_means import class_mean_images, mean_classifiers, set_class_means
 from mclfast.train.evaluation import CohortAccuracy, cohort_accuracy, peer_logits
 from mclfast.train.export import describe, export_backbone
 from mclfast.train.history import RunResult, accuracies, evaluated, result_of
 from mclfast.train.lock import check_held, hold
 from mclfast.train.progress import progress_bar, set_back
+from mclfast.train.rehearsal import rehearse_evaluation, rehearse_files
 from mclfast.train.state import EpochSoFar, Identity, Place, data_facts
 
 #: Steps in a row that may be left out, or rollbacks to one checkpoint, before a run ends.
@@ -161,11 +162,13 @@ class Trainer:
                 stays, and the step is kept for ``mclfast replay``.
             FloatingPointError: weights are not finite; the last checkpoint stays.
             Stopped: :meth:`stop` was called, and the state is saved.
-            ValueError: another run writes into ``run_dir``.
+            ValueError: another run writes into ``run_dir``; or what follows the training would fail:
+                the evaluation, or, with a run_dir, the curves or an export.
             OSError: a file cannot be written, or ``run_dir`` was moved or deleted meanwhile.
         """
         if stop_after is not None and stop_after < 1:
             raise ValueError(f"stop_after: expected an integer >= 1 or None, got {stop_after!r}")
+        self._rehearse()
         with nullcontext() if self.run_dir is None else hold(self.run_dir):
             return self._fit(progress, stop_after)
 
@@ -223,6 +226,18 @@ class Trainer:
             check_held(self.run_dir)
             self._finish(self.run_dir, result)
         return result
+
+    def _rehearse(self) -> None:
+        """Tries what follows the training, which is late to learn that it fails."""
+        if self.mean_images is not None:
+            mean_classifiers(self.cohort)
+        rehearse_evaluation(self.cohort, self.method, self.data)
+        if self.run_dir is not None:
+            rehearse_files(
+                [(peer.backbone, self._description(i)) for i, peer in enumerate(self.cohort.peers)],
+                self.names,
+                self._title(),
+            )
 
     def _resume_or_start(self, run_dir: Path) -> None:
         placed = self._placed or self.resume()
@@ -439,26 +454,31 @@ class Trainer:
             return measure(refuse_non_finite=False)
 
     def _finish(self, run_dir: Path, result: RunResult) -> None:
-        title = f"{self.config.method} on {self.data.name}, seed {self.config.seed}"
-        run_folder.write_result(run_dir, result, self.names, title)
+        run_folder.write_result(run_dir, result, self.names, self._title())
         for i in range(len(self.cohort.peers)):
             self.export(i, run_dir / f"peer{i}")
+
+    def _title(self) -> str:
+        return f"{self.config.method} on {self.data.name}, seed {self.config.seed}"
 
     def export(self, peer: int, folder: Path) -> Path:
         """Writes one peer's bare backbone, see :func:`mclfast.train.export.export_backbone`."""
         self.train_step.wait()
         backbone = self.cohort.peers[peer].backbone
+        network = None if self.own_parts else self.names[peer]
+        description = self._description(peer)
+        return export_backbone(backbone, folder, network=network, description=description)
+
+    def _description(self, peer: int) -> dict[str, Any]:
         tested = evaluated(self.history[-1:])
-        description = describe(
-            backbone,
+        return describe(
+            self.cohort.peers[peer].backbone,
             self.data,
             self.config,
             own_parts=self.own_parts,
             epochs=len(self.history),
             accuracy=tested[-1][f"acc_peer{peer}"] if tested else None,
         )
-        network = None if self.own_parts else self.names[peer]
-        return export_backbone(backbone, folder, network=network, description=description)
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes, as tensors and plain values."""

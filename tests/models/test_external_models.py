@@ -78,8 +78,8 @@ class Skipping(Stepped):
     """A stage whose input is not just the output of the one before."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layer1(self.maxpool(self.conv1(x)))
-        return self.fc(self.pool(self.layer3(self.layer2(x) * 2)).flatten(1))
+        y = self.layer1(self.maxpool(self.conv1(x)))
+        return self.fc(self.pool(self.layer3(self.layer2(y) * x.mean())).flatten(1))
 
 
 NETWORKS = {"stepped": Stepped, "mobile": Mobile, "flat": Flat, "skipping": Skipping}
@@ -235,7 +235,9 @@ def test_a_stage_of_several_modules() -> None:
     assert [len(head.stages) for head in models.PeerNetwork(net).auxiliary] == [1]
     with pytest.raises(ValueError, match="stages: expected a submodule of Sequential, got 'zzz'"):
         models.staged(module, [["a", "zzz"], "c"])
-    with pytest.raises(ValueError, match="stages: expected at least one name, got an empty list"):
+    with pytest.raises(
+        ValueError, match="stages: expected at least one name in each stage, got an empty"
+    ):
         models.staged(module, [[], "c"])
     with pytest.raises(ValueError, match="stages: expected the forward pass to run b, a, c, fc"):
         models.staged(module, [["b", "a"], "c"]).forward_taps(x)

@@ -97,7 +97,8 @@ class HandWritten(nn.Module):
 
 class Summed(HandWritten):
     def features(self, x: Tensor) -> Tensor:
-        return self.norm(self.body["second"](self.body["first"](x) + 1))
+        y = self.body["first"](x)
+        return self.norm(self.body["second"](y + x.mean()))
 
 
 class Swapped(HandWritten):
@@ -647,10 +648,15 @@ def test_forward_errors_of_the_adapter(module: type[nn.Module], message: str) ->
     assert "\n" not in str(error.value)
 
 
-def test_map_must_be_four_dimensional() -> None:
-    module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(5 * 36, 7), nn.Linear(7, 4))
+def test_stages_must_be_batches_of_places() -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.Unflatten(1, (5, 1)), nn.Flatten(), nn.Linear(180, 4)
+    )
     net = models.staged(module, ["0", "1"], classifier="3")
-    message = r"stages: expected a 4-D map \[B, c, h, w\] after '1', got shape \(2, 180\)"
+    message = (
+        r"stages: expected a map \[B, c, h, w\] or \[B, h, w, c\], tokens \[B, N, c\] or rows "
+        r"\[B, c\] after '1', got shape \(2, 5, 1, 6, 6\)"
+    )
     with pytest.raises(ValueError, match=message):
         net.forward_taps(torch.randn(2, 3, 8, 8))
 
@@ -665,7 +671,7 @@ def test_map_must_not_change_in_place() -> None:
 def test_tail_must_follow_the_last_stage() -> None:
     class Scaled(HandWritten):
         def features(self, x: Tensor) -> Tensor:
-            return self.norm(self.body["second"](self.body["first"](x)) * 2)
+            return self.norm(self.body["second"](self.body["first"](x)) * x.mean())
 
     with pytest.raises(ValueError, match="tail: expected the input of 'norm' to be the output"):
         adapt(Scaled()).forward_taps(torch.randn(2, 3, 8, 8))
@@ -682,12 +688,17 @@ def test_tail_must_follow_the_last_stage() -> None:
         ),
         (["zzz"], {}, r"got 'zzz'; close names: body, norm, head"),
         ("body", {}, r"stages: expected a list of names, got the string 'body'"),
-        ([], {}, r"stages: expected at least one name, got an empty list"),
+        ([[]], {}, r"stages: expected at least one name in each stage, got an empty list"),
+        ([], {"classifier": "head", "tail": ["norm"]}, r"tail: expected none without stages"),
+        (["norm"], {"classifier": "head", "pool": "max"}, r"pool: .* or 'first', got 'max'"),
+        (["norm"], {"classifier": "head", "layout": "NHWC"}, r"layout: .* None, got 'NHWC'"),
+        (["norm"], {"classifier": "head", "output": True}, r"output: .* or None, got True"),
         (["body.first"], {}, r"classifier: expected a submodule of HandWritten, got 'fc'"),
         (
             ["body.first"],
             {"classifier": "norm"},
-            r"classifier: expected 'norm' to be a Linear, got BatchNorm2d",
+            r"classifier: expected 'norm' to be a Linear, or a Conv2d of one pixel, got "
+            r"BatchNorm2d",
         ),
         (
             ["body.first"],

@@ -162,8 +162,8 @@ class Trainer:
                 stays, and the step is kept for ``mclfast replay``.
             FloatingPointError: weights are not finite; the last checkpoint stays.
             Stopped: :meth:`stop` was called, and the state is saved.
-            ValueError: another run writes into ``run_dir``; or what follows the training would fail:
-                the evaluation, or, with a run_dir, the curves or an export.
+            ValueError: another run writes into ``run_dir``; or what follows the training would
+                fail: the evaluation, or, with a run_dir, the curves or an export.
             OSError: a file cannot be written, or ``run_dir`` was moved or deleted meanwhile.
         """
         if stop_after is not None and stop_after < 1:
@@ -229,15 +229,18 @@ class Trainer:
 
     def _rehearse(self) -> None:
         """Tries what follows the training, which is late to learn that it fails."""
-        if self.mean_images is not None:
-            mean_classifiers(self.cohort)
-        rehearse_evaluation(self.cohort, self.method, self.data)
+        self._rehearse_evaluation()
         if self.run_dir is not None:
             rehearse_files(
                 [(peer.backbone, self._description(i)) for i, peer in enumerate(self.cohort.peers)],
                 self.names,
                 self._title(),
             )
+
+    def _rehearse_evaluation(self) -> None:
+        if self.mean_images is not None:
+            mean_classifiers(self.cohort)
+        rehearse_evaluation(self.cohort, self.method, self.data)
 
     def _resume_or_start(self, run_dir: Path) -> None:
         placed = self._placed or self.resume()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mclfast._base import yaml_text
+from mclfast._base.checks import shortened
 
 #: Key of a JSON object's own digest.
 _SEAL = "blake2b"
@@ -141,7 +142,7 @@ def read_yaml(path: Path, argument: str) -> dict[str, Any]:
             values = yaml_text.parse(file.read(yaml_text.MAX_BYTES + 1).decode("utf-8"))
     # Text that is no UTF-8 and an impossible date are ValueErrors as well.
     except ValueError as error:
-        problem = " ".join(str(error).split())
+        problem = shortened(" ".join(str(error).split()), 500)
         raise ValueError(f"{argument}: expected YAML in {path}, got {problem}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(

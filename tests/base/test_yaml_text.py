@@ -108,3 +108,10 @@ def test_a_short_sweep_loses_nothing():
     found = sweep(300, seed=0)
     assert found["tried"] == 300 and found["lost"] == 0
     assert found["survived"] > 50 and found["refused"] > 50
+
+
+def test_an_error_of_the_reader_that_quotes_the_text_is_short(tmp_path):
+    (tmp_path / "r.yaml").write_text(f"!{'9' * 5000}! x")
+    with pytest.raises(ValueError, match="^recipe: expected YAML in .*undefined tag") as error:
+        read_yaml(tmp_path / "r.yaml", "recipe")
+    assert len(str(error.value)) < 1000

@@ -51,7 +51,7 @@ def sweep(count: int, seed: int) -> dict[str, int]:
             file.write_text(text, encoding="utf-8")
             outcome = _try(file)
             if outcome not in ("survived", "refused"):
-                print(f"lost: text {number} (seed {seed}): {text!r}: {outcome[:300]}")
+                print(f"lost: text {number} (seed {seed}): {text[:500]!r}: {outcome[:300]}")
                 outcome = "lost"
             found["tried"] += 1
             found[outcome] += 1

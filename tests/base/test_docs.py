@@ -81,7 +81,7 @@ def test_every_promise_names_tests_that_exist():
 
 def test_the_figures_are_those_that_were_recorded():
     script = ROOT / "scripts" / "reliability.py"
-    figures = ROOT / "bench" / "results" / "cpu-amd-epyc-2-threads" / "reliability.json"
+    figures = ROOT / "bench" / "results" / "cpu-amd-epyc-2-threads" / "reliability" / "sweeps.json"
     run = subprocess.run([sys.executable, str(script), str(figures), "--check"])
     assert run.returncode == 0
     for name, found in json.loads(figures.read_text()).items():

@@ -106,7 +106,8 @@ def test_float32_is_as_exact_as_the_plain_twin(shape: tuple[int, ...], last: boo
     fused, plain = found(FusedBatchNorm, values), found(PlainBatchNorm, values)
     for ours, theirs, exact in zip(fused, plain, want, strict=True):
         error, eager = ((v.double() - exact).abs().max() for v in (ours, theirs))
-        floor = torch.finfo(torch.float32).eps * exact.abs().max()
+        # A few roundings of the largest value: sums have another order on every processor.
+        floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
         assert error <= 1.5 * eager + floor
 
 

@@ -21,7 +21,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The one line of a command that fails for a mistake of the user; warnings may precede it."""
     assert call(*arguments) == 2
     lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if not line.startswith(f"mclfast {arguments[0]}: warning: ")]
+    lines = [line for line in lines if ": warning: " not in line]
     assert len(lines) == 1, lines
     assert "error: " in lines[0] and "Traceback" not in lines[0]
     return lines[0].split("error: ", 1)[1]

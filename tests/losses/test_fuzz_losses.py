@@ -4,6 +4,6 @@ from sweeps.fuzz_losses import sweep
 
 
 def test_random_calls_equal_the_plain_form():
-    counts = sweep(1500, 0)
-    assert counts["tried"] == 1500
+    counts = sweep(2_000, 0)
+    assert counts["tried"] == 2_000
     assert counts["lost"] == 0

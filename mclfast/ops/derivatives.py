@@ -17,6 +17,7 @@ these classes nor needs them: it calls the operators, whose own autograd formula
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -225,7 +226,7 @@ class _Values(Function):
         call = ctx.call.of_families([g is not None for g in cotangents])
         saved = ctx.saved_tensors
         filled = _filled(cotangents, _Values._zeros(ctx, saved[0]))
-        found = _Gradient.apply(call, *filled, *saved)
+        found = _gradient(call, *filled, *saved)
         return None, *found, *(None,) * (inputs - operators.num_inputs)
 
     @staticmethod
@@ -276,9 +277,7 @@ class _Gradient(Function):
             directions = _filled(of_inputs, rest[: operators.num_inputs])
             through_inputs = _second(ctx.call, directions, cotangents, rest)[: len(of_inputs)]
         if _any(of_cotangents):
-            through_cotangents = _Gradient.apply(
-                ctx.call, *_filled(of_cotangents, cotangents), *rest
-            )
+            through_cotangents = _gradient(ctx.call, *_filled(of_cotangents, cotangents), *rest)
         return tuple(_sums(through_inputs, through_cotangents))
 
     @staticmethod
@@ -286,11 +285,21 @@ class _Gradient(Function):
         return _each_alone(_Gradient, info, in_dims, *arguments)
 
 
+def _gradient(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the inputs; see `_Gradient` for the tensors."""
+    if not _differentiated(tensors):
+        return call.gradient(*tensors)
+    found: tuple[Tensor, ...] = _Gradient.apply(call, *tensors)
+    return found
+
+
 def _second(
     call: Call, directions: Sequence[Tensor], cotangents: Sequence[Tensor], rest: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Derivatives of <directions, gradient> for the inputs, then for the cotangents."""
     inputs = rest[: call.operators.num_inputs]
+    if not _differentiated((*directions, *cotangents, *inputs)):
+        return call.second(*directions, *cotangents, *rest)
     gates = [_Gate.apply(x) for x in (*cotangents, *inputs)]
     return _Second.apply(call, *directions, *cotangents, *rest, *gates)
 
@@ -356,7 +365,7 @@ class _Second(Function):
             gates = [torch.zeros_like(x) for x in (*cotangents, *inputs)]
         if _any(grads[size:]):
             filled = _filled(grads[size:], cotangents)
-            through_gradient = _Gradient.apply(call, *filled, *rest)
+            through_gradient = _gradient(call, *filled, *rest)
             for_inputs = _second(call, directions, filled, rest)[:size]
         found = _sums(for_directions, through_gradient) or (None,) * size
         constants = (None,) * (len(rest) - size)
@@ -460,3 +469,8 @@ def gradient_of_fused(
     if v_grad is None:
         return total
     return second(v_grad) if total is None else total + second(v_grad)
+
+
+# PyTorch asks for the signature in every call, and finding it takes longer than a small operator.
+for _function in (_Values, _Gradient, _Second, _Objective):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined,union-attr]

@@ -681,8 +681,9 @@ def similarity_kl_loss(
         # Columns of zeros change no similarity.
         nodes = torch.stack([pad(x, (0, width - x.shape[1])) for x in (student, teacher)])
         pairs = nodes.new_zeros(2, 2, batch, dtype=statistics_dtype(nodes))
-        weights = pairs.clone()
-        weights[0, 1] = 1.0 / batch
+        # Entry [0, 1]. A write into a tensor is lost where a graph of constants is folded
+        # (``torch.func.linearize``).
+        weights = pad(pairs.new_full((1, 1, batch), 1.0 / batch), (0, 0, 1, 0, 0, 1))
         return _objective(
             nodes,
             (1, 1),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def under_transform() -> bool:
@@ -34,12 +35,12 @@ takes_plain_form._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def has_values(x: Tensor) -> bool:
     """Whether Python may look at the values of a tensor without waiting for a device.
 
-    It may not in a compiled graph, under a transform of ``torch.func``, and where a tensor has a
-    shape only.
+    It may not in a compiled graph, under a transform of ``torch.func``, while ``make_fx`` records
+    a graph (``torch.func.linearize`` does), and where a tensor has a shape only.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or under_transform():
         return False
-    return not isinstance(x, FakeTensor)
+    return not isinstance(x, FakeTensor) and get_proxy_mode() is None
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:

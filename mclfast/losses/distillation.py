@@ -12,6 +12,15 @@ from mclfast._base.tensors import wide
 from mclfast.losses.reference import distribution_kl_rows
 
 
+def _check_same_shape(student: Tensor, teacher: Tensor) -> None:
+    # A teacher of another shape would be repeated without a word.
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"teacher: expected the shape of student {list(student.shape)}, "
+            f"got {list(teacher.shape)}"
+        )
+
+
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tensor:
     """``T**2 * kl_div(log_softmax(student / T), softmax(teacher / T), reduction="batchmean")``.
 
@@ -27,8 +36,12 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tenso
     The published code of ONE, FFL and OKDDip adds 1e-7 to every probability of the teacher; here
     both sides are log-softmax, which needs no such guard.
 
+    Raises:
+        ValueError: student and teacher differ in shape.
+
     Source: arXiv 1503.02531, section 2.
     """
+    _check_same_shape(student, teacher)
     return distribution_kl_rows(wide(student), wide(teacher), temperature).mean()
 
 
@@ -43,6 +56,7 @@ def kd_loss_through_teacher(student: Tensor, teacher: Tensor, temperature: float
     Returns:
         The loss, 0-dim, float32 or wider.
     """
+    _check_same_shape(student, teacher)
     log_p = torch.log_softmax(wide(teacher) / temperature, dim=-1)
     log_q = torch.log_softmax(wide(student) / temperature, dim=-1)
     # The teacher's entropy is part of the loss: it gets a gradient too.

@@ -681,9 +681,16 @@ def similarity_kl_loss(
         # Columns of zeros change no similarity.
         nodes = torch.stack([pad(x, (0, width - x.shape[1])) for x in (student, teacher)])
         pairs = nodes.new_zeros(2, 2, batch, dtype=statistics_dtype(nodes))
-        weights = pairs.clone()
-        weights[0, 1] = 1.0 / batch
-        return _objective(
+        # Entry [0, 1]. A write into a tensor is lost where a graph of constants is folded
+        # (``torch.func.linearize``).
+        weights = pad(pairs.new_full((1, 1, batch), 1.0 / batch), (0, 0, 1, 0, 0, 1))
+        factor: Temperature = 1.0
+        if torch.compiler.is_compiling():
+            # The operator takes the kl_temperature as a constant of the graph. The logits are
+            # divided by the product of both temperatures, which need not be one.
+            factor, temperature = kl_temperature**2, temperature * kl_temperature
+            kl_temperature = 1.0
+        loss, _ = _objective(
             nodes,
             (1, 1),
             torch.zeros(batch, dtype=torch.long, device=nodes.device),
@@ -692,4 +699,5 @@ def similarity_kl_loss(
             kl_temperature,
             backend,
             SOFT_VCL,
-        )[0]
+        )
+        return loss * factor

@@ -141,6 +141,31 @@ def test_two_graphs_serve_all_sizes_and_temperatures(loss):
     assert graphs <= 2
 
 
+@pytest.mark.parametrize("name", ["similarity_kl_loss", "mcl_loss"])
+def test_two_graphs_serve_all_temperatures_of_the_distributions(name):
+    """mcl_loss gets it as a tensor; as a number it would be a constant of the graph there."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def counted(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return aot_eager(module, inputs)
+
+    def call(x: Tensor, kl_temperature: Any) -> Tensor:
+        arguments = (x, torch.arange(8) // 2) if name == "mcl_loss" else (x[0], x[1])
+        return getattr(mclfast, name)(*arguments, kl_temperature=kl_temperature)
+
+    compiled = torch.compile(call, backend=counted, fullgraph=True)
+    x = values()["plain"]
+    for step in range(10):
+        number: Any = 1 + 0.3 * step
+        given = torch.tensor(number) if name == "mcl_loss" else number
+        got, want = compiled(x, given), call(x, number)
+        close(got, want)
+        close(torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0])
+    assert len(graphs) <= 2
+
+
 def test_transforms_inside_of_a_compiled_function(loss):
     embeddings, call = loss
     given = values()

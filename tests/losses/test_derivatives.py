@@ -107,6 +107,20 @@ def test_forward_mode(case):
     assert want.abs() > 1e-3
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_recorded_derivative(case, backend):
+    """``linearize`` records a graph and folds its constants; a write into one is lost there."""
+    e, temperature = case.embeddings, torch.tensor(0.2, dtype=torch.float64)
+    v = direction_like(e)
+    _, along = torch.func.linearize(lambda x: case.call(x, backend=backend), e)
+    close(along(v), (gradient(plain(case), e) * v).sum())
+    _, along = torch.func.linearize(
+        lambda t: case.call(e, temperature=t, backend=backend), temperature
+    )
+    want = gradient(lambda t: plain(case, temperature=t)(e), temperature)
+    close(along(torch.ones_like(temperature)), want)
+
+
 def test_second_order(case):
     e, call = case.embeddings, fused(case)
     v = direction_like(e)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from mclfast._base.checks import check_temperature
 from mclfast._base.tensors import wide
 from mclfast.losses.reference import distribution_kl_rows
 
@@ -37,11 +38,12 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tenso
     both sides are log-softmax, which needs no such guard.
 
     Raises:
-        ValueError: student and teacher differ in shape.
+        ValueError: student and teacher differ in shape, or the temperature is not in [1e-6, 1e6].
 
     Source: arXiv 1503.02531, section 2.
     """
     _check_same_shape(student, teacher)
+    check_temperature("temperature", temperature)
     return distribution_kl_rows(wide(student), wide(teacher), temperature).mean()
 
 
@@ -57,6 +59,7 @@ def kd_loss_through_teacher(student: Tensor, teacher: Tensor, temperature: float
         The loss, 0-dim, float32 or wider.
     """
     _check_same_shape(student, teacher)
+    check_temperature("temperature", temperature)
     log_p = torch.log_softmax(wide(teacher) / temperature, dim=-1)
     log_q = torch.log_softmax(wide(student) / temperature, dim=-1)
     # The teacher's entropy is part of the loss: it gets a gradient too.

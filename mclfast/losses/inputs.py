@@ -69,7 +69,10 @@ def prepared(argument: str, embeddings: Tensor, normalize: bool) -> Tensor:
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize: expected True or False, got {describe(normalize)}")
     if normalize:
-        return unit_norm(embeddings)
+        # The square of a large value is infinite; a constant divisor changes no direction.
+        wide_values = wide(embeddings)
+        largest = wide_values.detach().abs().amax(-1, keepdim=True).clamp_min(1.0)
+        return unit_norm(wide_values / largest)
     if not torch.compiler.is_compiling() and _checking.get() and not under_transform():
         _check_unit_norm(argument, embeddings)
     return embeddings

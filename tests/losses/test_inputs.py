@@ -41,6 +41,13 @@ def test_normalize_is_unit_norm_before_the_loss(case):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
+def test_normalize_takes_embeddings_of_any_size():
+    e, labels = CASES["mcl_rows"].embeddings[0, 0].float(), LABELS
+    want = mclfast.supcon_loss(e, labels)
+    for size in (1e30, 1e10, 1e-3):
+        torch.testing.assert_close(mclfast.supcon_loss(e * size, labels, normalize=True), want)
+
+
 @pytest.mark.parametrize(
     "module",
     [

@@ -731,7 +731,7 @@ def test_an_ended_run_leaves_no_process(number, folder, tmp_path):
             time.sleep(0.05)
         assert session_members(process.pid) == set()
         if number != signal.SIGKILL:
-            assert process.returncode == 128 + number
+            assert process.returncode == 128 + number, process.stderr.read()
             lines = process.stderr.read().split("\n")
             reason = "interrupted" if number == signal.SIGINT else "ended by SIGTERM"
             assert [line for line in lines if line] == [

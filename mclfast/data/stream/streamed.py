@@ -18,6 +18,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -265,6 +266,10 @@ def _context() -> Any:
     return context
 
 
+# Seconds that a worker lives on after SIGTERM.
+_GRACE = 10.0
+
+
 def _end_with_main_process() -> None:
     main = multiprocessing.parent_process()
     if main is not None:
@@ -272,9 +277,19 @@ def _end_with_main_process() -> None:
         os._exit(1)
 
 
+def _end_soon(number: int, _: FrameType | None) -> None:
+    timer = threading.Timer(_GRACE, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
+
+
 def _init_worker(_: int) -> None:
-    # Ctrl-C reaches all processes of the group; the main process ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A signal may go to all processes of the group. The main process saves first and then ends its
+    # workers itself: the loss of one would interrupt it at any place.
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
     # A main process that is killed cannot end them, and the loader watches only the parent, which
     # is the server.
     threading.Thread(target=_end_with_main_process, daemon=True).start()

@@ -393,6 +393,10 @@ class Trainer:
         handle = self.cohort.register_forward_pre_hook(lambda *_: self._leave_if_asked())
         try:
             return self.evaluate()
+        except Exception:
+            # As in a batch: what reads the images may be gone by the same signal.
+            self._leave_if_asked()
+            raise
         finally:
             handle.remove()
 

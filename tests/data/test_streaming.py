@@ -719,11 +719,11 @@ def test_an_ended_run_leaves_no_process(number, folder, tmp_path):
             time.sleep(0.05)
         # The main process, the server, and two workers for each of training and test.
         assert len(session_members(process.pid)) >= 6
-        if number == signal.SIGKILL:
-            process.send_signal(number)
-        else:
-            # A scheduler may send its signal to all processes, those that read images included.
+        if number == signal.SIGINT:
+            # Ctrl-C reaches all processes, those that read images included.
             os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
         until = time.monotonic() + 60
         while (process.poll() is None or session_members(process.pid)) and (
             time.monotonic() < until

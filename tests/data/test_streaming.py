@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -719,11 +720,11 @@ def test_an_ended_run_leaves_no_process(number, folder, tmp_path):
             time.sleep(0.05)
         # The main process, the server, and two workers for each of training and test.
         assert len(session_members(process.pid)) >= 6
-        if number == signal.SIGINT:
-            # Ctrl-C reaches all processes, those that read images included.
-            os.killpg(process.pid, number)
-        else:
+        if number == signal.SIGKILL:
             process.send_signal(number)
+        else:
+            # A scheduler may send its signal to all processes, those that read images included.
+            os.killpg(process.pid, number)
         until = time.monotonic() + 60
         while (process.poll() is None or session_members(process.pid)) and (
             time.monotonic() < until
@@ -741,6 +742,22 @@ def test_an_ended_run_leaves_no_process(number, folder, tmp_path):
         for member in session_members(process.pid):
             os.kill(member, signal.SIGKILL)
         process.wait()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="has no server of workers")
+def test_the_server_of_workers_outlives_the_signals_of_a_group(folder):
+    images = loaded(folder, workers=1).test
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    scale = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    batches = evaluation_batches(images, **scale, batch_size=2, device=CPU)
+    first = next(batches)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+    server = forkserver._forkserver._forkserver_pid
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(server, number)
+    assert len(first[1]) + sum(len(labels) for _, labels in batches) == len(images)
+    # Nothing to be waited for: it runs.
+    assert os.waitpid(server, os.WNOHANG) == (0, 0)
 
 
 def test_files_are_small_in_memory(folder):

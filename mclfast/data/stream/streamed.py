@@ -263,11 +263,34 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     # The server imports this module once for all workers.
     context.set_forkserver_preload([__name__])
+    _start_server()
     return context
 
 
+# Signals that a terminal or a scheduler may send to all processes of a group. The main process
+# saves first and then ends the others itself: the loss of one would interrupt it at any place.
+_OF_A_GROUP = (signal.SIGINT, signal.SIGTERM) + tuple(
+    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 # Seconds that a worker lives on after SIGTERM.
 _GRACE = 10.0
+
+
+def _start_server() -> None:
+    """Starts the server of the workers, which ends with this process and by no signal of a group.
+
+    Workers end when their parent does, and that is the server. A process inherits what is blocked
+    when it is started; here nothing that comes meanwhile is lost.
+    """
+    from multiprocessing import forkserver, resource_tracker  # some systems have none
+
+    # Started by the server's start otherwise, which would unblock signals.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_A_GROUP)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_main_process() -> None:
@@ -284,12 +307,11 @@ def _end_soon(number: int, _: FrameType | None) -> None:
 
 
 def _init_worker(_: int) -> None:
-    # A signal may go to all processes of the group. The main process saves first and then ends its
-    # workers itself: the loss of one would interrupt it at any place.
-    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_soon)
+    for number in _OF_A_GROUP:
+        signal.signal(number, _end_soon if number == signal.SIGTERM else signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        # Blocked in the server that this process is a copy of.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_A_GROUP)
     # A main process that is killed cannot end them, and the loader watches only the parent, which
     # is the server.
     threading.Thread(target=_end_with_main_process, daemon=True).start()

@@ -227,34 +227,17 @@ def mcl_rows_double_backward(
         h_icl [N, N, R], h_soft_icl [N, N, R]).
     """
     _launch.check_inputs(nodes, precision)
-    if v_nodes.dtype != nodes.dtype:
+    dtype = nodes.dtype
+    if v_nodes.dtype != dtype:
         # A float32 cotangent may be scaled beyond half precision.
-        h_nodes, *h_rows = mcl_rows_double_backward(
-            v_nodes.float(),
-            g_vcl,
-            g_soft_vcl,
-            g_icl,
-            g_soft_icl,
-            nodes.float(),
-            labels,
-            networks,
-            lse,
-            kl_lse,
-            temperature,
-            kl_temperature,
-            families,
-            row_start,
-            row_count,
-            precision=precision,
-        )
-        return h_nodes.to(nodes.dtype), *h_rows
+        v_nodes, nodes = v_nodes.float(), nodes.float()
     nodes, labels = nodes.contiguous(), labels.contiguous()
     v_nodes = v_nodes.contiguous()
     n, batch, d = nodes.shape
     h_vcl = lse.new_zeros((n, row_count))
     h_soft_vcl, h_icl, h_soft_icl = (lse.new_zeros((n, n, row_count)) for _ in range(3))
     if nodes.numel() == 0 or row_count == 0:
-        return torch.zeros_like(nodes), h_vcl, h_soft_vcl, h_icl, h_soft_icl
+        return torch.zeros_like(nodes, dtype=dtype), h_vcl, h_soft_vcl, h_icl, h_soft_icl
     coefficients = mcl_prepare_bwd_kernel(
         g_vcl,
         g_soft_vcl,
@@ -335,4 +318,4 @@ def mcl_rows_double_backward(
         mean_p,
         mean_q,
     )
-    return h_nodes, h_vcl, h_soft_vcl, h_icl, h_soft_icl
+    return h_nodes.to(dtype), h_vcl, h_soft_vcl, h_icl, h_soft_icl

@@ -44,8 +44,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def missing_folders(folder: Path) -> list[Path]:
+    """The folder and those above it, as far as they do not exist, from the inside out."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
 def _make_folder(folder: Path) -> None:
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = missing_folders(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
         flush_folder(place.parent)

@@ -24,6 +24,17 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Gives a module and each of its parts its own mode back after the block."""
+    before = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
+
+
+@contextmanager
 def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Gives the buffers of modules their old values back after the block, in the same memory."""
     buffers = [buffer for module in modules for buffer in module.buffers()]

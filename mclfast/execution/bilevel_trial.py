@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from mclfast._base.modules import modes_kept
 from mclfast._base.random import rng_restored
 from mclfast.bilevel.twice import MissingDerivative, check_twice
 from mclfast.cohort.cohort import Cohort
@@ -29,17 +30,17 @@ def check_networks(
     Raises:
         ValueError: the text names the operation and the setting.
     """
-    modes = {module: module.training for module in cohort.modules()}
-    cohort.train()
-    try:
-        with layout.plain_calls(cohort), rng_restored(), refused_by_setting(config, cohort):
-            network, _ = networks_for(cohort, images, one_at_a_time=one_at_a_time)
-            params = dict(cohort.named_parameters())
-            for part in network if isinstance(network, list) else [network]:
-                check_twice(part, params)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with (
+        modes_kept(cohort),
+        rng_restored(),
+        layout.plain_calls(cohort),
+        refused_by_setting(config, cohort),
+    ):
+        cohort.train()
+        network, _ = networks_for(cohort, images, one_at_a_time=one_at_a_time)
+        params = dict(cohort.named_parameters())
+        for part in network if isinstance(network, list) else [network]:
+            check_twice(part, params)
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
+
+from mclfast._base.modules import modes_kept
 
 
 class Glue(nn.Module):
@@ -68,7 +69,10 @@ def glue_between(module: nn.Module, names: Sequence[str]) -> dict[str, Glue]:
     forms = []
     for training in (True, False):
         try:
-            with _mode(module, training):
+            with modes_kept(module):
+                # The flag alone: a module's own ``train()`` may do more.
+                for part in module.modules():
+                    part.training = training
                 graph = _Tracer(names).trace(module)
         # The trace runs the network's own code on stand-ins, which may raise anything.
         except Exception:
@@ -85,19 +89,6 @@ def glue_between(module: nn.Module, names: Sequence[str]) -> dict[str, Glue]:
         if first is not None and second is not None:
             found[name] = Glue(first, second)
     return found
-
-
-@contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Sets the flag of training for a block, without the side effects of ``train()``."""
-    before = {m: m.training for m in module.modules()}
-    try:
-        for m in before:
-            m.training = training
-        yield
-    finally:
-        for m, flag in before.items():
-            m.training = flag
 
 
 def _part(module: nn.Module, graph: fx.Graph, before: str, after: str) -> fx.GraphModule | None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from mclfast._base.transforms import under_transform
 from mclfast.models.glue import Glue, glue_between
 from mclfast.models.pooling import Layout, Pool, Pooling, shape_of
 
@@ -504,7 +505,7 @@ class _AdaptedNetwork(StagedNetwork):
 def _runs_by_itself() -> bool:
     """Whether values can be compared: no transform, compiler or CUDA graph records this run."""
     return (
-        torch._C._functorch.maybe_current_level() is None
+        not under_transform()
         and not torch.compiler.is_compiling()
         and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mclfast._base.files import missing_folders
+
 try:
     import fcntl
 except ImportError:  # Windows has other locks.
@@ -34,7 +36,7 @@ def hold(folder: Path, argument: str = "run_dir") -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     key = _key(folder)
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made = missing_folders(folder)
     if key in _held:
         _held[key][1] += 1
     else:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from mclfast._base.transforms import has_values, under_transform
+from mclfast._base.transforms import has_values, in_forward_mode, under_transform
 
 # Sizes in a graph of torch.compile or torch.export may stand for any number.
 _INTEGERS = (int, torch.SymInt)
@@ -339,10 +338,10 @@ def _check_weight(name: str, weight: Any) -> float | Tensor:
 def wants_gradient(*values: object) -> bool:
     """Whether a derivative for one of the values may be asked for; they may be numbers or None.
 
-    Under a transform of ``torch.func``, and where forward-mode derivatives are taken, every tensor
-    may be differentiated.
+    Under a transform of ``torch.func``, which may be a batch of calls too, and where forward-mode
+    derivatives are taken, every tensor may be differentiated.
     """
     tensors = [value for value in values if isinstance(value, Tensor)]
-    if tensors and (under_transform() or forward_ad._current_level >= 0):
+    if tensors and (under_transform() or in_forward_mode()):
         return True
     return torch.is_grad_enabled() and any(value.requires_grad for value in tensors)

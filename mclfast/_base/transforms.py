@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def under_transform() -> bool:
     """Whether a transform of ``torch.func`` (grad, jvp, vmap and those made of them) is at work."""
     return get_interpreter_stack() is not None
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken (``torch.autograd.forward_ad``)."""
+    return forward_ad._current_level >= 0
 
 
 def takes_plain_form() -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mclfast._base.checks import check_temperature, describe
 from mclfast._base.tensors import unit_norm, wide
-from mclfast._base.transforms import has_values, takes_plain_form, under_transform
+from mclfast._base.transforms import has_values, in_forward_mode, takes_plain_form, under_transform
 from mclfast.losses.results import Temperature
 from mclfast.ops import backends
 
@@ -136,7 +136,7 @@ def choose(
 
 
 def _may_want_gradient(x: Tensor) -> bool:
-    return x.requires_grad or torch.autograd.forward_ad._current_level >= 0
+    return x.requires_grad or in_forward_mode()
 
 
 def absorbed(embeddings: Tensor, temperature: Temperature, factors: int) -> tuple[Tensor, float]:

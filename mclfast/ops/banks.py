@@ -65,13 +65,13 @@ def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     nodes, banks, *rest = ctx.saved_tensors
-    networks, temperature, kl_temperature, families, backend = ctx.settings
+    stages, temperature, kl_temperature, families, backend = ctx.settings
     families, cotangents = families_with_gradient(
         grads[:4], families, lambda: _row_shapes(nodes, banks)
     )
     if not families:
         return (None,) * 9
-    settings = networks, temperature, kl_temperature, families, backend
+    settings = stages, temperature, kl_temperature, families, backend
     return bank_mcl_rows_backward(*cotangents, nodes, banks, *rest, *settings), *(None,) * 8
 
 

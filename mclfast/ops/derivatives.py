@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
+from mclfast._base.checks import wants_gradient
 from mclfast._base.tensors import statistics_dtype
-from mclfast._base.transforms import under_transform
+from mclfast._base.transforms import in_forward_mode, under_transform
 from mclfast.kernels.families import EACH
 
 # Not tuples: torch.func would look into them for tensors.
@@ -86,26 +87,26 @@ class Call:
         """(cotangents, inputs and what follows them)"""
         return tensors[: self.operators.num_values], tensors[self.operators.num_values :]
 
-    def of_families(self, used: Sequence[bool]) -> Call:
-        """The call for the families of which a value is used: the others cost nothing, and a NaN
-        in them goes nowhere."""
+    def of_families(self, cotangents: Sequence[Tensor | None]) -> Call:
+        """The call for the families that a loss depends on: the others cost nothing."""
         at = self.operators.families_at
-        if at is None or all(used):
+        if at is None or all(x is not None for x in cotangents):
             return self
         settings = list(self.settings)
-        settings[at] &= sum(bit for bit, use in zip(EACH, used, strict=True) if use)
+        settings[at] &= families_of(cotangents)
         return Call(self.operators, settings)
+
+
+def families_of(cotangents: Sequence[Tensor | None]) -> int:
+    """Bit mask of the families that have a cotangent.
+
+    A family that takes no part must add nothing to the gradient, not even 0 times NaN.
+    """
+    return sum(bit for bit, x in zip(EACH, cotangents, strict=True) if x is not None)
 
 
 def _as_tuple(found: Any) -> tuple[Tensor, ...]:
     return (found,) if isinstance(found, Tensor) else tuple(found)
-
-
-def _differentiated(tensors: Sequence[Tensor]) -> bool:
-    """Whether a derivative, or a batch of calls, may be asked for."""
-    if under_transform() or forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def values(
@@ -118,7 +119,7 @@ def values(
         tensors: inputs and constants.
         settings: other arguments.
     """
-    if torch.compiler.is_compiling() or not _differentiated(tensors):
+    if torch.compiler.is_compiling() or not wants_gradient(*tensors):
         return operators.values(*tensors, *settings)  # type: ignore[misc]
     return _Values.apply(Call(operators, settings), *tensors)
 
@@ -142,7 +143,7 @@ def objective(
         tensors: weights, inputs and constants.
         settings: other arguments of ``call``.
     """
-    if torch.compiler.is_compiling() or not _differentiated(tensors):
+    if torch.compiler.is_compiling() or not wants_gradient(*tensors):
         return call(*tensors, *settings)
     return _Objective.apply(
         _ObjectiveCall(call, settings, Call(rows, row_settings), num_weights), *tensors
@@ -192,7 +193,7 @@ def _save(ctx: Any, *tensors: Tensor) -> None:
     ctx.save_for_backward(*tensors)
     # Kept where a forward-mode derivative may ask for them only: an output among them would
     # otherwise hold on to itself.
-    if under_transform() or forward_ad._current_level >= 0:
+    if under_transform() or in_forward_mode():
         ctx.save_for_forward(*tensors)
 
 
@@ -223,7 +224,7 @@ class _Values(Function):
         cotangents = grads[: operators.num_values]
         if not _any(cotangents):
             return (None,) * (1 + inputs)
-        call = ctx.call.of_families([g is not None for g in cotangents])
+        call = ctx.call.of_families(cotangents)
         saved = ctx.saved_tensors
         filled = _filled(cotangents, _Values._zeros(ctx, saved[0]))
         found = _gradient(call, *filled, *saved)
@@ -287,7 +288,7 @@ class _Gradient(Function):
 
 def _gradient(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Gradients of the inputs; see `_Gradient` for the tensors."""
-    if not _differentiated(tensors):
+    if not wants_gradient(*tensors):
         return call.gradient(*tensors)
     found: tuple[Tensor, ...] = _Gradient.apply(call, *tensors)
     return found
@@ -298,7 +299,7 @@ def _second(
 ) -> tuple[Tensor, ...]:
     """Derivatives of <directions, gradient> for the inputs, then for the cotangents."""
     inputs = rest[: call.operators.num_inputs]
-    if not _differentiated((*directions, *cotangents, *inputs)):
+    if not wants_gradient(*directions, *cotangents, *inputs):
         return call.second(*directions, *cotangents, *rest)
     gates = [_Gate.apply(x) for x in (*cotangents, *inputs)]
     return _Second.apply(call, *directions, *cotangents, *rest, *gates)

@@ -27,7 +27,7 @@ from torch import Tensor
 from mclfast._base.tensors import statistics_dtype
 from mclfast.kernels.families import EACH
 from mclfast.ops import backends
-from mclfast.ops.derivatives import Operators, gradient_of_fused
+from mclfast.ops.derivatives import Operators, families_of, gradient_of_fused
 
 _SETTINGS = "SymInt[] stages, float temperature, float kl_temperature, int families"
 _COTANGENTS = "Tensor g_vcl, Tensor g_soft_vcl, Tensor g_icl, Tensor g_soft_icl"
@@ -164,29 +164,27 @@ def families_with_gradient(
 ) -> tuple[int, list[Tensor]]:
     """The families that a loss depends on, and the four cotangents, zero for the others.
 
-    A family that takes no part must add nothing to the gradient, not even 0 times NaN.
-
     Args:
         grads: cotangents of the four families of rows; None where a loss does not depend on them.
         families: bit mask of the families of the rows.
         shapes: call that gives tensors like the rows.
     """
-    given = sum(bit for bit, g in zip(EACH, grads, strict=True) if g is not None)
     if all(g is not None for g in grads):
         return families, [g for g in grads if g is not None]
     made = zip(grads, shapes()[:4], strict=True)
-    return families & given, [torch.zeros_like(row) if g is None else g for g, row in made]
+    filled = [torch.zeros_like(row) if g is None else g for g, row in made]
+    return families & families_of(grads), filled
 
 
 def _rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     nodes, labels, *statistics = ctx.saved_tensors
-    networks, temperature, kl_temperature, families, *rest = ctx.settings
+    stages, temperature, kl_temperature, families, *rest = ctx.settings
     families, cotangents = families_with_gradient(
         grads[:4], families, lambda: _row_shapes(nodes, rest[1])
     )
     if not families:
         return (None,) * 9
-    settings = networks, temperature, kl_temperature, families, *rest
+    settings = stages, temperature, kl_temperature, families, *rest
     return mcl_rows_backward(*cotangents, nodes, labels, *statistics, *settings), *(None,) * 8
 
 

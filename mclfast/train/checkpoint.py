@@ -123,11 +123,17 @@ class DamagedError(ValueError):
     """A checkpoint that is not as it was written."""
 
 
+def exists(path: Path) -> bool:
+    """Whether :func:`load_newest` finds a checkpoint at ``path``, or the one before it."""
+    return path.exists() or previous_of(path).exists()
+
+
 def load_newest(path: Path) -> dict[str, Any]:
     """Reads the newest intact checkpoint of a run: the last one, or else the one before it.
 
-    A damaged file is named in a warning and moved to ``checkpoint.damaged.pt``, and the previous
-    checkpoint takes its place, so that the next one does not displace the only intact one.
+    A file that is damaged or gone is named in a warning, a damaged one moved to
+    ``checkpoint.damaged.pt``, and the previous checkpoint takes its place, so that the next one
+    does not displace the only intact one.
 
     Args:
         path: the last checkpoint.
@@ -138,9 +144,13 @@ def load_newest(path: Path) -> dict[str, Any]:
     """
     try:
         return load(path)
+    except FileNotFoundError as error:
+        if not previous_of(path).is_file():
+            raise
+        damage, kept = str(error), ""
     except DamagedError as error:
-        damage = str(error)
-    previous, damaged = previous_of(path), damaged_of(path)
+        damage, kept = str(error), f"it is kept as {damaged_of(path).name}, and "
+    previous = previous_of(path)
     if not previous.is_file():
         raise ValueError(
             f"{damage}; there is no earlier one beside it, and --overwrite starts anew"
@@ -149,12 +159,12 @@ def load_newest(path: Path) -> dict[str, Any]:
         state = load(previous)
     except DamagedError as error:
         raise ValueError(f"{damage}; and {error}") from None
-    _second_name(path, damaged)
+    if kept:
+        _second_name(path, damaged_of(path))
     _second_name(previous, path)
     flush_folder(path.parent)
     warnings.warn(
-        f"{damage}; it is kept as {damaged.name}, and the run goes on from the checkpoint before "
-        f"it, step {state.get('step')}",
+        f"{damage}; {kept}the run goes on from the checkpoint before it, step {state.get('step')}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -162,7 +162,7 @@ def resumable(folder: Path) -> bool:
     Raises:
         ValueError: there is no checkpoint, and epochs were trained, which a new start would lose.
     """
-    if (folder / CHECKPOINT).is_file():
+    if checkpoint.exists(folder / CHECKPOINT):
         return True
     # The metrics of the first epoch are written just before its checkpoint.
     epochs = len(read_csv(folder / METRICS)) if (folder / METRICS).is_file() else 0

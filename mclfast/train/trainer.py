@@ -190,11 +190,7 @@ class Trainer:
         """
         self._placed = True
         path = None if self.run_dir is None else self.run_dir / run_folder.CHECKPOINT
-        if path is None:
-            return False
-        if not path.exists() and checkpoint.previous_of(path).exists():
-            path = checkpoint.previous_of(path)
-        if not path.exists():
+        if path is None or not checkpoint.exists(path):
             return False
         # In host memory: beside the modules, a second copy of the banks may not fit the GPU.
         self.load_state(checkpoint.load_newest(path))

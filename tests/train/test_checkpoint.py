@@ -226,6 +226,22 @@ def test_two_damaged_checkpoints_are_both_named(tmp_path):
         checkpoint.load_newest(tmp_path / "d.pt")
 
 
+def test_the_previous_checkpoint_takes_the_place_of_one_that_is_gone(tmp_path):
+    path = tmp_path / "c.pt"
+    for step in (1, 2):
+        checkpoint.save(path, {"step": step})
+    path.unlink()
+    assert checkpoint.exists(path)
+    with pytest.warns(RuntimeWarning, match=r"found none; the run goes on from .* it, step 1$"):
+        assert checkpoint.load_newest(path)["step"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["c.previous.pt", "c.pt"]
+    for place in checkpoint.all_of(path):
+        place.unlink(missing_ok=True)
+    assert not checkpoint.exists(path)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load_newest(path)
+
+
 def test_the_previous_checkpoint_is_kept_where_files_have_one_name(tmp_path, monkeypatch):
     def refuse(*_: Any) -> None:
         raise OSError("no links here")

@@ -27,6 +27,7 @@ from helpers.exports import edit
 from mclfast.cli.main import main
 from mclfast.compare.runs import Run, load
 from mclfast.train import checkpoint
+from sweeps import tally
 
 VALUES: list[Any] = [
     None,
@@ -93,11 +94,7 @@ def sweep(count: int, seed: int) -> dict[str, int]:
                 outcome = "code ran"
             (run / file).write_bytes(content)
             (run / "peer0" / "backbone.json").write_bytes(about)
-            if outcome not in ("refused", "survived"):
-                print(f"lost: {file} by {make.__name__} (seed {seed}): {outcome[:300]}")
-                outcome = "lost"
-            found["tried"] += 1
-            found[outcome] += 1
+            tally(found, outcome, f"{file} by {make.__name__} (seed {seed})")
     return dict(found)
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from helpers.images import picture, write_shard
 from mclfast import data
+from sweeps import tally
 
 LOADERS = ("folder", "imagefolder", "webdataset")
 #: Format, mode and how far colours may be from those of the picture.
@@ -78,15 +79,8 @@ def sweep(count: int, seed: int) -> dict[str, int]:
                 outcome = "other colours"
             if outcome == "refused" and make is _nothing and mode != "F":
                 outcome = "a whole file is refused"
-            if outcome not in ("survived", "refused"):
-                print(
-                    f"lost: file {number}, {format} {mode} by {make.__name__} (seed {seed}): ",
-                    end="",
-                )
-                print(outcome)
-                outcome = "lost"
-            found["tried"] += 1
-            found[outcome] += 1
+            case = f"file {number}, {format} {mode} by {make.__name__} (seed {seed})"
+            tally(found, outcome, case)
     return dict(found)
 
 

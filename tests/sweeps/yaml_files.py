@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mclfast._base.files import read_yaml
 from mclfast.config import TrainConfig
+from sweeps import tally
 
 #: Settings, and pieces that mean something to YAML.
 _SETTINGS = {
@@ -50,11 +51,7 @@ def sweep(count: int, seed: int) -> dict[str, int]:
             text = _text(draw)
             file.write_text(text, encoding="utf-8")
             outcome = _try(file)
-            if outcome not in ("survived", "refused"):
-                print(f"lost: text {number} (seed {seed}): {text[:500]!r}: {outcome[:300]}")
-                outcome = "lost"
-            found["tried"] += 1
-            found[outcome] += 1
+            tally(found, outcome, f"text {number} (seed {seed}): {text[:500]!r}")
     return dict(found)
 
 

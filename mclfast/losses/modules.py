@@ -54,14 +54,14 @@ class _WeightedLoss(_Loss):
         weights: Weights = PUBLISHED_WEIGHTS,
         temperature: Temperature = 0.1,
         kl_temperature: Temperature = 3.0,
-        normalize: bool = False,
         backend: str = "auto",
+        normalize: bool = False,
     ) -> None:
         super().__init__(
             temperature=temperature,
             kl_temperature=kl_temperature,
-            normalize=normalize,
             backend=backend,
+            normalize=normalize,
         )
         entries = check_weights(weights)
         if isinstance(weights, Tensor):
@@ -87,8 +87,8 @@ class MCLLoss(_WeightedLoss):
             ``nn.Parameter`` is a parameter of the module and is trained.
         kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
             that is trained takes the plain form.
-        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
+        normalize: whether to divide every embedding by its norm first.
 
     Examples:
         >>> import torch
@@ -114,8 +114,8 @@ class LayerwiseMCLLoss(_WeightedLoss):
             ``nn.Parameter`` is a parameter of the module and is trained.
         kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
             that is trained takes the plain form.
-        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
+        normalize: whether to divide every embedding by its norm first.
 
     Examples:
         >>> import torch
@@ -143,8 +143,8 @@ class SupConLoss(_Loss):
     Args:
         temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
             ``nn.Parameter`` is a parameter of the module and is trained.
-        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
+        normalize: whether to divide every embedding by its norm first.
 
     Examples:
         >>> import torch
@@ -155,9 +155,9 @@ class SupConLoss(_Loss):
     """
 
     def __init__(
-        self, temperature: Temperature = 0.1, normalize: bool = False, backend: str = "auto"
+        self, temperature: Temperature = 0.1, backend: str = "auto", normalize: bool = False
     ) -> None:
-        super().__init__(temperature=temperature, normalize=normalize, backend=backend)
+        super().__init__(temperature=temperature, backend=backend, normalize=normalize)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss, 0-dim, for embeddings [B, D] and labels [B]."""
@@ -170,8 +170,8 @@ class InfoNCELoss(_Loss):
     Args:
         temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
             ``nn.Parameter`` is a parameter of the module and is trained.
-        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
+        normalize: whether to divide every embedding by its norm first.
 
     Examples:
         >>> import torch
@@ -183,9 +183,9 @@ class InfoNCELoss(_Loss):
     """
 
     def __init__(
-        self, temperature: Temperature = 0.1, normalize: bool = False, backend: str = "auto"
+        self, temperature: Temperature = 0.1, backend: str = "auto", normalize: bool = False
     ) -> None:
-        super().__init__(temperature=temperature, normalize=normalize, backend=backend)
+        super().__init__(temperature=temperature, backend=backend, normalize=normalize)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The loss, 0-dim, for two views [B, D] of the same samples."""
@@ -200,8 +200,8 @@ class SimilarityKLLoss(_Loss):
             ``nn.Parameter`` is a parameter of the module and is trained.
         kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
             that is trained takes the plain form.
-        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
+        normalize: whether to divide every embedding by its norm first.
 
     Examples:
         >>> import torch
@@ -216,14 +216,14 @@ class SimilarityKLLoss(_Loss):
         self,
         temperature: Temperature = 0.1,
         kl_temperature: Temperature = 3.0,
-        normalize: bool = False,
         backend: str = "auto",
+        normalize: bool = False,
     ) -> None:
         super().__init__(
             temperature=temperature,
             kl_temperature=kl_temperature,
-            normalize=normalize,
             backend=backend,
+            normalize=normalize,
         )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -241,8 +241,8 @@ class BankMCLLoss(_WeightedLoss):
             ``nn.Parameter`` is a parameter of the module and is trained.
         kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
             that is trained takes the plain form.
-        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
+        normalize: whether to divide every embedding by its norm first.
 
     Examples:
         >>> import torch
@@ -273,8 +273,8 @@ class LayerwiseBankMCLLoss(_WeightedLoss):
             ``nn.Parameter`` is a parameter of the module and is trained.
         kl_temperature: softens the distributions that are compared, as ``temperature`` in kind. One
             that is trained takes the plain form.
-        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
+        normalize: whether to divide every embedding by its norm first.
 
     Examples:
         >>> import torch
@@ -308,10 +308,10 @@ class BankNCELoss(_Loss):
     Args:
         temperature: divides the cosine similarities: a number in [1e-6, 1e6], or a 0-dim tensor; an
             ``nn.Parameter`` is a parameter of the module and is trained.
-        normalize: whether to divide every embedding by its norm first.
         backend: "auto" or a name that ``mclfast env`` lists.
         freeze_normalizer: keep the normalising constants of the first batch, as contrastive
             representation distillation does, instead of estimating them from every batch.
+        normalize: whether to divide every embedding by its norm first.
 
     Attributes:
         log_normalizer: [M, M] buffer once they are frozen, part of ``state_dict`` then.
@@ -334,11 +334,11 @@ class BankNCELoss(_Loss):
     def __init__(
         self,
         temperature: Temperature = 0.1,
-        normalize: bool = False,
         backend: str = "auto",
         freeze_normalizer: bool = False,
+        normalize: bool = False,
     ) -> None:
-        super().__init__(temperature=temperature, normalize=normalize, backend=backend)
+        super().__init__(temperature=temperature, backend=backend, normalize=normalize)
         self.freeze_normalizer = freeze_normalizer
         self.register_buffer("log_normalizer", None)
 

@@ -108,3 +108,11 @@ def test_the_check_by_environment():
 def test_normalize_is_true_or_false():
     with pytest.raises(TypeError, match="^normalize: expected True or False, got 1"):
         mclfast.supcon_loss(torch.randn(4, 3), torch.zeros(4).long(), normalize=1)
+
+
+def test_modules_take_their_backend_by_position_as_before():
+    assert mclfast.SupConLoss(0.1, "reference").backend == "reference"
+    assert mclfast.SimilarityKLLoss(0.1, 3.0, "reference").backend == "reference"
+    assert mclfast.MCLLoss((0.1, 1, 0.1, 1), 0.1, 3.0, "reference").backend == "reference"
+    loss = mclfast.BankNCELoss(0.1, "reference", True)
+    assert (loss.backend, loss.freeze_normalizer) == ("reference", True)
